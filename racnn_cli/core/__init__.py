@@ -1,0 +1,1 @@
+"""The shared core: the paper, in torch and nothing else."""

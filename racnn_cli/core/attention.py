@@ -1,0 +1,215 @@
+"""Where to look: boxes, the attention proposal network, the boxcar mask, crop and zoom.
+
+The idea of RA-CNN (Fu, Zheng, Mei, CVPR 2017, section 3.2) on one page. Two readings are fixed here, once:
+
+* A box is `(tx, ty, tl)` in [0, 1] of the image that it was proposed on: x runs right (columns), y runs down
+  (rows), and `tl` is HALF the side. On an image that is not square, `tl` is taken along each axis in that
+  axis' own unit, so that the box has the image's own aspect ratio.
+* Pixel m of an axis covers [m, m + 1], its centre is m + 1/2: a box over the whole image at the image's own
+  size is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Gradient = Literal["exact", "boxcar", "bilinear", "none"]
+
+WHOLE = (0.5, 0.5, 0.5)
+
+
+def whole(like: Tensor) -> Tensor:
+    """The box (B, 3) that covers the whole of each image of `like` (B, ...)."""
+    return like.new_tensor(WHOLE).expand(like.shape[0], 3)
+
+
+def compose(parent: Tensor, child: Tensor) -> Tensor:
+    """A box given inside another box, in the coordinates that the other box is given in.
+
+    Args:
+        parent: (B, 3) boxes on an image.
+        child: (B, 3) boxes on the crop that `parent` cuts out.
+
+    Returns:
+        (B, 3) boxes on the image of `parent`.
+    """
+    side = 2 * parent[:, 2:3]
+    corner = parent[:, :2] - parent[:, 2:3]
+    return torch.cat([corner + side * child[:, :2], side * child[:, 2:3]], dim=1)
+
+
+def bound(boxes: Tensor, floor: float, ceiling: float) -> Tensor:
+    """The nearest boxes (B, 3) whose side lies in [floor, ceiling] and that lie inside the image.
+
+    A clamp, and so without a gradient where it acts: for targets and random boxes, not for proposals.
+    """
+    half = boxes[:, 2:3].clamp(floor / 2, ceiling / 2)
+    centre = torch.minimum(torch.maximum(boxes[:, :2], half), 1 - half)
+    return torch.cat([centre, half], dim=1)
+
+
+def jitter(boxes: Tensor, amount: float, floor: float, ceiling: float) -> Tensor:
+    """Boxes (B, 3) shifted by up to ±`amount` half-sides and scaled by up to exp(±`amount`), within the bounds.
+
+    Draws from torch's global generator.
+    """
+    noise = torch.rand_like(boxes) * 2 - 1
+    half = boxes[:, 2:3] * torch.exp(amount * noise[:, 2:3])
+    centre = boxes[:, :2] + amount * boxes[:, 2:3] * noise[:, :2]
+    return bound(torch.cat([centre, half], dim=1), floor, ceiling)
+
+
+def peak_target(features: Tensor, side: float) -> Tensor:
+    """The square around the highest response of the last convolution (paper, section 3.4).
+
+    Args:
+        features: (B, C, h, w) feature maps; the response of a cell is its mean absolute value over channels.
+        side: side of the square as a share of the image's side.
+
+    Returns:
+        (B, 3) boxes of exactly that side, moved inside the image where the peak is near its border.
+    """
+    response = features.detach().abs().mean(dim=1)  # (B, h, w)
+    _, rows, columns = response.shape
+    peak = response.flatten(1).argmax(dim=1)  # (B,)
+    x = (peak % columns + 0.5) / columns
+    y = (peak // columns + 0.5) / rows
+    half = torch.full_like(x, side / 2)
+    return bound(torch.stack([x, y, half], dim=1).to(features.dtype), side, side)
+
+
+class APN(nn.Module):
+    """Attention proposal network: two fully connected layers from features to one box (paper, equation 2).
+
+    Every output is a valid box (inside the image, side in [floor, ceiling]) and every parameter keeps a
+    gradient, with no clamp on the way: the features are brought to unit size, and both non-linearities are
+    x / (1 + |x|), whose slope falls off as 1 / x² where tanh and the sigmoid underflow to 0. The side is
+    interpolated in log space, the centre over what the side leaves free.
+
+    Args:
+        features: shape (C, h, w) of one image's features; the input dimension is inferred from it.
+        hidden: width of the hidden layer.
+        floor, ceiling: bounds of the box's side as a share of the image's side.
+        side: side of the box that an untrained APN proposes, in the image's centre.
+    """
+
+    def __init__(
+        self, features: tuple[int, int, int], hidden: int, floor: float, ceiling: float, side: float = 0.5
+    ) -> None:
+        super().__init__()
+        channels, rows, columns = features
+        # As in the paper's Caffe model, a 2 × 2 pool stands before the first layer, where the map allows it.
+        self.pool = 2 if min(rows, columns) >= 14 else 1
+        self.floor, self.ceiling = floor, ceiling
+        self.hidden = nn.Linear(channels * (rows // self.pool) * (columns // self.pool), hidden)
+        self.box = nn.Linear(hidden, 3)
+        share = min(max(math.log(side / floor) / math.log(ceiling / floor), 0.05), 0.95)
+        with torch.no_grad():
+            self.box.weight.mul_(0.1)
+            self.box.bias.copy_(torch.tensor([0.0, 0.0, (share - 0.5) / (0.5 - abs(share - 0.5))]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, C, h, w) to boxes (B, 3)."""
+        x = F.max_pool2d(features, self.pool) if self.pool > 1 else features
+        x = x.flatten(1)  # (B, C * h * w)
+        x = x / x.detach().abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+        x = x * x.square().mean(dim=1, keepdim=True).clamp_min(1e-12).rsqrt()
+        return self.to_box(self.box(F.softsign(self.hidden(x))))
+
+    def to_box(self, raw: Tensor) -> Tensor:
+        """Any real numbers (B, 3) to valid boxes (B, 3)."""
+        share = 0.5 + 0.5 * F.softsign(raw)
+        half = 0.5 * self.floor * torch.exp(math.log(self.ceiling / self.floor) * share[:, 2:3])
+        centre = half + (1 - 2 * half) * share[:, :2]
+        return torch.cat([centre, half], dim=1)
+
+
+def boxcar(centre: Tensor, half: Tensor, length: int, k: float) -> Tensor:
+    """The attention mask along one axis (paper, equations 3 to 5): about 1 inside the box, 0 outside.
+
+    Args:
+        centre, half: (B,) in [0, 1] of the axis.
+        length: pixels of the axis.
+        k: steepness per pixel: the mask rises over about 4 / k pixels. Its slope is sampled once a pixel, so
+            that above about 1 it is aliased, and far from the border it vanishes.
+
+    Returns:
+        (B, length) mask at the pixel centres.
+    """
+    pixel = torch.arange(length, device=centre.device, dtype=centre.dtype) + 0.5
+    low = ((centre - half) * length)[:, None]
+    high = ((centre + half) * length)[:, None]
+    return torch.sigmoid(k * (pixel - low)) - torch.sigmoid(k * (pixel - high))
+
+
+def interpolation(centre: Tensor, half: Tensor, length: int, size: int) -> Tensor:
+    """Weights that resample the box's share of an axis to `size` pixels (paper, equation 6).
+
+    Bilinear where the box is enlarged; where it is reduced, the triangle widens with the reduction, so that
+    nothing is aliased. The weights of one output pixel sum to 1 (at the image's border the outermost pixel
+    counts for what lies beyond).
+
+    Returns:
+        (B, size, length).
+    """
+    low = (centre - half) * length
+    step = 2 * half * length / size
+    index = torch.arange(size, device=centre.device, dtype=centre.dtype) + 0.5
+    pixel = torch.arange(length, device=centre.device, dtype=centre.dtype) + 0.5
+    position = low[:, None] + index * step[:, None]  # (B, size)
+    width = step.clamp_min(1.0)[:, None, None]
+    weight = F.relu(1 - (pixel - position[:, :, None]).abs() / width)  # (B, size, length)
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+def zoom(images: Tensor, boxes: Tensor, size: int, *, k: float = 0.5, gradient: Gradient = "exact") -> Tensor:
+    """Cut a box out of each image and resample it to a square: the one crop of this package.
+
+    `X_att = X ⊙ M`, then bilinear interpolation at the box's positions, both separable, so that the crop is
+    two batched matrix products. The values do not depend on `gradient`; what a box learns through does:
+
+    * `exact`: mask and positions, the true derivative.
+    * `boxcar`: the mask alone, as the paper derives it.
+    * `bilinear`: the positions alone; the true derivative when k is infinite.
+    * `none`: nothing; the boxes are constants.
+
+    Args:
+        images: (B, 3, H, W); the mask draws towards 0, so give images with the mean taken off.
+        boxes: (B, 3), `(tx, ty, tl)` in [0, 1] of the image.
+        size: side of the result in pixels.
+        k: steepness of the mask per pixel of `images`; `math.inf` leaves the mask away.
+        gradient: what the gradient with respect to `boxes` passes through.
+
+    Returns:
+        (B, 3, size, size).
+
+    Raises:
+        ValueError: shapes do not fit, or `gradient` is not one of the four.
+    """
+    if images.ndim != 4 or boxes.ndim != 2 or boxes.shape[1] != 3 or images.shape[0] != boxes.shape[0]:
+        raise ValueError(
+            f"zoom needs images (B, 3, H, W) and boxes (B, 3), got {tuple(images.shape)}, {tuple(boxes.shape)}"
+        )
+    if gradient not in ("exact", "boxcar", "bilinear", "none"):
+        raise ValueError(f"gradient must be exact, boxcar, bilinear or none, got {gradient!r}")
+    # Positions are fractions of a pixel: half precision would move the crop.
+    with torch.autocast(images.device.type, enabled=False):
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        images, boxes = images.to(dtype), boxes.to(dtype)
+        fixed = boxes.detach()
+        moving = boxes if gradient in ("exact", "bilinear") else fixed
+        masking = boxes if gradient in ("exact", "boxcar") else fixed
+        axes = []
+        for axis, length in ((0, images.shape[3]), (1, images.shape[2])):
+            weights = interpolation(moving[:, axis], moving[:, 2], length, size)
+            if k != math.inf:
+                weights = weights * boxcar(masking[:, axis], masking[:, 2], length, k)[:, None, :]
+            axes.append(weights)
+        across, down = axes  # (B, size, W), (B, size, H)
+        columns = images @ across.transpose(1, 2)[:, None]  # (B, 3, H, size)
+        return down[:, None] @ columns  # (B, 3, size, size)

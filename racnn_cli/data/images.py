@@ -1,0 +1,240 @@
+"""Pictures as tensors: the square source picture, its variants for training, and batches of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from racnn_cli import recipe
+from racnn_cli.data.decode import Picture, decode, read_image, upright
+from racnn_cli.data.geometry import GREY, Geometry, fit_square
+from racnn_cli.errors import RacnnError
+
+if TYPE_CHECKING:
+    from racnn_cli.data.index import Item
+
+__all__ = ["Geometry", "Picture", "Pictures", "batches", "load_source", "plan", "read_image"]
+
+Key = tuple[int, int]
+"""epoch and position: which variant of which picture."""
+
+
+def load_source(path: Path | str, data: recipe.Data, side: int) -> tuple[np.ndarray, Geometry]:
+    """The square source picture of a file, without any chance in it (validation, test, predict).
+
+    Args:
+        path: of the file.
+        data: the recipe's `data`; its `fit` says how a picture becomes square.
+        side: of the square, in pixels.
+
+    Returns:
+        (side, side, 3) uint8 upright RGB, and the map back to the file.
+
+    Raises:
+        RacnnError: the file cannot be read.
+    """
+    decoded = decode(path, least=2 * side)
+    orientation, turned = decoded.orientation, decoded.orientation >= 5
+    geometry = fit_square(decoded.stored_size, orientation, data.fit, side)
+    width, height = geometry.upright
+    (left, top), (wide, high) = geometry.origin, geometry.extent
+    window = (max(left, 0.0), max(top, 0.0), min(left + wide, width), min(top + high, height))
+    inner = (round((window[2] - window[0]) * side / wide), round((window[3] - window[1]) * side / high))
+    x0, y0, x1, y1 = (value / decoded.reduction for value in geometry.stored_from_upright(window))
+    image = decoded.image.resize(
+        inner[::-1] if turned else inner,
+        Image.Resampling.BICUBIC,  # Pillow widens the kernel when it shrinks: antialiased
+        box=(max(x0, 0.0), max(y0, 0.0), min(x1, decoded.image.width), min(y1, decoded.image.height)),
+        reducing_gap=3.0,
+    )
+    image = upright(image, orientation)
+    if image.size != (side, side):
+        square = Image.new("RGB", (side, side), GREY)
+        square.paste(image, ((side - inner[0]) // 2, (side - inner[1]) // 2))
+        image = square
+    return np.array(image), geometry  # (side, side, 3)
+
+
+class Pictures(Dataset[dict[str, torch.Tensor]]):
+    """The pictures of one split.
+
+    Args:
+        items: of the split.
+        data: the recipe's `data`.
+        side: of the square source, in pixels.
+        seed: of the variants.
+        augment: True for training: a picture is varied as `data.augment` says.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], data: recipe.Data, side: int, *, seed: int, augment: bool
+    ) -> None:
+        self.items, self.data, self.side, self.seed = list(items), data, side, seed
+        self._vary = None
+        if augment:
+            from racnn_cli.data.transforms import Augmentation  # slow to import, and only training needs it
+
+            self._vary = Augmentation(data, side)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: Key) -> dict[str, torch.Tensor]:
+        """One picture, a pure function of (seed, epoch, position).
+
+        Returns:
+            `image` (3, side, side) uint8; `label` () int64; `index` () int64: the position; `box` (4,)
+            float32: x0, y0, x1, y1 in source units, NaN where the data has none, where it lies outside the
+            source, and for every varied picture.
+
+        Raises:
+            RacnnError: the file cannot be read any more.
+        """
+        epoch, position = key
+        item = self.items[position]
+        box = (math.nan,) * 4
+        if self._vary is not None:
+            pixels = self._vary(self._whole(item.path), seed=self.seed, epoch=epoch, position=position)
+        else:
+            pixels, geometry = load_source(item.path, self.data, self.side)
+            if item.box is not None:
+                x0, y0, x1, y1 = geometry.from_file(item.box)
+                box = (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else box
+        return {
+            "image": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),  # (3, side, side)
+            "label": torch.tensor(item.label),
+            "box": torch.tensor(box, dtype=torch.float32),
+            "index": torch.tensor(position),
+        }
+
+    def __getitems__(self, keys: list[Key]) -> dict[str, torch.Tensor] | RacnnError:
+        """A whole batch; a fault travels as a value, because a worker would wrap it in a traceback."""
+        try:
+            samples = [self[key] for key in keys]
+        except RacnnError as fault:
+            return fault
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    def _whole(self, path: Path) -> np.ndarray:
+        """What a random crop is cut from, a little larger than needed: (H, W, 3) uint8."""
+        share = math.sqrt(self.data.augment.scale)
+        if share == 1.0 or self.data.fit != "crop":
+            return load_source(path, self.data, math.ceil(self.side / share))[0]
+        return read_image(path, least=math.ceil(self.side / share)).pixels
+
+
+def plan(
+    count: int,
+    *,
+    batch: int,
+    epoch: int,
+    seed: int,
+    shuffle: bool,
+    drop_last: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> list[list[int]]:
+    """Which positions each step of an epoch sees on one process: a pure function of its arguments.
+
+    The order of all `count` pictures is cut into global batches of `batch * world`; a process takes its
+    strided share of each. With `shuffle` every process has the same number of steps: a last global batch with
+    fewer pictures than processes is filled up from the start of the order, so that each has one. With
+    `drop_last` an incomplete global batch is left out, unless it is the only one. Without `shuffle` every
+    picture is seen exactly once over all processes, and a process may have one step fewer than another.
+    """
+    order = np.arange(count)
+    if shuffle:
+        order = np.random.default_rng((seed, epoch)).permutation(count)
+    size = batch * world
+    chunks = [order[start : start + size] for start in range(0, count, size)]
+    if drop_last and len(chunks) > 1 and len(chunks[-1]) < size:
+        chunks.pop()
+    if shuffle and chunks and len(chunks[-1]) < world:
+        chunks[-1] = np.concatenate([chunks[-1], np.resize(order, world - len(chunks[-1]))])
+    shares = [[int(position) for position in chunk[rank::world]] for chunk in chunks]
+    return [share for share in shares if share]
+
+
+def batches(
+    pictures: Pictures,
+    *,
+    batch: int,
+    epoch: int,
+    seed: int,
+    shuffle: bool,
+    workers: int,
+    drop_last: bool = False,
+    skip: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    device_pin: bool = False,
+) -> DataLoader[dict[str, torch.Tensor]]:
+    """One epoch of a split, in the order that `plan` gives, without its first `skip` batches.
+
+    Args:
+        pictures: the split.
+        batch: pictures a step on each process.
+        epoch: counts from 0; names the order (with `shuffle`) and the variants.
+        seed: of the order.
+        shuffle: True for training.
+        workers: processes that read; 0 reads in this one. Their number never changes what is read.
+        drop_last: leave out an incomplete last batch.
+        skip: batches that this epoch has seen already.
+        rank: of this process.
+        world: number of processes.
+        device_pin: put batches in page-locked memory, for a GPU.
+
+    Returns:
+        A loader of dicts as from `Pictures`, stacked: `image` (B, 3, side, side) uint8, `label` (B,),
+        `box` (B, 4), `index` (B,). Its length is the number of batches left.
+
+    Raises:
+        RacnnError: while it is read, when a file cannot be read any more.
+    """
+    steps = plan(
+        len(pictures),
+        batch=batch,
+        epoch=epoch,
+        seed=seed,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        rank=rank,
+        world=world,
+    )
+    return _Loader(
+        pictures,
+        batch_sampler=[[(epoch, position) for position in step] for step in steps[skip:]],
+        num_workers=workers if len(steps) > skip else 0,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker if workers else None,
+        generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global stream
+        pin_memory=device_pin,
+    )
+
+
+class _Loader(DataLoader[Any]):
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, RacnnError):
+                raise batch
+            yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_number: int) -> None:
+    torch.set_num_threads(1)
+    info = get_worker_info()
+    if info is not None and info.dataset._vary is not None:  # type: ignore[attr-defined]
+        from racnn_cli.data.transforms import limit_threads
+
+        limit_threads()

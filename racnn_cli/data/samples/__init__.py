@@ -1,0 +1,78 @@
+"""The built-in data sets: made or fetched once, kept in the cache, then read like any other data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from racnn_cli import fetch, recipe
+from racnn_cli.errors import RacnnError
+
+NAMES = ("plankton", "fieldguide")
+
+
+def materialise(name: str, sample: recipe.Sample, seed: int) -> Path:
+    """Where a built-in set lies; the first call makes it.
+
+    Args:
+        name: one of `NAMES`.
+        sample: for `fieldguide`: how many pictures, of which side.
+        seed: for `fieldguide`: of the drawing.
+
+    Returns:
+        For `plankton` a folder with one folder a class, for `fieldguide` a CSV file with boxes.
+
+    Raises:
+        RacnnError: the pictures cannot be fetched or written.
+    """
+    if name == "plankton":
+        from racnn_cli.data.samples import plankton
+
+        return once(fetch.cache() / f"plankton-{plankton.VERSION}", plankton.write)
+
+    from racnn_cli.data.samples import fieldguide
+
+    # The drawing code is a part of the name: after a change of it, old pictures are not taken for new ones.
+    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    folder = fetch.cache() / f"fieldguide-{sample.images}-{sample.size}-{seed}-{zlib.crc32(code):08x}"
+
+    def draw(place: Path) -> None:
+        fieldguide.write(place, images=sample.images, size=sample.size, seed=seed)
+
+    return once(folder, draw) / "labels.csv"
+
+
+def once(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """A folder of the cache that `fill` has filled, whole or not at all, by whichever process comes first."""
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as fault:
+        raise _unwritable(folder, fault) from fault
+    try:
+        fill(temporary)
+        temporary.chmod(0o755)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first: its copy is the same
+                raise
+    except OSError as fault:
+        raise _unwritable(folder, fault) from fault
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _unwritable(folder: Path, fault: OSError) -> RacnnError:
+    return RacnnError(
+        f"{folder} could not be written: {fault.strerror or fault}",
+        "free some space, or name another cache folder in the environment variable RACNN_CACHE",
+        failure=True,
+    )

@@ -1,0 +1,23 @@
+"""The one exception of the toolkit: what went wrong, and what to do about it."""
+
+from __future__ import annotations
+
+
+class RacnnError(Exception):
+    """A fault that a user can understand and mend.
+
+    Args:
+        message: what is wrong: it names the file or the key, the value found and the values allowed.
+        hint: what to do next, as one sentence or one command; empty if there is nothing to add.
+        failure: True when the request was right and its execution failed (exit code 1); False when the
+            request itself was wrong (exit code 2).
+    """
+
+    def __init__(self, message: str, hint: str = "", *, failure: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = 1 if failure else 2
+
+    def __str__(self) -> str:
+        return f"{self.message}\ntry: {self.hint}" if self.hint else self.message

@@ -1,0 +1,1 @@
+"""How a run learns: stages as data, one loop, checkpoints."""

@@ -1,0 +1,378 @@
+"""The one training loop: every stage and phase runs through `fit`."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from racnn_cli.core.model import RACNN
+from racnn_cli.data.images import Pictures, batches
+from racnn_cli.errors import RacnnError
+from racnn_cli.recipe import Recipe
+from racnn_cli.run import Run
+from racnn_cli.training import checkpoint, distributed
+from racnn_cli.training.checkpoint import Progress, Saved
+from racnn_cli.training.console import Console
+from racnn_cli.training.stages import Stage
+from racnn_cli.training.validate import validate
+
+
+class Interrupted(RacnnError):
+    """Training stopped on a signal, after it was saved."""
+
+    def __init__(self, run: Run, number: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(
+            f"stopped by {name}; everything up to this step is saved",
+            f"`racnn train --resume --run {run.folder}` goes on",
+            failure=True,
+        )
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Context:
+    """What all stages of a run share."""
+
+    run: Run
+    recipe: Recipe
+    model: RACNN
+    train: Pictures
+    val: Pictures
+    device: torch.device
+    console: Console
+    progress: Progress
+
+
+class Signals:
+    """Remembers SIGINT and SIGTERM, so that the loop can stop between two steps; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        try:
+            before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: signals are somebody else's
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def freeze_all_but(
+    model: RACNN, moving: list[nn.Module], freeze_batchnorm: bool = False
+) -> list[nn.Parameter]:
+    """Let only `moving` learn: everything else is in eval mode (buffers stay) and has no gradient.
+
+    Args:
+        model: the network.
+        moving: the modules that learn.
+        freeze_batchnorm: their BatchNorm layers keep their running statistics, and use them.
+
+    Returns:
+        the parameters that move.
+    """
+    model.eval().requires_grad_(False)
+    for module in moving:
+        module.train().requires_grad_(True)
+        if freeze_batchnorm:
+            for layer in module.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.eval()
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def make_optimizer(recipe: Recipe, stage: Stage, model: RACNN) -> torch.optim.Optimizer:
+    """AdamW or SGD over what moves; biases and norms (one dimension) are not decayed."""
+    heads = stage.heads(model)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        lr = stage.lr * (stage.head_lr if parameter in heads else 1.0)
+        decay = recipe.train.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((lr, decay), []).append(parameter)
+    lists: list[dict[str, Any]] = [
+        {"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}
+        for (lr, decay), members in groups.items()
+    ]
+    if recipe.train.optimizer == "adamw":
+        return torch.optim.AdamW(lists, lr=stage.lr)
+    return torch.optim.SGD(lists, lr=stage.lr, momentum=recipe.train.momentum)
+
+
+def rate_at(recipe: Recipe, update: int, updates: int, updates_per_epoch: int) -> float:
+    """The learning rate at an update, as a multiple of the stage's own."""
+    train = recipe.train
+    warmup = round(train.warmup * updates)
+    if update < warmup:
+        return (update + 1) / warmup
+    if train.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(updates - warmup, 1)))
+    if train.schedule == "step":
+        return 0.1 ** (update // (train.step_epochs * updates_per_epoch))
+    return 1.0
+
+
+class Averaged:
+    """Exponential moving average of what moves (parameters and buffers); takes the network's place at the end."""
+
+    def __init__(self, model: RACNN, moving: list[nn.Module], decay: float) -> None:
+        mine = {id(t) for module in moving for t in (*module.parameters(), *module.buffers())}
+        self.live = {
+            name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) in mine and decay > 0
+        }
+        self.decay = decay
+        self.values = {name: t.detach().clone() for name, t in self.live.items()}
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        # A short run must not be an average over its start: the decay grows with the number of updates.
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in self.values.items():
+            if value.is_floating_point():
+                value.lerp_(self.live[name].detach().to(value.dtype), 1 - decay)
+            else:
+                value.copy_(self.live[name])
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averaged values and the network's."""
+        for name, value in self.values.items():
+            kept = self.live[name].detach().clone()
+            self.live[name].copy_(value)
+            value.copy_(kept)
+
+
+def seed_step(seed: int, *position: int) -> None:
+    """Seed dropout, jitter and the like as a pure function of (seed, position), for exact resume."""
+    mixed = seed
+    for part in position:
+        mixed = (mixed * 1_000_003 + part + 1) % (2**63 - 1)
+    torch.manual_seed(mixed)
+
+
+def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
+    """Run one stage from where `context.progress` stands to its end.
+
+    Raises:
+        RacnnError: a loss or a gradient is not finite (nothing was updated with it).
+        Interrupted: a signal came; the state is saved.
+    """
+    recipe, model, progress, device = context.recipe, context.model, context.progress, context.device
+    moving = stage.moving(model)
+    parameters = freeze_all_but(model, moving, recipe.train.batchnorm == "frozen")
+    optimizer = make_optimizer(recipe, stage, model)
+    averaged = Averaged(model, moving, recipe.train.ema)
+    if resumed is not None:
+        checkpoint.restore_optimizer(optimizer, resumed.optimizer)
+        for name, value in resumed.averaged.items():
+            averaged.values[name].copy_(value)
+    accumulate = recipe.train.accumulate
+    steps = len(_loader(context, context.train, 0))
+    updates_per_epoch = math.ceil(steps / accumulate)
+    averaged.updates = progress.epoch * updates_per_epoch + progress.step // accumulate
+    signals = Signals()
+    watched = len(stage.scales) if stage.name == "pretrain-cnn" else recipe.model.scales
+
+    def check() -> dict[str, Any]:
+        loader = batches(
+            context.val,
+            batch=recipe.train.batch,
+            epoch=0,
+            seed=0,
+            shuffle=False,
+            workers=recipe.data.workers,
+            rank=distributed.rank(),
+            world=distributed.world(),
+        )
+        averaged.swap()
+        try:
+            return validate(model, loader, device, scales=watched, margin=recipe.alternate.margin)
+        finally:
+            averaged.swap()
+
+    def save(optimizer: torch.optim.Optimizer | None) -> None:
+        if distributed.rank() == 0:
+            checkpoint.save(context.run, "last", model, progress, optimizer, averaged.values)
+
+    def keep_if_best(val: dict[str, Any]) -> None:
+        loss = val["fused"]["nll"] if stage.part == "fusion" else val["scales"][0]["nll"]
+        if progress.best is None or loss < progress.best:
+            progress.best, progress.best_at, progress.stall = loss, progress.epoch, 0
+            averaged.swap()
+            if distributed.rank() == 0:
+                checkpoint.save(context.run, "best", model, progress)
+            averaged.swap()
+        else:
+            progress.stall += 1
+
+    context.console.begin(stage.name, stage.epochs, steps, progress.epoch * steps + progress.step)
+    try:
+        with signals.caught():
+            if stage.keep_best and stage.from_start and progress.best is None:
+                keep_if_best(check())
+            while progress.epoch < stage.epochs and not (stage.patience and progress.stall >= stage.patience):
+                started = time.perf_counter()
+                freeze_all_but(model, moving, recipe.train.batchnorm == "frozen")
+                losses = _epoch(context, stage, optimizer, parameters, averaged, signals, steps, save)
+                seconds = time.perf_counter() - started
+                val = check()
+                progress.epoch, progress.step, progress.views = progress.epoch + 1, 0, progress.views + 1
+                if stage.keep_best:
+                    keep_if_best(val)
+                _log(context, stage, losses, val, seconds, optimizer)
+                save(optimizer)
+                if distributed.any_process(bool(signals.number), device):
+                    raise Interrupted(context.run, signals.number or signal.SIGTERM)
+    finally:
+        context.console.end()
+    averaged.swap()
+    if stage.keep_best and progress.best is not None:
+        distributed.barrier()
+        checkpoint.load(context.run, "best", model)
+    model.eval().requires_grad_(False)
+    progress.epoch, progress.step, progress.stall, progress.best, progress.best_at = 0, 0, 0, None, 0
+
+
+def _epoch(
+    context: Context,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    averaged: Averaged,
+    signals: Signals,
+    steps: int,
+    save: Callable[[torch.optim.Optimizer], None],
+) -> dict[str, float]:
+    """The rest of one epoch; returns the mean of every loss over its steps."""
+    recipe, progress, device = context.recipe, context.progress, context.device
+    accumulate = recipe.train.accumulate
+    updates_per_epoch = math.ceil(steps / accumulate)
+    sums: dict[str, float] = {}
+    first, began, images_seen = progress.step, time.perf_counter(), 0
+    optimizer.zero_grad(set_to_none=True)
+    for step, batch in enumerate(_loader(context, context.train, progress.step), start=first):
+        seed_step(recipe.seed, progress.views, step, distributed.rank())
+        images = batch["image"].to(device, non_blocking=True)
+        labels = batch["label"].to(device, non_blocking=True)
+        # The batches of the last, shorter, update share its gradient evenly too.
+        group = min(accumulate, steps - step // accumulate * accumulate)
+        figures: dict[str, float] = {}
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.amp and device.type == "cuda"):
+            for name, loss in stage.losses(context.model, images, labels):
+                figures[name] = loss.item()
+                if not math.isfinite(figures[name]):
+                    raise _not_finite(context, stage, f"the loss `{name}` is {figures[name]}", step)
+                (loss / group).backward()
+        if (step + 1) % accumulate == 0 or step + 1 == steps:
+            update = progress.epoch * updates_per_epoch + step // accumulate
+            _update(context, stage, optimizer, parameters, update, updates_per_epoch, step)
+            averaged.update()
+            progress.step = step + 1
+            if progress.step < steps and distributed.any_process(bool(signals.number), device):
+                save(optimizer)
+                raise Interrupted(context.run, signals.number or signal.SIGTERM)
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + value
+        images_seen += len(labels)
+        context.console.step(
+            progress.epoch, stage.epochs, figures, images_seen / (time.perf_counter() - began)
+        )
+    return {name: value / max(steps - first, 1) for name, value in sums.items()}
+
+
+def _update(
+    context: Context,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    update: int,
+    updates_per_epoch: int,
+    step: int,
+) -> None:
+    """One move of the weights, unless a gradient is not finite."""
+    recipe = context.recipe
+    distributed.average_gradients(parameters)
+    limit = recipe.train.clip or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    if not math.isfinite(norm):
+        raise _not_finite(context, stage, f"the gradient's norm is {norm}", step)
+    rate = rate_at(recipe, update, stage.epochs * updates_per_epoch, updates_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _not_finite(context: Context, stage: Stage, what: str, step: int) -> RacnnError:
+    saved = context.run.state / "last.safetensors"
+    kept = f"the last checkpoint {saved} is intact" if saved.is_file() else "no checkpoint was written yet"
+    return RacnnError(
+        f"{stage.name}, epoch {context.progress.epoch + 1}, step {step + 1}: {what}; the weights were not updated, {kept}",
+        "a lower learning rate (--set alternate.cnn_lr=…, pretrain_cnn.lr=…), or --set train.amp=false; then `racnn train --resume`",
+        failure=True,
+    )
+
+
+def _loader(context: Context, pictures: Pictures, skip: int) -> Any:
+    recipe = context.recipe
+    return batches(
+        pictures,
+        batch=recipe.train.batch,
+        epoch=context.progress.views,
+        seed=recipe.seed,
+        shuffle=True,
+        workers=recipe.data.workers,
+        skip=skip,
+        rank=distributed.rank(),
+        world=distributed.world(),
+    )
+
+
+def _log(
+    context: Context,
+    stage: Stage,
+    losses: dict[str, float],
+    val: dict[str, Any],
+    seconds: float,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """One line of log.jsonl, and the same for a person. The seconds are those of training, without validation."""
+    progress = context.progress
+    event: dict[str, Any] = {
+        "event": "epoch",
+        "stage": stage.name.partition(":")[0],
+        "phase": stage.name.partition(": ")[2],
+        "round": progress.round + 1 if progress.stage == "alternate" else 0,
+        "epoch": progress.epoch,
+        "epochs": stage.epochs,
+        "views": progress.views,
+        "lr": max(group["lr"] for group in optimizer.param_groups),
+        "train_loss": losses,
+        "val": val,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(context.train) / max(seconds, 1e-9), 2),
+    }
+    if distributed.rank() == 0:
+        context.run.append_log(event)
+    context.console.epoch(event)

@@ -1,0 +1,199 @@
+"""The stages as data: what moves, on which loss, for how long. The one loop in `loop.py` runs them all.
+
+A stage's losses are a generator: it yields one loss a scale, and the loop propagates each back before it asks
+for the next. Where the boxes carry no gradient, the scales are independent, and so each scale's graph is freed
+before the next one runs. What is frozen is computed without a graph.
+
+Sources: Fu et al. 2017, section 3.4 (training in three steps) and equations 8 and 9 (losses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from racnn_cli.core import attention
+from racnn_cli.core.losses import classification_loss, rank_loss
+from racnn_cli.core.model import RACNN
+from racnn_cli.recipe import Recipe
+
+NAMES = ("pretrain-cnn", "pretrain-apn", "alternate")
+
+Losses = Callable[[RACNN, Tensor, Tensor], Iterator[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One call of the loop.
+
+    Attributes:
+        name: as a person reads it and as the log names it.
+        part: which half moves; the other is frozen, parameters and buffers.
+        scales: the scales, counted from 0, whose half moves.
+        losses: (network, images (B, 3, H, H), labels (B,)) to (name, loss) pairs.
+        epochs, lr: how long and how fast.
+        head_lr: learning rate of the classifiers as a multiple of `lr`.
+        keep_best: at the end, go back to the epoch with the lowest validation loss (the start counts too
+            where `from_start`).
+        patience: stop after so many epochs without a better one; 0: never.
+    """
+
+    name: str
+    part: Literal["cnn", "apn", "fusion"]
+    scales: range
+    losses: Losses
+    epochs: int
+    lr: float
+    head_lr: float = 1.0
+    keep_best: bool = False
+    from_start: bool = False
+    patience: int = 0
+
+    def moving(self, model: RACNN) -> list[nn.Module]:
+        """The modules whose parameters this stage trains."""
+        chosen = [model.scale(number) for number in self.scales]
+        if self.part == "fusion":
+            assert model.fusion is not None
+            return [model.fusion]
+        if self.part == "apn":
+            return [scale.apn for scale in chosen if scale.apn is not None]
+        return [module for scale in chosen for module in (scale.backbone, scale.dropout, scale.classifier)]
+
+    def heads(self, model: RACNN) -> set[nn.Parameter]:
+        """The classifiers' parameters, which start from nothing and may learn faster."""
+        return {p for number in self.scales for p in model.scale(number).classifier.parameters()}
+
+
+def pretrain_cnn(recipe: Recipe) -> Stage:
+    """Fine-tune scale 1 on the labels."""
+    section = recipe.pretrain_cnn
+
+    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+        scale = model.scale(0)
+        logits = scale.classify(scale.backbone(model.first_view(model.normalise(images))))
+        yield "classification 1", classification_loss(logits, labels, section.label_smoothing)
+
+    return Stage(
+        "pretrain-cnn",
+        "cnn",
+        range(1),
+        losses,
+        section.epochs,
+        section.lr,
+        head_lr=section.head_lr,
+        keep_best=section.patience > 0,
+        patience=section.patience,
+    )
+
+
+def pretrain_apn(recipe: Recipe) -> Stage:
+    """Teach every APN the square around the highest response of its scale's features."""
+    section = recipe.pretrain_apn
+
+    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+        source = model.normalise(images)
+        view, box = model.first_view(source), attention.whole(source)
+        for number in range(recipe.model.scales - 1):
+            scale = model.scale(number)
+            assert scale.apn is not None
+            with torch.no_grad():
+                features = scale.backbone(view)
+                target = attention.peak_target(features, section.side)
+            proposal = scale.apn(features)
+            yield f"box {number + 2}", F.smooth_l1_loss(proposal, target, beta=0.05)
+            if number + 2 < recipe.model.scales:
+                with torch.no_grad():
+                    view, box = model.next_view(number + 1, source, view, box, proposal)
+
+    return Stage("pretrain-apn", "apn", range(recipe.model.scales - 1), losses, section.epochs, section.lr)
+
+
+def cnn_phase(recipe: Recipe) -> Stage:
+    """APNs fixed: train every scale's CNN on its own classification loss."""
+    section, bounds = recipe.alternate, (recipe.model.floor, recipe.model.ceiling)
+
+    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+        source = model.normalise(images)
+        view, box = model.first_view(source), attention.whole(source)
+        for number in range(recipe.model.scales):
+            scale = model.scale(number)
+            features = scale.backbone(view)
+            loss = classification_loss(scale.classify(features), labels, recipe.pretrain_cnn.label_smoothing)
+            yield f"classification {number + 1}", loss
+            if scale.apn is not None:
+                with torch.no_grad():
+                    proposal = scale.apn(features.detach())
+                    if section.jitter > 0:
+                        proposal = attention.jitter(proposal, section.jitter, *bounds)
+                    view, box = model.next_view(number + 1, source, view, box, proposal)
+
+    scales = range(recipe.model.scales)
+    return Stage("alternate: CNN phase", "cnn", scales, losses, section.cnn_epochs, section.cnn_lr)
+
+
+def apn_phase(recipe: Recipe) -> Stage:
+    """CNNs fixed: train every APN on the pairwise rank loss between its scale and the next."""
+    section = recipe.alternate
+
+    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+        source = model.normalise(images)
+        view, box = model.first_view(source), attention.whole(source)
+        with torch.no_grad():
+            features = model.scale(0).backbone(view)
+            coarse = model.scale(0).classify(features)
+        for number in range(1, recipe.model.scales):
+            apn, scale = model.scale(number - 1).apn, model.scale(number)
+            assert apn is not None
+            view, box = model.next_view(number, source, view, box, apn(features))
+            features = scale.backbone(view)
+            fine = scale.classify(features)
+            yield f"rank {number}-{number + 1}", rank_loss(coarse, fine, labels, section.margin)
+            view, box, features, coarse = view.detach(), box.detach(), features.detach(), fine.detach()
+
+    scales = range(recipe.model.scales - 1)
+    return Stage("alternate: APN phase", "apn", scales, losses, section.apn_epochs, section.apn_lr)
+
+
+def fusion(recipe: Recipe) -> Stage:
+    """Everything fixed but the fully connected layer over the normalised descriptors."""
+    section = recipe.fusion
+
+    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+        with torch.no_grad():
+            descriptors = model(images).descriptors
+        yield "classification fused", classification_loss(model.fuse(descriptors), labels)
+
+    return Stage(
+        "alternate: fusion head",
+        "fusion",
+        range(recipe.model.scales),
+        losses,
+        section.epochs,
+        section.lr,
+        keep_best=True,
+        from_start=True,
+    )
+
+
+@torch.no_grad()
+def start_fusion(model: RACNN, norms: list[float]) -> None:
+    """Let the fusion head start as the mean of the scales' logits.
+
+    The descriptors are normalised before they are fused, so each classifier's weights are multiplied by the
+    mean length of its descriptors.
+
+    Args:
+        model: the network, more than one scale.
+        norms: mean Euclidean length of each scale's descriptors on training images.
+    """
+    assert model.fusion is not None
+    count = len(norms)
+    heads = [model.scale(number).classifier for number in range(count)]
+    blocks = [head.weight * norm / count for head, norm in zip(heads, norms, strict=True)]
+    model.fusion.weight.copy_(torch.cat(blocks, dim=1))
+    model.fusion.bias.copy_(torch.stack([head.bias for head in heads]).mean(dim=0))

@@ -1,0 +1,379 @@
+"""A run from its recipe to its weights: which stage comes when, and what happens between them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+import backbones
+from racnn_cli import recipe as recipes
+from racnn_cli.core import store
+from racnn_cli.core.device import pick
+from racnn_cli.core.model import RACNN, build, sizes_of
+from racnn_cli.data.images import Pictures, batches
+from racnn_cli.data.index import Index, build_index
+from racnn_cli.errors import RacnnError
+from racnn_cli.recipe import Recipe
+from racnn_cli.run import Run, write_text
+from racnn_cli.training import checkpoint, distributed, stages
+from racnn_cli.training.checkpoint import Progress, Saved
+from racnn_cli.training.console import Console
+from racnn_cli.training.loop import Context, fit, freeze_all_but, seed_step
+from racnn_cli.training.stages import Stage
+from racnn_cli.training.validate import validate
+
+SMOOTHING = 0.5  # weight of the newest round in the smoothed losses that end `alternate`
+
+
+class Trainer:
+    """Trains one run, a stage at a time.
+
+    Use `Trainer.start` for a new run and `Trainer.proceed` for one that exists.
+    """
+
+    def __init__(
+        self, run: Run, recipe: Recipe, model: RACNN, index: Index, console: Console, saved: Saved | None
+    ) -> None:
+        device = distributed.local_device(pick(recipe.train.device))
+        model.to(device)
+        if recipe.train.channels_last and device.type == "cuda":
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.saved = saved
+        self.context = Context(
+            run=run,
+            recipe=recipe,
+            model=model,
+            train=_pictures(recipe, model, index, "train", augment=True),
+            val=_pictures(recipe, model, index, "val", augment=False),
+            device=device,
+            console=console,
+            progress=saved.progress if saved else Progress(),
+        )
+        self.index = index
+
+    @classmethod
+    def start(cls, recipe: Recipe, out: Path | None, *, latest: bool = True, quiet: bool = False) -> Trainer:
+        """A new run. Its folder is made last, so that a wrong request leaves nothing behind.
+
+        Args:
+            recipe: what to train.
+            out: the run's folder; None for the next free one in `runs/`.
+            latest: let `runs/latest` name it.
+            quiet: print nothing.
+
+        Raises:
+            RacnnError: faults in the data, a backbone or weights that cannot be had, `out` in use.
+        """
+        distributed.start(pick(recipe.train.device))
+        console = Console(quiet=quiet or distributed.rank() > 0)
+        index = build_index(recipe.data, seed=recipe.seed)
+        recipe = recipe.override({"model.sizes": list(sizes_of(recipe.model))})
+        recipe = recipe.override({"data.source": recipe.data.source or recipe.model.sizes[0]})
+        seed_step(recipe.seed)
+        model = build(recipe.model, len(index.classes), source=recipe.data.source)
+        folder = None
+        if distributed.rank() == 0:
+            folder = str(Run.create(recipe, list(index.classes), out, latest=latest).folder)
+        run = Run(Path(distributed.from_first(folder)))
+        trainer = cls(run, recipe, model, index, console, None)
+        trainer._introduce()
+        return trainer
+
+    @classmethod
+    def proceed(cls, run: Run, *, sets: dict[str, object] | None = None, quiet: bool = False) -> Trainer:
+        """A run that exists, from where it stands.
+
+        Args:
+            run: its folder.
+            sets: changes of the recipe for what comes; the network and the data cannot change.
+            quiet: print nothing.
+
+        Raises:
+            RacnnError: the run folder is damaged, the data are not what they were, `sets` would change the network.
+        """
+        recipe = run.recipe()
+        if sets:
+            recipe = _changed(run, recipe, sets)
+        distributed.start(pick(recipe.train.device))
+        console = Console(quiet=quiet or distributed.rank() > 0)
+        index = build_index(recipe.data, seed=recipe.seed, classes=run.classes())
+        seed_step(recipe.seed)
+        unsaved = not checkpoint.exists(run, "last")
+        weights = recipe.model.weights if unsaved else "none"
+        model = build(recipe.model, len(index.classes), source=recipe.data.source, weights=weights)
+        saved = None if unsaved else checkpoint.load(run, "last", model)
+        if sets and distributed.rank() == 0:
+            write_text(run.recipe_file, recipes.dump(recipe))
+        return cls(run, recipe, model, index, console, saved)
+
+    def _introduce(self) -> None:
+        recipe, console, splits = self.context.recipe, self.context.console, self.index.splits
+        counts = ", ".join(f"{len(items)} {name}" for name, items in splits.items())
+        console.title(
+            f"{recipe.name}: {recipe.model.backbone}, {recipe.model.scales} scale(s) at {list(recipe.model.sizes)} px"
+        )
+        console.say(
+            f"{recipe.data.path}: {len(self.index.classes)} classes, {counts} images; source {recipe.data.source} px"
+        )
+        console.say(f"run folder {self.context.run.folder}, device {self.context.device}, seed {recipe.seed}")
+        for note in [*self.index.notes, *self.index.skipped]:
+            console.say(f"note: {note}")
+
+    @property
+    def plan(self) -> tuple[str, ...]:
+        """The stages of this recipe in their order: a single scale has nothing to zoom into."""
+        return stages.NAMES if self.context.recipe.model.scales > 1 else stages.NAMES[:1]
+
+    def run_all(self) -> None:
+        """Every stage that is not finished."""
+        for name in self.plan:
+            if name not in self.context.progress.done:
+                self.run_stage(name)
+
+    def run_stage(self, name: str) -> None:
+        """One stage, from where it stands.
+
+        Raises:
+            RacnnError: the stage before it is missing, or a later one is done already.
+        """
+        self.check_turn(name)
+        progress = self.context.progress
+        if progress.stage != name:
+            self.context.progress = Progress(
+                done=[s for s in progress.done if s != name], stage=name, views=progress.views
+            )
+        self.context.console.title(name)
+        {
+            "pretrain-cnn": self._pretrain_cnn,
+            "pretrain-apn": self._pretrain_apn,
+            "alternate": self._alternate,
+        }[name]()
+        done = [*self.context.progress.done, name]
+        self.context.progress = Progress(done=done, views=self.context.progress.views)
+        if distributed.rank() == 0:
+            store.save_weights(self.context.run.weights, self.context.model)
+            self.context.run.append_log(
+                {"event": "stage", "stage": name, "views": self.context.progress.views}
+            )
+        self._save()
+        if distributed.rank() == 0:
+            for file in ("best", "best-round"):
+                checkpoint.remove(self.context.run, file)
+
+    def check_turn(self, name: str) -> None:
+        """Raise a RacnnError if `name` cannot run now."""
+        run, progress = self.context.run, self.context.progress
+        if name not in self.plan:
+            raise RacnnError(
+                f"{run.folder} has one scale, the plain backbone: it has no APN, so {name} has nothing to do",
+                "start a run with --scales 2 or more",
+            )
+        position = self.plan.index(name)
+        missing = [s for s in self.plan[:position] if s not in progress.done]
+        if missing:
+            raise RacnnError(
+                f"{name} needs {missing[0]}, which has not finished in {run.folder}",
+                f"`racnn {missing[0]} --run {run.folder}`",
+            )
+        later = [s for s in self.plan[position + 1 :] if s in progress.done or s == progress.stage]
+        if later:
+            raise RacnnError(
+                f"{run.folder} is past {name} already ({later[-1]} has begun or finished); nothing was overwritten",
+                "start a new run with --out DIR, or go on with `racnn alternate`",
+            )
+
+    def _resumed(self) -> Saved | None:
+        """The optimizer's state for the first call of the loop after a resume; nothing after that."""
+        saved, self.saved = self.saved, None
+        progress = self.context.progress
+        return saved if saved is not None and (progress.epoch or progress.step) else None
+
+    def _save(self) -> None:
+        if distributed.rank() == 0:
+            checkpoint.save(self.context.run, "last", self.context.model, self.context.progress)
+
+    def _pretrain_cnn(self) -> None:
+        model = self.context.model
+        fit(self.context, stages.pretrain_cnn(self.context.recipe), self._resumed())
+        first = model.scale(0)
+        for number in range(1, len(model.sizes)):
+            backbones.copy_weights(first.backbone, model.scale(number).backbone)
+            model.scale(number).classifier.load_state_dict(first.classifier.state_dict())
+
+    def _pretrain_apn(self) -> None:
+        fit(self.context, stages.pretrain_apn(self.context.recipe), self._resumed())
+
+    def _alternate(self) -> None:
+        """CNN phase and APN phase in turn until neither loss changes, the best round back, the fusion head."""
+        context, recipe = self.context, self.context.recipe
+        progress, section = context.progress, recipe.alternate
+        while progress.phase != "fusion":
+            if progress.phase == "cnn":
+                self._say_round("CNN phase")
+                self._phase(stages.cnn_phase(recipe), then="apn" if section.apn_epochs else "judge")
+            if progress.phase == "apn":
+                self._say_round("APN phase")
+                self._phase(stages.apn_phase(recipe), then="judge")
+            if progress.phase == "judge":
+                ended = self._judge()
+                progress.phase = "fusion" if ended else "cnn"
+                self._save()
+        if not (progress.epoch or progress.step or progress.best is not None):
+            distributed.barrier()
+            checkpoint.load(context.run, "best-round", context.model)
+            context.console.say(f"  round {progress.best_round} had the lowest validation loss and is kept")
+            self._start_fusion()
+        fit(context, stages.fusion(recipe), self._resumed())
+
+    def _say_round(self, phase: str) -> None:
+        progress, section = self.context.progress, self.context.recipe.alternate
+        self.context.console.say(f"  round {progress.round + 1} of at most {section.rounds}, {phase}")
+
+    def _phase(self, stage: Stage, then: str) -> None:
+        fit(self.context, stage, self._resumed())
+        self.context.progress.phase = then
+        self._save()
+
+    def _judge(self) -> bool:
+        """Measure a finished round; keep it if it is the best; true if `alternate` is at its end.
+
+        The rule: after each round the validation classification loss (mean over the scales) and the validation
+        rank loss are smoothed exponentially. A round in which neither changed by more than `tolerance`, relative
+        to its size, is a still one; after `patience` still rounds in a row, or `rounds` rounds, it ends.
+        """
+        context, progress = self.context, self.context.progress
+        section = context.recipe.alternate
+        val = self.validate()
+        loss = val["average"]["nll"]
+        progress.round += 1
+        if progress.best_round_loss is None or loss < progress.best_round_loss:
+            progress.best_round, progress.best_round_loss = progress.round, loss
+            if distributed.rank() == 0:
+                checkpoint.save(context.run, "best-round", context.model, progress)
+        now = {
+            "classification": sum(scale["nll"] for scale in val["scales"]) / len(val["scales"]),
+            "rank": val["rank"],
+        }
+        before = progress.smoothed
+        progress.smoothed = {
+            name: (1 - SMOOTHING) * before.get(name, value) + SMOOTHING * value for name, value in now.items()
+        }
+        changed = not before or any(
+            abs(value - before[name]) > section.tolerance * abs(before[name])
+            for name, value in progress.smoothed.items()
+        )
+        progress.still = 0 if changed else progress.still + 1
+        event = {"event": "round", "stage": "alternate", "round": progress.round, "val": val} | {
+            "smoothed": progress.smoothed,
+            "still": progress.still,
+        }
+        if distributed.rank() == 0:
+            context.run.append_log(event)
+        if progress.still >= section.patience:
+            context.console.say(f"  neither loss changed for {progress.still} rounds: the end")
+            return True
+        return progress.round >= section.rounds
+
+    def validate(self) -> dict:
+        """The validation figures of all scales as the network stands."""
+        context = self.context
+        loader = self._plain_batches(context.val)
+        scales, margin = context.recipe.model.scales, context.recipe.alternate.margin
+        return validate(context.model, loader, context.device, scales=scales, margin=margin)
+
+    @torch.no_grad()
+    def _start_fusion(self) -> None:
+        """Measure the length of each scale's descriptors on (at most 512) training pictures as they are."""
+        context = self.context
+        model = context.model.eval()
+        freeze_all_but(model, [])
+        plain = _pictures(context.recipe, model, self.index, "train", augment=False, most=512)
+        sums = torch.zeros(len(model.sizes), device=context.device)
+        for batch in self._plain_batches(plain):
+            output = model(batch["image"].to(context.device))
+            sums += torch.stack([d.float().norm(dim=1).sum() for d in output.descriptors])
+        stages.start_fusion(model, (distributed.total(sums) / len(plain)).tolist())
+
+    def _plain_batches(self, pictures: Pictures):
+        recipe = self.context.recipe
+        return batches(
+            pictures,
+            batch=recipe.train.batch,
+            epoch=0,
+            seed=0,
+            shuffle=False,
+            workers=recipe.data.workers,
+            rank=distributed.rank(),
+            world=distributed.world(),
+        )
+
+
+def baseline_recipe(recipe: Recipe, rounds: int) -> Recipe:
+    """The plain backbone under the same budget, counted in multiply-adds of the convolutions.
+
+    One scale whose input has as many pixels as all scales together (rounded to a multiple of 32, or scale 1's
+    size where the backbone takes no other), and as many epochs as cost what the CNN and APN phases cost; an
+    APN phase is counted like a CNN phase, in the baseline's favour.
+
+    Args:
+        recipe: as used by the run, with its sizes resolved.
+        rounds: rounds that `alternate` really ran.
+    """
+    sizes = recipe.model.sizes
+    size = max(round(math.sqrt(sum(s * s for s in sizes)) / 32) * 32, sizes[0])
+    try:
+        backbones.build(recipe.model.backbone, size=size, weights="none")
+    except RacnnError:
+        size = sizes[0]
+    phases = rounds * (recipe.alternate.cnn_epochs + recipe.alternate.apn_epochs)
+    cost = recipe.pretrain_cnn.epochs * sizes[0] ** 2 + phases * sum(s * s for s in sizes)
+    return recipe.override(
+        {
+            "name": "baseline",
+            "about": f"the plain backbone of {recipe.name} under the same budget",
+            "baseline": False,
+            "onnx": False,
+            "model.scales": 1,
+            "model.sizes": [size],
+            "data.source": max(recipe.data.source, size) if recipe.model.zoom == "source" else size,
+            "pretrain_cnn.epochs": max(math.ceil(cost / size**2), 1),
+        }
+    )
+
+
+def _pictures(
+    recipe: Recipe, model: RACNN, index: Index, split: str, *, augment: bool, most: int | None = None
+) -> Pictures:
+    return Pictures(index.splits[split][:most], recipe.data, model.source, seed=recipe.seed, augment=augment)
+
+
+def _changed(run: Run, recipe: Recipe, sets: dict[str, object]) -> Recipe:
+    """The recipe with changes for the stages to come."""
+    new = recipe.override(sets)
+    old_tree, new_tree = asdict_flat(recipe), asdict_flat(new)
+    fixed = [
+        f"{key} is {old_tree[key]!r} in {run.folder}, asked for {new_tree[key]!r}"
+        for key in old_tree
+        if old_tree[key] != new_tree[key]
+        and (key.startswith(("model.", "data.")) or key in ("seed", "name"))
+        and key not in ("data.workers", "data.path", "data.skip_bad", "model.k", "model.gradient")
+    ]
+    if fixed:
+        raise RacnnError(
+            "a run's network and data cannot change after its start:\n  " + "\n  ".join(fixed),
+            "leave that out to go on with this run, or start a new one with --out DIR",
+        )
+    return new
+
+
+def asdict_flat(recipe: Recipe) -> dict[str, object]:
+    """Dotted key to value."""
+    flat: dict[str, object] = {}
+    for key in recipes.keys():
+        value: object = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        flat[key] = value
+    return flat

@@ -1,0 +1,238 @@
+"""The paper's idea, held to numbers: axes, identity, gradients, bounds, composition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from racnn_cli.core import attention
+from racnn_cli.core.attention import APN, compose, peak_target, zoom
+
+SHARES = st.floats(0.0, 1.0)
+
+
+def boxes_in(count: int, seed: int, low: float = 0.15, high: float = 0.4) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    half = low + (high - low) * torch.rand(count, 1, generator=generator, dtype=torch.float64)
+    centre = half + (1 - 2 * half) * torch.rand(count, 2, generator=generator, dtype=torch.float64)
+    return torch.cat([centre, half], dim=1)
+
+
+def smooth_pictures(count: int, rows: int, columns: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, rows // 6, columns // 6, generator=generator, dtype=torch.float64)
+    return F.interpolate(coarse, (rows, columns), mode="bicubic", align_corners=False)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "k"), [("exact", 0.5), ("exact", 2.0), ("exact", math.inf), ("bilinear", math.inf)]
+)
+@pytest.mark.parametrize("size", [7, 23])  # smaller and larger than the cut region
+def test_gradcheck_where_the_gradient_is_the_true_derivative(gradient, k, size) -> None:
+    images = smooth_pictures(2, 18, 24)
+    boxes = boxes_in(2, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda b: zoom(images, b, size, k=k, gradient=gradient), (boxes,))
+
+
+def test_gradient_reaches_the_image() -> None:
+    images = smooth_pictures(1, 18, 24).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: zoom(x, boxes_in(1, seed=2), 9, k=0.5), (images,))
+
+
+def test_the_three_gradients_are_parts_of_the_whole() -> None:
+    images, boxes = smooth_pictures(3, 30, 30), boxes_in(3, seed=3)
+    parts = {}
+    for gradient in ("exact", "boxcar", "bilinear", "none"):
+        moving = boxes.clone().requires_grad_()
+        crop = zoom(images, moving, 12, k=0.7, gradient=gradient)
+        if gradient == "none":
+            assert not crop.requires_grad
+        else:
+            parts[gradient] = torch.autograd.grad(crop.square().sum(), moving)[0]
+    # The product rule: mask and positions move independently.
+    torch.testing.assert_close(parts["exact"], parts["boxcar"] + parts["bilinear"])
+    assert (parts["boxcar"] - parts["bilinear"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("k", [0.5, 3.0, math.inf])
+def test_values_do_not_depend_on_the_gradient(k) -> None:
+    images, boxes = smooth_pictures(2, 24, 24).float(), boxes_in(2, seed=4).float()
+    crops = [zoom(images, boxes, 10, k=k, gradient=g) for g in ("exact", "boxcar", "bilinear", "none")]
+    assert all(torch.equal(crops[0], crop) for crop in crops[1:])
+
+
+def test_x_runs_right_and_y_runs_down() -> None:
+    # 12 rows, 20 columns, one bright pixel at row 3, column 15.
+    image = torch.zeros(1, 3, 12, 20)
+    image[:, :, 3, 15] = 1
+    box = torch.tensor([[15.5 / 20, 3.5 / 12, 0.2]])
+    crop = zoom(image, box, 11, k=math.inf)
+    peak = int(crop[0, 0].flatten().argmax())
+    assert (peak // 11, peak % 11) == (5, 5)
+    # Moved right, the box sees the spot further left; moved down, further up.
+    right = zoom(image, box + torch.tensor([[0.05, 0.0, 0.0]]), 11, k=math.inf)[0, 0]
+    down = zoom(image, box + torch.tensor([[0.0, 0.05, 0.0]]), 11, k=math.inf)[0, 0]
+    columns, rows = torch.arange(11.0), torch.arange(11.0)
+    assert (right.sum(0) * columns).sum() / right.sum() < 4.5
+    assert (down.sum(1) * rows).sum() / down.sum() < 4.5
+    # A corner of a non-square picture: the top right quarter.
+    ramp = torch.arange(240.0).view(1, 1, 12, 20).expand(1, 3, 12, 20)
+    quarter = zoom(ramp, torch.tensor([[0.75, 0.25, 0.25]]), 10, k=math.inf)
+    assert quarter[0, 0, 0, -1] == pytest.approx(19.0, abs=3)
+    assert quarter[0, 0, -1, 0] == pytest.approx(10 + 5 * 20, abs=6)
+
+
+def test_the_whole_box_is_the_identity() -> None:
+    image = torch.randn(2, 3, 17, 17)
+    assert torch.equal(zoom(image, attention.whole(image), 17, k=math.inf), image)
+
+
+def test_enlarging_is_bilinear_interpolation() -> None:
+    image = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    ours = zoom(image, torch.tensor([[0.5, 0.5, 0.5]], dtype=torch.float64), 40, k=math.inf)
+    torch.testing.assert_close(ours, F.interpolate(image, (40, 40), mode="bilinear", align_corners=False))
+
+
+def test_reducing_is_antialiased() -> None:
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    ours = zoom(image, torch.tensor([[0.5, 0.5, 0.5]], dtype=torch.float64), 16, k=math.inf)
+    torch.testing.assert_close(ours, F.interpolate(image, (16, 16), mode="bilinear", antialias=True))
+    stripes = (torch.arange(64) % 2).to(torch.float64).expand(1, 3, 64, 64)
+    grey = zoom(stripes, torch.tensor([[0.47, 0.5, 0.45]], dtype=torch.float64), 14, k=math.inf)
+    assert (grey - 0.5).abs().max() < 0.04  # without the wider triangle: stripes of 0 and 1
+
+
+def test_mask_is_half_on_the_border_and_a_step_for_large_k() -> None:
+    centre, half = torch.tensor([0.5]), torch.tensor([0.25])
+    mask = attention.boxcar(centre, half, 40, 0.5)[0]
+    assert mask[9:11].mean() == pytest.approx(0.5, abs=1e-3)
+    assert mask[20] > 0.98
+    assert mask[0] < 0.02
+    step = attention.boxcar(centre, half, 40, 50.0)[0]
+    assert torch.allclose(step, torch.tensor([0.0] * 10 + [1.0] * 20 + [0.0] * 10), atol=1e-6)
+
+
+def real_picture() -> Tensor:
+    """A photograph-like picture without a download: the drawn birds of this package, 160 px."""
+    from racnn_cli.data.samples.fieldguide import draw
+
+    pictures = [torch.from_numpy(draw(label, size=160, seed=3, index=label)[0].copy()) for label in range(4)]
+    return torch.stack(pictures).permute(0, 3, 1, 2).double() / 255 - 0.5
+
+
+def test_sign_agrees_with_central_differences_on_pictures() -> None:
+    """Moves of 6 px either way, as in the design's table; the true derivative agrees far beyond chance."""
+    images = real_picture().repeat(8, 1, 1, 1)
+    boxes = boxes_in(32, seed=5)
+    weights = smooth_pictures(1, 48, 48, seed=6)
+
+    def score(b: Tensor) -> Tensor:
+        return (zoom(images, b, 48, k=0.5, gradient="exact") * weights).mean(dim=(1, 2, 3))
+
+    moving = boxes.clone().requires_grad_()
+    slope = torch.autograd.grad(score(moving).sum(), moving)[0]
+    agreement = []
+    for axis in range(3):
+        step = torch.zeros(3, dtype=torch.float64)
+        step[axis] = 6 / 160
+        difference = score(boxes + step) - score(boxes - step)
+        agreement.append(float((difference.sign() == slope[:, axis].sign()).double().mean()))
+    assert min(agreement) >= 0.75, agreement
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-1e6, 1e6), st.floats(1e-3, 1e4))
+def test_every_proposal_is_a_box_inside_the_image(seed, push, spread) -> None:
+    torch.manual_seed(seed)
+    floor, ceiling = 1 / 3, 0.9
+    apn = APN((4, 3, 5), 8, floor, ceiling)
+    boxes = apn.to_box(torch.randn(16, 3) * spread + push)
+    check_boxes(boxes, floor, ceiling)
+    check_boxes(apn(torch.randn(6, 4, 3, 5) * spread), floor, ceiling)
+
+
+def check_boxes(boxes: Tensor, floor: float, ceiling: float) -> None:
+    assert torch.isfinite(boxes).all()
+    side, slack = 2 * boxes[:, 2], 1e-6
+    assert side.min() >= floor - slack
+    assert side.max() <= ceiling + slack
+    assert (boxes[:, :2] - boxes[:, 2:]).min() >= -slack
+    assert (boxes[:, :2] + boxes[:, 2:]).max() <= 1 + slack
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12, 1e30])
+@pytest.mark.parametrize("push", [0.0, 100.0, -1e4])
+def test_every_parameter_keeps_a_gradient_at_extreme_activations(size, push) -> None:
+    torch.manual_seed(0)
+    apn = APN((6, 4, 4), 16, 1 / 3, 0.95)
+    with torch.no_grad():
+        apn.hidden.weight.mul_(1 + abs(push))
+        apn.box.bias.add_(push)
+    apn((torch.rand(5, 6, 4, 4) + 0.1) * size).sum().backward()
+    for name, parameter in apn.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+        # Each row of a layer serves one unit: none of them may be cut off.
+        assert (parameter.grad.flatten(1) if parameter.grad.ndim > 1 else parameter.grad[:, None]).abs().sum(
+            1
+        ).min() > 0, name
+
+
+def test_an_untrained_apn_looks_at_the_centre_with_half_the_side() -> None:
+    torch.manual_seed(1)
+    boxes = APN((8, 7, 7), 32, 1 / 3, 0.95)(torch.rand(64, 8, 7, 7))
+    torch.testing.assert_close(boxes.mean(0), torch.tensor([0.5, 0.5, 0.25]), atol=0.03, rtol=0)
+
+
+def test_an_apn_reaches_the_peak_target_everywhere() -> None:
+    """The target's side is one half (tl = 1/4) and lies within the APN's reach, corners included."""
+    torch.manual_seed(2)
+    features = torch.zeros(4, 3, 6, 8)
+    for row, (y, x) in enumerate([(0, 0), (5, 7), (0, 7), (3, 2)]):
+        features[row, :, y, x] = 1
+    target = peak_target(features, 0.5)
+    corners = [[0.25, 0.25, 0.25], [0.75, 0.75, 0.25], [0.75, 0.25, 0.25], [2.5 / 8, 3.5 / 6, 0.25]]
+    torch.testing.assert_close(target, torch.tensor(corners))
+    apn = APN((3, 6, 8), 64, 1 / 3, 0.95)
+    optimizer = torch.optim.Adam(apn.parameters(), lr=3e-3)
+    for _ in range(400):
+        optimizer.zero_grad()
+        F.smooth_l1_loss(apn(features), target, beta=0.05).backward()
+        optimizer.step()
+    assert (apn(features) - target).abs().max() < 0.03
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000))
+def test_composed_boxes_cut_what_nested_crops_cut(seed) -> None:
+    image = torch.linspace(0, 1, 90, dtype=torch.float64).expand(2, 3, 90, 90).clone()
+    image[:, 1] = image[:, 1].transpose(1, 2)
+    first, second = boxes_in(2, seed), boxes_in(2, seed + 1)
+    nested = zoom(zoom(image, first, 90, k=math.inf), second, 20, k=math.inf)
+    direct = zoom(image, compose(first, second), 20, k=math.inf)
+    assert (nested - direct)[..., 1:-1, 1:-1].abs().max() < 0.005
+    whole = torch.full((2, 3), 0.5, dtype=torch.float64)
+    torch.testing.assert_close(compose(whole, second), second)
+    torch.testing.assert_close(compose(first, whole), first)
+    third = boxes_in(2, seed + 2)
+    torch.testing.assert_close(compose(compose(first, second), third), compose(first, compose(second, third)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(SHARES, SHARES, st.floats(0.01, 0.9), st.floats(0.0, 1.0))
+def test_jittered_and_bounded_boxes_are_valid(x, y, half, amount) -> None:
+    box = torch.tensor([[x, y, half]])
+    check_boxes(attention.bound(box, 1 / 3, 0.9), 1 / 3, 0.9)
+    check_boxes(attention.jitter(box, amount, 1 / 3, 0.9), 1 / 3, 0.9)
+
+
+def test_zoom_refuses_shapes_and_words_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="images"):
+        zoom(torch.zeros(2, 3, 8, 8), torch.zeros(1, 3), 4)
+    with pytest.raises(ValueError, match="boxcar"):
+        zoom(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3), 4, gradient="both")

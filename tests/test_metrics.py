@@ -1,0 +1,92 @@
+"""The project's own arithmetic against torchmetrics, torchvision and values worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
+from torchvision.ops import box_iou
+
+from racnn_cli.core import device, metrics
+from racnn_cli.errors import RacnnError
+
+
+def tally_of(logits: torch.Tensor, labels: torch.Tensor, batch: int = 7) -> metrics.Tally:
+    tally = metrics.Tally(logits.shape[1])
+    for some, their in zip(logits.log_softmax(1).split(batch), labels.split(batch), strict=True):
+        tally.add(some, their)
+    return tally
+
+
+@pytest.mark.parametrize("classes", [2, 5, 11])
+@pytest.mark.parametrize("sharpness", [0.3, 4.0])
+def test_figures_agree_with_torchmetrics(classes: int, sharpness: float) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    labels = torch.randint(classes, (200,), generator=generator)
+    logits = sharpness * torch.randn(200, classes, generator=generator)
+    logits[torch.arange(200), labels] += 1.0
+    tally = tally_of(logits, labels)
+    found, probabilities = tally.figures(), logits.softmax(1)
+    top1 = multiclass_accuracy(probabilities, labels, classes, average="micro")
+    top5 = multiclass_accuracy(probabilities, labels, classes, average="micro", top_k=min(5, classes))
+    ece = multiclass_calibration_error(probabilities, labels, classes, n_bins=15, norm="l1")
+    assert found["top1"] == pytest.approx(top1.item(), abs=1e-6)
+    assert found["top5"] == pytest.approx(top5.item(), abs=1e-6)
+    assert found["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
+    assert found["ece"] == pytest.approx(ece.item(), abs=1e-5)
+    assert torch.equal(tally.confusion, multiclass_confusion_matrix(probabilities, labels, classes))
+    each = multiclass_accuracy(probabilities, labels, classes, average="none")
+    assert [share for share, _ in tally.per_class()] == pytest.approx(each.tolist(), abs=1e-6)
+    assert [n for _, n in tally.per_class()] == torch.bincount(labels, minlength=classes).tolist()
+
+
+def test_a_class_without_images_has_no_accuracy() -> None:
+    tally = tally_of(torch.eye(3)[[0, 0, 2]] * 9, torch.tensor([0, 0, 0]))
+    assert tally.per_class() == [(pytest.approx(2 / 3), 3), (None, 0), (None, 0)]
+    assert tally.confusion.tolist() == [[2, 0, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_figures_do_not_depend_on_the_batches() -> None:
+    logits, labels = torch.randn(50, 4), torch.randint(4, (50,))
+    assert tally_of(logits, labels, 50).figures() == pytest.approx(tally_of(logits, labels, 3).figures())
+
+
+def test_boxes_against_torchvision_and_by_hand() -> None:
+    generator = torch.Generator().manual_seed(0)
+    half = 0.05 + 0.4 * torch.rand(300, 1, generator=generator)
+    proposals = torch.cat([half + (1 - 2 * half) * torch.rand(300, 2, generator=generator), half], dim=1)
+    ends = torch.rand(300, 2, 2, generator=generator).sort(dim=1).values
+    truth = ends.reshape(300, 4)
+    assert torch.allclose(
+        metrics.iou(proposals, truth), box_iou(metrics.corners(proposals), truth).diagonal(), atol=1e-6
+    )
+    # A box in the upper right quarter; x runs right and y runs down.
+    box = torch.tensor([[0.75, 0.25, 0.25]])
+    wide = torch.tensor([[0.25, 0.0, 0.75, 0.5]])  # its right half is inside the box
+    low = torch.tensor([[0.6, 0.6, 0.9, 0.9]])
+    assert metrics.iou(box, wide).item() == pytest.approx(1 / 3)
+    assert metrics.coverage(box, wide).item() == pytest.approx(0.5)
+    assert metrics.hit(box, wide).item()
+    assert not metrics.hit(box, torch.tensor([[0.2, 0.0, 0.75, 0.5]])).item()
+    assert metrics.coverage(box, low).item() == 0.0
+    assert metrics.iou(box, low).item() == 0.0
+
+
+def test_wilson_interval_of_known_counts() -> None:
+    assert metrics.wilson(0.9, 20) == pytest.approx((0.6990, 0.9721), abs=1e-4)
+    low, high = metrics.wilson(1.0, 10)
+    assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert metrics.wilson(0.0, 0) == (0.0, 1.0)
+
+
+def test_device() -> None:
+    assert device.pick("cpu").type == "cpu"
+    assert device.pick("auto").type == device.present()[0]
+    missing = next((name for name in ("mps", "cuda") if name not in device.present()), None)
+    if missing is not None:
+        with pytest.raises(RacnnError, match=f"{missing}.* is not on this machine"):
+            device.pick(missing)
