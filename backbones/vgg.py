@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
-from timm.models.vgg import VGG
 from torch import Tensor, nn
 
 from backbones.contract import Backbone
@@ -30,7 +31,7 @@ class Vgg(Backbone):
 
     dropped = ("pre_logits.", "head.", "classifier.")  # of a checkpoint: the layers behind the tap
 
-    def __init__(self, name: str, net: VGG, size: int) -> None:
+    def __init__(self, name: str, net: Any, size: int) -> None:
         config = net.pretrained_cfg
         super().__init__(
             name,
@@ -59,8 +60,8 @@ def build(name: str, size: int, *, pretrained: bool = False) -> Vgg:
             f"{name} does not take images of {size} px: the smallest side is {STRIDE} px",
             "a larger size in model.sizes",
         )
-    # timm builds the 4096-wide layers too, 120 million weights that are thrown away: on the meta device they cost
-    # nothing, and only the convolutions are then made and filled.
+    # timm builds the 4096-wide layers too, 120 million weights that are thrown away: on the meta device they
+    # cost nothing, and only the convolutions are then made and filled.
     with torch.device("cpu" if pretrained else "meta"):
         net = timm.create_model(name, pretrained=pretrained, num_classes=0)
     model = Vgg(name, net, size)

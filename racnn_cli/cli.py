@@ -286,7 +286,7 @@ def alternate(
 def evaluate(
     run: RunFolder = None,
     split: Annotated[
-        str | None, typer.Option(help="train, val or test  [default: test]", show_default=False)
+        str | None, typer.Option(help="train, val, test or all  [default: test]", show_default=False)
     ] = None,
     data: DataPath = None,
 ) -> None:

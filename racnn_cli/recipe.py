@@ -22,7 +22,10 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-Sizes = Annotated[tuple[Annotated[int, Field(ge=16, le=4096)], ...], BeforeValidator(lambda v: tuple(v))]
+Sizes = Annotated[
+    tuple[Annotated[int, Field(ge=16, le=4096)], ...],
+    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+]
 
 
 class Section(BaseModel):
@@ -56,7 +59,9 @@ class Sample(Section):
 class Data(Section):
     """Where the pictures come from and how a file becomes a square source picture."""
 
-    path: str = Field(description="a folder with one folder a class, a CSV file, or plankton or fieldguide")
+    path: str = Field(
+        "", description="a folder with one folder a class, a CSV file, or plankton or fieldguide"
+    )
     source: Annotated[int, Field(ge=0, le=8192)] = Field(
         0,
         description="side in pixels of the square source that all scales are cut from; 0: the first scale's size",
@@ -206,7 +211,7 @@ class Recipe(Section):
     quick: bool = Field(False, description="the whole way on a small share of the data with few epochs")
     baseline: bool = Field(False, description="train the plain backbone too, under the same budget")
     onnx: bool = Field(False, description="export the trained network at the end of `racnn train`")
-    data: Data
+    data: Data = Data()
     model: Model
     train: Train = Train()
     pretrain_cnn: PretrainCnn = PretrainCnn()
@@ -300,10 +305,11 @@ def load(name: str, sets: Iterable[str] = (), changes: Mapping[str, Any] | None 
     changes = {**parse_sets(sets), **(changes or {})}
     for key, value in changes.items():
         _assign(tree, key, value)
-    sizes = tree.get("model", {}).get("sizes")
+    sizes = tree["model"].get("sizes") if isinstance(tree.get("model"), dict) else None
     if (
         "model.scales" in changes
         and "model.sizes" not in changes
+        and isinstance(sizes, list)
         and sizes
         and isinstance(changes["model.scales"], int)
     ):

@@ -20,11 +20,12 @@ LATEST = "latest"
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary)` make the file, then put it in the place of `path` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         umask = os.umask(0)
         os.umask(umask)
@@ -39,7 +40,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             failure=True,
         ) from fault
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -175,7 +177,7 @@ class Run:
 
 def _next_free(folder: Path) -> Path:
     number, candidate = 1, folder
-    while candidate.exists():
+    while candidate.exists() or candidate.name == LATEST:
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate

@@ -1,1 +1,132 @@
-"""The commands that print the figures which README quotes."""
+"""The commands that print the figures which README quotes: `racnn bench NAME`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from racnn_cli.errors import RacnnError
+from racnn_cli.run import write_json
+
+NAMES = ("seeds", "gradient", "backbones", "crop")
+"""Each is a module of this package with `run(Options) -> Figures`."""
+
+SEEDED = ("seeds", "gradient")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a bench is asked for; `recipe` and `quick` are for `seeds` alone."""
+
+    seeds: tuple[int, ...] = (0,)
+    recipe: str = "demo"
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a bench found: tables for a person, and the same as plain values."""
+
+    tables: list[Table]
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def run_bench(
+    name: str, json_path: Path | None, seeds: str | None, recipe: str | None = None, quick: bool = False
+) -> None:
+    """Measure, print, and write the same figures as JSON if asked.
+
+    Args:
+        name: one of `NAMES`.
+        json_path: file for the figures.
+        seeds: such as `0-4` or `0,3,7`; None: 0-4. Only `seeds` and `gradient` take it.
+        recipe: what `seeds` trains; None: demo.
+        quick: train on a small share of the data with few epochs.
+
+    Raises:
+        RacnnError: no such bench, an option that it does not take, or what the measured thing itself raises.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.4)
+        raise RacnnError(
+            f"there is no bench {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+            f"one of {', '.join(NAMES)}",
+        )
+    takes = {
+        "--seeds": (seeds is not None, SEEDED),
+        "--recipe": (recipe is not None, ("seeds",)),
+        "--quick": (quick, ("seeds",)),
+    }
+    extra = [flag for flag, (given, benches) in takes.items() if given and name not in benches]
+    if extra:
+        raise RacnnError(f"the bench {name} takes no {' and no '.join(extra)}", f"`racnn bench {name}`")
+    options = Options(parse_seeds(seeds or "0-4") if name in SEEDED else (0,), recipe or "demo", quick)
+    figures = importlib.import_module(f"{__name__}.{name}").run(options)
+    on, console = machine(), Console(highlight=False)
+    for table in figures.tables:
+        # As wide as its content where the output is no terminal: a table that is cut says nothing.
+        Console(highlight=False, width=None if console.is_terminal else 160).print(table)
+    used = ", ".join(map(str, options.seeds))
+    console.print(escape(f"{describe(on)}; {'seeds' if len(options.seeds) > 1 else 'seed'} {used}"))
+    if json_path is not None:
+        write_json(
+            json_path, {"bench": name, "machine": on, "seeds": list(options.seeds), **figures.values}
+        )
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0-4`, `0,3,7` or `0-2,9` to numbers, in the order given and each once.
+
+    Raises:
+        RacnnError: it is something else.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        low, dash, high = (piece.strip() for piece in part.partition("-"))
+        if not low.isdecimal() or (dash and not high.isdecimal()) or int(high or low) < int(low):
+            raise RacnnError(f"--seeds {text}: {part.strip()!r} is no seed and no range", "--seeds 0-4, or 0,3,7")
+        seeds += range(int(low), int(high or low) + 1)
+    return tuple(dict.fromkeys(seeds))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on: the processor, its cores, threads in use, torch and its device."""
+    import torch
+
+    from racnn_cli.core.device import pick
+
+    where = pick()
+    return {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if where.type == "cuda" else where.type,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe(on: Mapping[str, Any]) -> str:
+    """The machine in one line."""
+    return (
+        f"{on['cpu']}, {on['cores']} cores, {on['threads']} thread(s), device {on['device']}, torch {on['torch']}"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

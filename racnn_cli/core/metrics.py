@@ -54,7 +54,7 @@ class Tally:
         }
 
     def per_class(self) -> list[tuple[float | None, int]]:
-        """Of each class: the share of its images that were named right (None without any), and their number."""
+        """Of each class: the share of its images that were named right (None without any), and how many."""
         count = self.confusion.sum(dim=1).tolist()
         right = self.confusion.diagonal().tolist()
         return [(r / n if n else None, n) for r, n in zip(right, count, strict=True)]

@@ -17,9 +17,14 @@ from racnn_cli.run import Run, write_atomic
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write tensors as one safetensors file, in one step."""
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(
-        path, lambda temporary: save_file(flat, temporary, metadata | {"racnn": racnn_cli.__version__})
-    )
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(flat, temporary, metadata | {"racnn": racnn_cli.__version__})
+        except SafetensorError as fault:  # a full disk, said by safetensors in its own way
+            raise OSError(str(fault)) from None
+
+    write_atomic(path, write)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

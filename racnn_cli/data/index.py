@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +58,16 @@ class Index:
     notes: list[str]
 
 
-def build_index(data: recipe.Data, *, seed: int, classes: list[str] | None = None) -> Index:
+def build_index(
+    data: recipe.Data, *, seed: int, classes: list[str] | None = None, verify: Sequence[str] = SPLITS
+) -> Index:
     """List, split and verify the data.
 
     Args:
         data: the recipe's `data`: a folder, a CSV file or a built-in set, and how to split it.
         seed: of the split, of `data.limit` and of the drawn pictures.
         classes: the class names of a run, in their order; the data must have exactly these.
+        verify: the splits whose files are read to the end, to find what is wrong with them.
 
     Raises:
         RacnnError: with every fault of the data: unreadable, empty, truncated, oversized, unlabelled and
@@ -76,7 +79,7 @@ def build_index(data: recipe.Data, *, seed: int, classes: list[str] | None = Non
     problems = _name_problems(names)
     splits, single = _split(listing.rows, data, seed)
     splits = _limit(splits, data.limit, seed)
-    bad = _verify([row for split in SPLITS for row in splits[split]])
+    bad = _verify([row for split in verify for row in splits[split]])
     faults = listing.faults + list(bad.values())
     if data.skip_bad:
         splits = {name: [row for row in rows if row not in bad] for name, rows in splits.items()}
@@ -100,6 +103,11 @@ def locate(data: recipe.Data, seed: int) -> Path:
     Raises:
         RacnnError: there is no such file; the hint names what is near.
     """
+    if not data.path:
+        raise RacnnError(
+            "no data are named: data.path is empty",
+            f"--data FOLDER with a folder a class, --data FILE.csv, or --data {' or '.join(samples.NAMES)}",
+        )
     if data.path in samples.NAMES:
         return samples.materialise(data.path, data.sample, seed)
     path = Path(data.path).expanduser()

@@ -1,4 +1,4 @@
-"""Small charts as HTML and inline SVG: lines over epochs, bars a class, confusion. The page has the colours."""
+"""Small charts as HTML and inline SVG: lines over epochs, bars, confusion. The page has the colours."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def bars(entries: Sequence[tuple[str, float | None, int]]) -> str:
     """A bar a class: name, share of its images that were named right (None without images), their number."""
     rows = []
     for name, share, count in entries:
-        shown = "no images" if share is None else f"{share:.2f} of {count}"
+        shown = "no images" if share is None else f"{share:.0%} of {count}"
         width = 0 if share is None else 100 * share
         rows.append(
             f'<tr><th scope="row">{escape(name)}</th>'
@@ -108,11 +108,12 @@ def bars(entries: Sequence[tuple[str, float | None, int]]) -> str:
 def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """The matrix as a heat map: rows are the truth, columns the answers, shades are shares of a row."""
     count = len(names)
-    cell = max(6, min(34, 620 // count))
+    cell = max(3, min(34, 620 // count))
     written = cell >= 16
     margin = min(220, 14 + round(6.6 * max(len(name) for name in names))) if written else 8
     side = margin + count * cell + 2
-    parts = []
+    whole = count * cell - 1
+    parts = [f'<rect class="cell" x="{margin}" y="{margin}" width="{whole}" height="{whole}"/>']
     for row, name in enumerate(names):
         middle = margin + row * cell + cell / 2
         if written:
@@ -124,16 +125,18 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
             parts.append(f'<text class="tick" transform="{turn}">{text}</text>')
         total = sum(matrix[row])
         for column, value in enumerate(matrix[row]):
-            share = value / total if total else 0.0
+            if not value:  # with many classes nearly all are empty, and a page has its limits
+                continue
+            share = value / total
             left, top = margin + column * cell, margin + row * cell
             square = f'x="{left}" y="{top}" width="{cell - 1}" height="{cell - 1}"'
             kind = "right" if row == column else "wrong"
             tip = escape(f"{name} taken for {names[column]}: {value} of {total}")
             parts.append(
-                f'<g><title>{tip}</title><rect class="cell" {square}/>'
-                f'<rect class="{kind}" {square} fill-opacity="{share:.3f}"/></g>'
+                f'<rect class="{kind}" {square} fill-opacity="{max(share, 0.08):.3f}">'
+                f"<title>{tip}</title></rect>"
             )
-            if written and value:
+            if written:
                 style = "strong" if share > 0.55 else "tick"
                 parts.append(
                     f'<text class="{style}" x="{left + cell / 2 - 0.5}" y="{top + cell / 2 + 4}" '

@@ -38,7 +38,7 @@ def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int)
         (max(1, round(source.width * factor)), max(1, round(source.height * factor))),
         Image.Resampling.LANCZOS,
     )
-    draw, line = ImageDraw.Draw(whole), max(2, round(height / 160))
+    draw, line = ImageDraw.Draw(whole), max(3, round(height / 160))
     for number, box in enumerate(boxes, start=2):
         _frame(draw, [value * factor for value in box], _colour(number), line, whole.size)
     if not boxes:

@@ -17,7 +17,7 @@ from racnn_cli.core import metrics, store
 from racnn_cli.core.device import pick
 from racnn_cli.core.model import RACNN, sizes_of
 from racnn_cli.data.images import Pictures, batches
-from racnn_cli.data.index import Index, build_index
+from racnn_cli.data.index import SPLITS, Index, build_index
 from racnn_cli.errors import RacnnError
 from racnn_cli.run import Run, write_json
 
@@ -30,15 +30,14 @@ def evaluate(
     split: str | None = None,
     batch: int | None = None,
     workers: int | None = None,
-    device: str | None = None,
     data: str | None = None,
 ) -> dict[str, Any]:
     """Measure a run on one of its splits and write eval.json.
 
     Args:
         run: a run whose network has weights.
-        split: train, val or test; None: test if it has images, else val.
-        batch, workers, device: in the place of the recipe's.
+        split: train, val, test or all; None: test if it has images, else val; for other data, all.
+        batch, workers: in the place of the recipe's.
         data: another folder or CSV file with the run's classes, in the place of the recipe's `data.path`.
 
     Returns:
@@ -54,9 +53,12 @@ def evaluate(
     recipe, classes = run.recipe(), run.classes()
     if data is not None:
         recipe = recipe.override({"data.path": data})
-    where = pick(device or recipe.train.device)
-    index = build_index(recipe.data, seed=recipe.seed, classes=classes)
-    split = split or ("test" if index.splits.get("test") else "val")
+    where = pick()
+    if data is not None:
+        split = split or "all"
+    verify = SPLITS if split == "all" else (split,) if split in SPLITS else ("val", "test")
+    index = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=verify)
+    split = split or ("test" if index.splits["test"] else "val")
     pictures = Pictures(_items(index, split), recipe.data, model.source, seed=recipe.seed, augment=False)
     loader = batches(
         pictures,
@@ -65,6 +67,7 @@ def evaluate(
         seed=recipe.seed,
         shuffle=False,
         workers=recipe.data.workers if workers is None else workers,
+        device_pin=where.type == "cuda",
     )
     measured = measure(model, loader, where)
     shares = measured.pop("per_class")
@@ -209,7 +212,7 @@ def caption(result: Mapping[str, Any]) -> str:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """The result for a terminal: a table of answers, and one of boxes where there are any."""
-    answers = Table(title="How often it is right", title_justify="left")
+    answers = Table(title="How often it is right", min_width=46, title_justify="left")
     answers.add_column("")
     for name in ("top-1", f"top-{min(5, result['classes'])}", "NLL", "ECE"):
         answers.add_column(name, justify="right")
@@ -243,10 +246,13 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _items(index: Index, split: str) -> list[Any]:
-    full = [name for name, items in index.splits.items() if items]
-    if split not in full:
-        raise RacnnError(f"there are no images in the split {split!r}", f"--split {' or '.join(full)}")
-    return index.splits[split]
+    if split not in (*SPLITS, "all"):
+        raise RacnnError(f"there is no split {split!r}", f"--split {', '.join(SPLITS)} or all")
+    items = [item for name in SPLITS if split in (name, "all") for item in index.splits[name]]
+    if not items:
+        counts = ", ".join(f"{name} {len(index.splits[name])}" for name in SPLITS)
+        raise RacnnError(f"the split {split} has no images ({counts})", "--split with one that has images")
+    return items
 
 
 def _baseline(folder: Path) -> dict[str, float] | None:

@@ -32,6 +32,7 @@ from racnn_cli.run import Run, write_atomic, write_json, write_text
 
 BATCHES = (1, 5)  # sizes that the file is checked with
 TOLERANCE = 1e-3  # in probabilities, and in boxes as a share of the source's side
+HINT = "another model.backbone, or `racnn export --safetensors --out FOLDER`"
 LARGEST = 2**31 - 2**20  # bytes that one protobuf message can hold
 
 
@@ -81,7 +82,7 @@ def export_onnx(run: Run, path: Path | None = None, *, opset: int = 20) -> dict[
     if weight > LARGEST:
         raise RacnnError(
             f"the network's weights take {weight / 2**30:.1f} GiB; one ONNX file holds at most 2",
-            "a smaller model.backbone, or `racnn export --safetensors FOLDER`",
+            HINT,
         )
     recipe = run.recipe()
     names = outputs(len(model.sizes))
@@ -102,7 +103,10 @@ def export_onnx(run: Run, path: Path | None = None, *, opset: int = 20) -> dict[
 
     def write(temporary: Path) -> None:
         onnx.save(proto, temporary)
-        onnx.checker.check_model(str(temporary), full_check=True)
+        try:
+            onnx.checker.check_model(str(temporary), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as fault:
+            raise RacnnError(f"the exported graph is not valid ONNX: {fault}", HINT, failure=True) from fault
         difference.update(compare(model, temporary, images, kind))
 
     write_atomic(path, write)
@@ -140,14 +144,18 @@ def compare(model: RACNN, path: Path, images: Tensor, kind: str) -> dict[str, fl
     """Largest difference between PyTorch and ONNX Runtime of each output, over both batch sizes.
 
     Raises:
-        RacnnError: a probability or a box differs by more than 1e-3, or the answer is another one.
+        RacnnError: the file does not load, probabilities or boxes differ by more than 1e-3, another answer.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as fault:  # its errors have no common base
+        raise RacnnError(
+            f"ONNX Runtime cannot load the exported graph: {fault}", HINT, failure=True
+        ) from fault
     names = outputs(len(model.sizes))
     worst = dict.fromkeys(names, 0.0)
-    hint = "another --opset, or report this with the name of the backbone"
     for share in images.split(BATCHES):
         with torch.inference_mode():
             expected = [value.numpy() for value in Plain(model)(share)]
@@ -159,7 +167,7 @@ def compare(model: RACNN, path: Path, images: Tensor, kind: str) -> dict[str, fl
                 raise RacnnError(
                     f"ONNX Runtime and PyTorch differ by {gap:.2g} in {name} on {kind}, batch {len(share)}; "
                     f"at most {TOLERANCE:g} is allowed, and no file was written",
-                    hint,
+                    HINT,
                     failure=True,
                 )
         probabilities, answer = expected[0], found[0].argmax(axis=1)
@@ -168,7 +176,7 @@ def compare(model: RACNN, path: Path, images: Tensor, kind: str) -> dict[str, fl
         if (lost > 1e-5).any():
             raise RacnnError(
                 f"ONNX Runtime names another class than PyTorch on {kind}, batch {len(share)}; no file left",
-                hint,
+                HINT,
                 failure=True,
             )
     return worst
@@ -217,7 +225,7 @@ def _to_onnx(model: nn.Module, side: int, names: list[str], opset: int) -> onnx.
         first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise RacnnError(
             f"the network cannot be exported to ONNX opset {opset}: {first}",
-            "another --opset or another model.backbone",
+            HINT,
             failure=True,
         ) from fault
     finally:
@@ -229,9 +237,7 @@ def _to_onnx(model: nn.Module, side: int, names: list[str], opset: int) -> onnx.
 def _pictures(recipe: Recipe, classes: list[str], side: int, count: int) -> tuple[Tensor, str]:
     """So many images (n, 3, side, side): of the run's validation split if it is still there, else noise."""
     try:
-        # A few of each class: the index decodes every picture that it lists.
-        data = recipe.data.model_copy(update={"limit": count})
-        items = build_index(data, seed=recipe.seed, classes=classes).splits["val"]
+        items = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=()).splits["val"]
         some = [load_source(item.path, recipe.data, side)[0] for item in items[:count]]
     except RacnnError:
         some = []

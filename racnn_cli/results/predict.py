@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -82,7 +83,8 @@ class Model:
         single = isinstance(images, str | Path | Image.Image) or (
             isinstance(images, np.ndarray) and images.ndim == 3
         )
-        queue: Iterator[Any] = iter([images] if single else images)
+        many: Any = [images] if single else images
+        queue: Iterator[Picture] = iter(many)
         while some := list(islice(queue, batch)):
             read = [self._read(image) for image in some]
             good = [entry for entry in read if not isinstance(entry, str)]
@@ -248,8 +250,8 @@ def draw_all(predictions: Iterable[Prediction], folder: Path) -> list[Path]:
             number += 1
             name = f"{path.stem}-{number}"
         taken.add(name.lower())
-        target, drawing = folder / f"{name}.jpg", drawn(prediction)
-        write_atomic(target, lambda file, image=drawing: image.save(file, quality=92, subsampling=0))
+        target = folder / f"{name}.jpg"
+        write_atomic(target, partial(drawn(prediction).save, quality=92, subsampling=0))
         written.append(target)
     return written
 

@@ -12,7 +12,7 @@ from typing import Any
 import racnn_cli
 from racnn_cli.core.model import sizes_of
 from racnn_cli.data.images import read_image
-from racnn_cli.data.index import Item, build_index
+from racnn_cli.data.index import SPLITS, Item, build_index
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.results import chart, draw, evaluate, predict
@@ -81,9 +81,10 @@ def _summary(recipe: Recipe, result: dict[str, Any]) -> str:
     listed = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items()
     )
+    interval = f"95 % interval {low:.1%} to {high:.1%}"
     return (
         f'{about}<p class="headline"><b>{result["fused"]["top1"]:.1%}</b> right on {result["images"]} '
-        f"{escape(result['split'])} images <small>(95 % interval {low:.1%} to {high:.1%})</small></p><dl>{listed}</dl>"
+        f"{escape(result['split'])} images <small>({interval})</small></p><dl>{listed}</dl>"
     )
 
 
@@ -95,7 +96,8 @@ def _table(head: Iterable[str], rows: Iterable[tuple[str, list[str]]], last: str
         + "</tr>"
         for name, values in rows
     )
-    return f'<div class="scroll"><table class="figures"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<table class="figures"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _answers(result: dict[str, Any]) -> str:
@@ -120,7 +122,7 @@ def _boxes(result: dict[str, Any]) -> str:
     note = "<p>Sides are shares of the scale before."
     if truth:
         head += ["IoU", "hit", "coverage"]
-        note += " IoU, hit (its centre is inside) and coverage are against the data's own boxes, on the source picture."
+        note += " IoU, hit (its centre is inside) and coverage are against the data's own boxes."
     return _table(head, rows) + note + "</p>"
 
 
@@ -204,10 +206,11 @@ def _duration(seconds: float) -> str:
 def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
     """Some pictures of the split, wrong answers first, with what each scale saw."""
     try:
-        index = build_index(recipe.data, seed=recipe.seed, classes=run.classes())
-        items = index.splits[result["split"]]
+        split = result["split"] if result["split"] in SPLITS else "test"
+        index = build_index(recipe.data, seed=recipe.seed, classes=run.classes(), verify=())
+        items = index.splits[split]
         some = items[:: max(1, len(items) // LOOKED_AT)][:LOOKED_AT]
-        answers = predict.load(run, recipe.train.device).predict([item.path for item in some])
+        answers = predict.load(run).predict([item.path for item in some])
     except RacnnError as fault:
         return f"<p>No pictures: {escape(fault.message)}.</p>"
     pairs = [(item, answer) for item, answer in zip(some, answers, strict=True) if not answer.error]
@@ -217,8 +220,10 @@ def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
     step = max(1, len(right) // (SHOWN - len(wrong)))
     chosen = wrong + right[::step][: SHOWN - len(wrong)]
     cards = "".join(_card(item, answer, index.classes[item.label]) for item, answer in chosen)
-    note = f"<p>Chosen from {len(pairs)} {escape(result['split'])} pictures: wrong answers first, then right ones.</p>"
-    return f"{note}<div class=gallery>{cards}</div>"
+    note = (
+        f"Chosen from {len(pairs)} {escape(result['split'])} pictures: wrong answers first, then right ones."
+    )
+    return f"<p>{note}</p><div class=gallery>{cards}</div>"
 
 
 def _card(item: Item, answer: predict.Prediction, truth: str) -> str:

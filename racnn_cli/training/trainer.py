@@ -38,7 +38,7 @@ class Trainer:
     ) -> None:
         device = distributed.local_device(pick(recipe.train.device))
         model.to(device)
-        if recipe.train.channels_last and device.type == "cuda":
+        if recipe.train.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.saved = saved
         self.context = Context(
@@ -371,7 +371,7 @@ def _changed(run: Run, recipe: Recipe, sets: dict[str, object]) -> Recipe:
 def asdict_flat(recipe: Recipe) -> dict[str, object]:
     """Dotted key to value."""
     flat: dict[str, object] = {}
-    for key in recipes.keys():
+    for key in recipes.keys():  # noqa: SIM118
         value: object = recipe
         for part in key.split("."):
             value = getattr(value, part)

@@ -1,0 +1,169 @@
+"""`racnn bench seeds`: one recipe, trained once a seed, each with its own split: how good, and how surely.
+
+Run folders: `runs/bench-NAME/seed-N`. A seed that is finished is not trained again, one that was interrupted
+goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from racnn_cli import api
+from racnn_cli import recipe as recipes
+from racnn_cli.bench import Figures, Options
+from racnn_cli.core.model import sizes_of
+from racnn_cli.errors import RacnnError
+from racnn_cli.recipe import Recipe
+from racnn_cli.results.evaluate import read, rows
+from racnn_cli.run import RUNS, Run
+from racnn_cli.training.trainer import asdict_flat
+
+
+def run(options: Options) -> Figures:
+    """Train what is not trained yet, and put all seeds side by side.
+
+    Raises:
+        RacnnError: a folder holds a run of another recipe, or training fails.
+    """
+    console = Console(stderr=True, highlight=False)
+    recipe = recipes.load(options.recipe, (), {"quick": True} if options.quick else {})
+    parent = RUNS / f"bench-{recipe.name}{'-quick' if options.quick else ''}"
+    found = []
+    for seed in options.seeds:
+        folder = parent / f"seed-{seed}"
+        done = finished(folder, recipe.override({"seed": seed}).as_used())
+        console.print(escape(f"seed {seed}: {'is there already' if done else 'trains'}, {folder}"))
+        result = done or _train(folder, recipe.override({"seed": seed}))
+        trained = Run(folder)
+        found.append(
+            {
+                "seed": seed,
+                "run": str(folder),
+                "split": result["split"],
+                "images": result["images"],
+                "top1": {name: figures["top1"] for name, figures in rows(result)},
+                "seconds": _seconds(trained),
+                "baseline_seconds": _seconds(Run(folder / "baseline")),
+            }
+        )
+    return summary(recipe.name, found)
+
+
+def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The figures of a seed that was trained to its end with this recipe; None if it was not.
+
+    Raises:
+        RacnnError: the folder holds a run of another recipe, whose figures would be passed off as this one's.
+    """
+    run = Run(folder)
+    if not run.recipe_file.is_file():
+        return None
+    has, wanted = run.recipe(), recipe.override({"model.sizes": list(sizes_of(recipe.model))})
+    wanted = wanted.override({"data.source": wanted.data.source or wanted.model.sizes[0]})
+    old, new = asdict_flat(has), asdict_flat(wanted)
+    differ = [f"{key} is {old[key]!r} there and {new[key]!r} here" for key in new if old[key] != new[key]]
+    if differ:
+        raise RacnnError(
+            f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differ),
+            f"move {folder.parent} out of the way; nothing in it was changed",
+        )
+    return read(run) if run.eval.is_file() else None
+
+
+def _train(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    run = Run(folder)
+    if run.recipe_file.is_file():
+        return api.resume(run, quiet=True)
+    return api.train(recipe, out=folder, quiet=True)[1]
+
+
+def _seconds(run: Run) -> float:
+    """Of training, without validation, reading the data set or evaluation; 0 if there is no such run."""
+    return sum(event["seconds"] for event in run.read_log() if event["event"] == "epoch")
+
+
+def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
+    """The table of `run`.
+
+    Args:
+        name: of the recipe.
+        found: one entry a seed: `seed`, `images`, `split`, `top1` (line to share), `seconds`,
+            `baseline_seconds`.
+    """
+    lines = list(found[0]["top1"])
+    columns = {line: [entry["top1"][line] for entry in found] for line in lines}
+    seconds = [entry["seconds"] for entry in found]
+    values: dict[str, Any] = {
+        "recipe": name,
+        "runs": [dict(entry) for entry in found],
+        "mean": {line: statistics.fmean(column) for line, column in columns.items()},
+        "deviation": {line: _deviation(column) for line, column in columns.items()},
+        "seconds_mean": statistics.fmean(seconds),
+    }
+    table = Table(title=f"Recipe {name}: top-1, a split and a seed each", title_justify="left")
+    for column in ("seed", "images", *lines, "seconds"):
+        table.add_column(column, justify="right")
+    for entry in found:
+        shown = [f"{entry['top1'][line]:.3f}" for line in lines]
+        table.add_row(str(entry["seed"]), str(entry["images"]), *shown, _time(entry))
+    table.add_section()
+    table.add_row("mean", "", *(f"{values['mean'][line]:.3f}" for line in lines), f"{values['seconds_mean']:.0f}")
+    if len(found) > 1:
+        table.add_row("±", "", *(f"{values['deviation'][line]:.3f}" for line in lines), "", style="dim")
+    notes = [f"images: of the {found[0]['split']} split; ±: standard deviation over the seeds"]
+    notes.append("seconds: of training" + (" (+ the baseline's)" if "baseline" in lines else ""))
+    if "baseline" in lines:
+        difference = paired(columns["fused"], columns["baseline"])
+        values["fused_minus_baseline"] = difference
+        text = f"fused - baseline, paired: {difference['mean']:+.3f}"
+        if difference["interval"] is not None:
+            low, high = difference["interval"]
+            # The pictures of one data set come up in several test splits.
+            text += f", 95 % t interval {low:+.3f} to {high:+.3f} (too narrow as far as the splits share pictures)"
+        notes.append(text)
+    table.caption, table.caption_justify = "\n".join(notes), "left"
+    return Figures([table], values)
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Mean of the differences, and their 95 % t interval (None for a single pair)."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, count = statistics.fmean(differences), len(differences)
+    if count < 2:
+        return {"mean": mean, "interval": None}
+    half = t_quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return {"mean": mean, "interval": [mean - half, mean + half]}
+
+
+def t_quantile(freedom: int, share: float = 0.975) -> float:
+    """Quantile of Student's t distribution, by bisection on its integral (Simpson's rule)."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+
+    def below(t: float, pieces: int = 400) -> float:
+        step = t / pieces
+        weights = (1 if n in (0, pieces) else 4 if n % 2 else 2 for n in range(pieces + 1))
+        heights = ((1 + (n * step) ** 2 / freedom) ** (-(freedom + 1) / 2) for n in range(pieces + 1))
+        return 0.5 + scale * step / 3 * sum(w * h for w, h in zip(weights, heights, strict=True))
+
+    low, high = 0.0, 20.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < share else (low, middle)
+    return low
+
+
+def _deviation(column: Sequence[float]) -> float | None:
+    return statistics.stdev(column) if len(column) > 1 else None
+
+
+def _time(entry: Mapping[str, Any]) -> str:
+    extra = f" (+{entry['baseline_seconds']:.0f})" if entry["baseline_seconds"] else ""
+    return f"{entry['seconds']:.0f}{extra}"
