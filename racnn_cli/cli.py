@@ -35,7 +35,7 @@ def _complete_recipe(incomplete: str) -> list[str]:
 
 
 def _complete_key(incomplete: str) -> list[str]:
-    return [f"{key}=" for key in recipes.keys() if key.startswith(incomplete)]
+    return [f"{key}=" for key in recipes.key_names() if key.startswith(incomplete)]
 
 
 RecipeName = Annotated[
@@ -320,7 +320,7 @@ def export(
         report = exporter.export_onnx(opened, out)
         typer.echo(exporter.describe(report))
     else:
-        typer.echo(f"wrote {exporter.export_safetensors(opened, out)}")
+        typer.echo(f"wrote {exporter.export_safetensors(opened, out or opened.folder / 'export')}")
 
 
 @app.command()
@@ -352,23 +352,40 @@ def report(run: RunFolder = None) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="demo, gradient, backbones or crop")],
+    name: Annotated[str, typer.Argument(help="seeds, gradient, backbones or crop")],
     json: Annotated[Path | None, typer.Option("--json", help="write the figures to this file too")] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="for demo: such as 0-4 or 0,3,7")] = "0-4",
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds",
+            help="for seeds and gradient: such as 0-4 or 0,3,7  [default: 0-4]",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="for seeds: what is trained  [default: demo]",
+            autocompletion=_complete_recipe,
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="for seeds: a small share of the data")] = False,
 ) -> None:
     """Print the figures that README quotes."""
     from racnn_cli.bench import run_bench
 
-    run_bench(name, json, seeds)
+    run_bench(name, json, seeds, recipe, quick)
 
 
 @app.command()
 def samples(
     name: Annotated[str, typer.Argument(help="plankton or fieldguide")],
     out: Annotated[Path, typer.Option("--out", help="folder to write, new or empty")],
-    images: Annotated[int, typer.Option(help="fieldguide: number of pictures")] = 480,
-    size: Annotated[int, typer.Option(help="fieldguide: side in pixels")] = 256,
-    seed: Annotated[int, typer.Option(help="fieldguide: seed of the drawings")] = 0,
+    images: Annotated[int, typer.Option(min=24, max=100_000, help="fieldguide: number of pictures")] = 480,
+    size: Annotated[int, typer.Option(min=64, max=4096, help="fieldguide: side in pixels")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="fieldguide: seed of the drawings")] = 0,
 ) -> None:
     """Write a built-in data set to a folder, to look at it or to train on it as your own."""
     from racnn_cli.data.samples import write
@@ -398,7 +415,7 @@ def recipes_show(
 def main() -> None:
     """Entry of the command `racnn`: a fault that a user can mend is two lines, never a traceback."""
     try:
-        app()
+        app(prog_name="racnn")
     except RacnnError as fault:
         out = Console(stderr=True, highlight=False, soft_wrap=True)
         out.print(f"[bold red]error:[/] {escape(fault.message)}")

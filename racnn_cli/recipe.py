@@ -345,13 +345,13 @@ def dump(recipe: Recipe) -> str:
     return tomli_w.dumps(to_tree(recipe))
 
 
-def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+def key_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     """Every dotted key of the schema, in its order."""
     found: list[str] = []
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found += keys(kind, f"{prefix}{name}.")
+            found += key_names(kind, f"{prefix}{name}.")
         else:
             found.append(prefix + name)
     return found
@@ -359,14 +359,14 @@ def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
 
 def suggest(key: str) -> str:
     """`did you mean …?` for a key that does not exist; empty when nothing is near."""
-    known = keys()
+    known = key_names()
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     near = same_leaf or difflib.get_close_matches(key, known, n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(near[:4])}?" if near else ""
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    if key not in keys():
+    if key not in key_names():
         raise RacnnError(
             f"there is no recipe key {key!r}{suggest(key)}", "`racnn recipes show NAME` prints all keys"
         )

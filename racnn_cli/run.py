@@ -125,7 +125,8 @@ class Run:
             if not link.exists():
                 raise RacnnError(
                     f"there is no run yet in {RUNS}/",
-                    "`racnn train demo` or `racnn pretrain-cnn RECIPE --data FOLDER` starts one; --run DIR names one elsewhere",
+                    "`racnn train demo` or `racnn pretrain-cnn RECIPE --data FOLDER` starts one; "
+                    "--run DIR names one elsewhere",
                 )
             folder = link.resolve() if link.is_dir() else RUNS / link.read_text(encoding="utf-8").strip()
         if not (folder / "recipe.toml").is_file():

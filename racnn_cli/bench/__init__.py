@@ -79,9 +79,7 @@ def run_bench(
     used = ", ".join(map(str, options.seeds))
     console.print(escape(f"{describe(on)}; {'seeds' if len(options.seeds) > 1 else 'seed'} {used}"))
     if json_path is not None:
-        write_json(
-            json_path, {"bench": name, "machine": on, "seeds": list(options.seeds), **figures.values}
-        )
+        write_json(json_path, {"bench": name, "machine": on, "seeds": list(options.seeds), **figures.values})
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -94,7 +92,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         low, dash, high = (piece.strip() for piece in part.partition("-"))
         if not low.isdecimal() or (dash and not high.isdecimal()) or int(high or low) < int(low):
-            raise RacnnError(f"--seeds {text}: {part.strip()!r} is no seed and no range", "--seeds 0-4, or 0,3,7")
+            raise RacnnError(
+                f"--seeds {text}: {part.strip()!r} is no seed and no range", "--seeds 0-4, or 0,3,7"
+            )
         seeds += range(int(low), int(high or low) + 1)
     return tuple(dict.fromkeys(seeds))
 
@@ -118,9 +118,8 @@ def machine() -> dict[str, Any]:
 
 def describe(on: Mapping[str, Any]) -> str:
     """The machine in one line."""
-    return (
-        f"{on['cpu']}, {on['cores']} cores, {on['threads']} thread(s), device {on['device']}, torch {on['torch']}"
-    )
+    counts = f"{on['cores']} cores, {on['threads']} thread(s)"
+    return f"{on['cpu']}, {counts}, device {on['device']}, torch {on['torch']}"
 
 
 def _processor() -> str:

@@ -38,7 +38,7 @@ def grid_sample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """A loop over the batch: mask, cut at whole pixels, enlarge. The gradient passes through the mask alone."""
+    """A loop over the batch: mask, cut at whole pixels, enlarge. The gradient is that of the mask alone."""
     side, crops = images.shape[-1], []
     for image, box in zip(images, boxes, strict=True):
         across, down = (boxcar(box[axis : axis + 1], box[2:], side, K)[0] for axis in (0, 1))

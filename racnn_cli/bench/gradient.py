@@ -47,7 +47,9 @@ def run(options: Options) -> Figures:
     Raises:
         RacnnError: the photographs or the weights cannot be fetched.
     """
-    network = backbones.build("tf_efficientnet_lite0", size=SIZE, weights=WEIGHTS).eval().requires_grad_(False)
+    network = (
+        backbones.build("tf_efficientnet_lite0", size=SIZE, weights=WEIGHTS).eval().requires_grad_(False)
+    )
     counts: dict[str, Tensor] = {}
     for seed in options.seeds:
         pictures, boxes, others = draw(photographs(), BOXES, seed)
@@ -64,7 +66,7 @@ def run(options: Options) -> Figures:
 
 def photographs() -> Tensor:
     """The plankton set as squares: (105, 3, SOURCE, SOURCE) float32 in [-1, 1], as the network wants them."""
-    data = recipes.Data(path="plankton", fit="pad")
+    data = recipes.Data.model_validate({"path": "plankton", "fit": "pad"})
     items = [item for split in build_index(data, seed=0).splits.values() for item in split]
     items.sort(key=lambda item: item.path.parts[-2:])
     pixels = torch.stack([torch.from_numpy(load_source(i.path, data, SOURCE)[0]) for i in items])
@@ -74,7 +76,7 @@ def photographs() -> Tensor:
 def draw(pictures: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """So many pictures (B, 3, H, H), a box on each (B, 3), and another box on each (B, 3).
 
-    Sides lie between a third and 0.8 of the picture's; every box can make its step without leaving the picture.
+    Sides lie between a third and 0.8 of the picture's; every box can make its step inside the picture.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(pictures), (count,), generator=generator)

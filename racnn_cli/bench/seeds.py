@@ -115,7 +115,9 @@ def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
         shown = [f"{entry['top1'][line]:.3f}" for line in lines]
         table.add_row(str(entry["seed"]), str(entry["images"]), *shown, _time(entry))
     table.add_section()
-    table.add_row("mean", "", *(f"{values['mean'][line]:.3f}" for line in lines), f"{values['seconds_mean']:.0f}")
+    table.add_row(
+        "mean", "", *(f"{values['mean'][line]:.3f}" for line in lines), f"{values['seconds_mean']:.0f}"
+    )
     if len(found) > 1:
         table.add_row("±", "", *(f"{values['deviation'][line]:.3f}" for line in lines), "", style="dim")
     notes = [f"images: of the {found[0]['split']} split; ±: standard deviation over the seeds"]
@@ -127,7 +129,8 @@ def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
         if difference["interval"] is not None:
             low, high = difference["interval"]
             # The pictures of one data set come up in several test splits.
-            text += f", 95 % t interval {low:+.3f} to {high:+.3f} (too narrow as far as the splits share pictures)"
+            text += f", 95 % t interval {low:+.3f} to {high:+.3f}"
+            text += " (too narrow as far as the splits share pictures)"
         notes.append(text)
     table.caption, table.caption_justify = "\n".join(notes), "left"
     return Figures([table], values)

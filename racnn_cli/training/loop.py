@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from racnn_cli.core.model import RACNN
 from racnn_cli.data.images import Pictures, batches
@@ -328,8 +328,10 @@ def _not_finite(context: Context, stage: Stage, what: str, step: int) -> RacnnEr
     saved = context.run.state / "last.safetensors"
     kept = f"the last checkpoint {saved} is intact" if saved.is_file() else "no checkpoint was written yet"
     return RacnnError(
-        f"{stage.name}, epoch {context.progress.epoch + 1}, step {step + 1}: {what}; the weights were not updated, {kept}",
-        "a lower learning rate (--set alternate.cnn_lr=…, pretrain_cnn.lr=…), or --set train.amp=false; then `racnn train --resume`",
+        f"{stage.name}, epoch {context.progress.epoch + 1}, step {step + 1}: {what}; "
+        f"the weights were not updated, {kept}",
+        "a lower learning rate: "
+        f"`racnn train --resume --run {context.run.folder} --set {stage.lr_key}={stage.lr / 10:g}`",
         failure=True,
     )
 

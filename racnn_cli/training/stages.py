@@ -36,7 +36,7 @@ class Stage:
         part: which half moves; the other is frozen, parameters and buffers.
         scales: the scales, counted from 0, whose half moves.
         losses: (network, images (B, 3, H, H), labels (B,)) to (name, loss) pairs.
-        epochs, lr: how long and how fast.
+        epochs, lr, lr_key: how long, how fast, and the recipe key that says so.
         head_lr: learning rate of the classifiers as a multiple of `lr`.
         keep_best: at the end, go back to the epoch with the lowest validation loss (the start counts too
             where `from_start`).
@@ -49,6 +49,7 @@ class Stage:
     losses: Losses
     epochs: int
     lr: float
+    lr_key: str
     head_lr: float = 1.0
     keep_best: bool = False
     from_start: bool = False
@@ -85,6 +86,7 @@ def pretrain_cnn(recipe: Recipe) -> Stage:
         losses,
         section.epochs,
         section.lr,
+        "pretrain_cnn.lr",
         head_lr=section.head_lr,
         keep_best=section.patience > 0,
         patience=section.patience,
@@ -110,7 +112,15 @@ def pretrain_apn(recipe: Recipe) -> Stage:
                 with torch.no_grad():
                     view, box = model.next_view(number + 1, source, view, box, proposal)
 
-    return Stage("pretrain-apn", "apn", range(recipe.model.scales - 1), losses, section.epochs, section.lr)
+    return Stage(
+        "pretrain-apn",
+        "apn",
+        range(recipe.model.scales - 1),
+        losses,
+        section.epochs,
+        section.lr,
+        "pretrain_apn.lr",
+    )
 
 
 def cnn_phase(recipe: Recipe) -> Stage:
@@ -133,7 +143,9 @@ def cnn_phase(recipe: Recipe) -> Stage:
                     view, box = model.next_view(number + 1, source, view, box, proposal)
 
     scales = range(recipe.model.scales)
-    return Stage("alternate: CNN phase", "cnn", scales, losses, section.cnn_epochs, section.cnn_lr)
+    return Stage(
+        "alternate: CNN phase", "cnn", scales, losses, section.cnn_epochs, section.cnn_lr, "alternate.cnn_lr"
+    )
 
 
 def apn_phase(recipe: Recipe) -> Stage:
@@ -156,7 +168,9 @@ def apn_phase(recipe: Recipe) -> Stage:
             view, box, features, coarse = view.detach(), box.detach(), features.detach(), fine.detach()
 
     scales = range(recipe.model.scales - 1)
-    return Stage("alternate: APN phase", "apn", scales, losses, section.apn_epochs, section.apn_lr)
+    return Stage(
+        "alternate: APN phase", "apn", scales, losses, section.apn_epochs, section.apn_lr, "alternate.apn_lr"
+    )
 
 
 def fusion(recipe: Recipe) -> Stage:
@@ -175,6 +189,7 @@ def fusion(recipe: Recipe) -> Stage:
         losses,
         section.epochs,
         section.lr,
+        "fusion.lr",
         keep_best=True,
         from_start=True,
     )

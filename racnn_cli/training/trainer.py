@@ -371,7 +371,7 @@ def _changed(run: Run, recipe: Recipe, sets: dict[str, object]) -> Recipe:
 def asdict_flat(recipe: Recipe) -> dict[str, object]:
     """Dotted key to value."""
     flat: dict[str, object] = {}
-    for key in recipes.keys():  # noqa: SIM118
+    for key in recipes.key_names():
         value: object = recipe
         for part in key.split("."):
             value = getattr(value, part)

@@ -46,6 +46,24 @@ def materialise(name: str, sample: recipe.Sample, seed: int) -> Path:
     return once(folder, draw) / "labels.csv"
 
 
+def write(name: str, out: Path, sample: recipe.Sample, seed: int) -> Path:
+    """A copy of a built-in set in a folder of one's own; the arguments and the result are those of `materialise`.
+
+    Raises:
+        RacnnError: no such set, `out` holds something already, or the pictures cannot be fetched or written.
+    """
+    if name not in NAMES:
+        raise RacnnError(f"there is no built-in set {name!r}", f"one of {', '.join(NAMES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RacnnError(f"{out} is there already and not empty; nothing was overwritten", "another --out")
+    made = materialise(name, sample, seed)
+    try:
+        shutil.copytree(made if made.is_dir() else made.parent, out, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as fault:
+        raise RacnnError(f"{out} could not be written: {fault}", "another --out", failure=True) from fault
+    return out if made.is_dir() else out / made.name
+
+
 def once(folder: Path, fill: Callable[[Path], object]) -> Path:
     """A folder of the cache that `fill` has filled, whole or not at all, by whichever process comes first."""
     if folder.is_dir():

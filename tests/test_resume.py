@@ -1,0 +1,229 @@
+"""Stopping and going on: by Ctrl-C, by a signal, by a loss that is not finite; and nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blobs import tiny, write_blobs, write_recipe
+from safetensors.torch import load_file
+
+from racnn_cli import api
+from racnn_cli.cli import main
+from racnn_cli.errors import RacnnError
+from racnn_cli.recipe import Recipe
+from racnn_cli.run import Run
+from racnn_cli.training import stages
+from racnn_cli.training.console import Console
+from racnn_cli.training.loop import Interrupted
+
+# Where a run is stopped: the stage as the loop names it, and how many steps of it in this process are made
+# before. 24 pictures in batches of 6 are 4 steps an epoch; the fourth is the last of its epoch.
+STOPS = [
+    ("pretrain-cnn", 2),
+    ("pretrain-cnn", 4),
+    ("pretrain-apn", 1),
+    ("alternate: CNN phase", 2),
+    ("alternate: APN phase", 3),
+    ("alternate: APN phase", 4),
+    ("alternate: fusion head", 1),
+    ("alternate: fusion head", 5),
+]
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "averaged": {  # everything that has a state or draws random numbers
+        "train__optimizer": "sgd",
+        "train__ema": 0.9,
+        "train__accumulate": 2,
+        "train__batch": 3,
+        "pretrain_cnn__patience": 5,
+        "pretrain_cnn__lr": 0.01,
+        "model__dropout": 0.3,
+        "alternate__jitter": 0.3,
+        "model__scales": 3,
+        "model__sizes": [64, 32, 32],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_blobs(tmp_path_factory.mktemp("blobs") / "data")
+
+
+@pytest.fixture
+def stop_at(monkeypatch) -> Callable[..., None]:
+    """Raise a signal right after so many steps of a stage, once."""
+    plan: dict[str, Any] = {}
+    begin, step = Console.begin, Console.step
+
+    def begun(self: Console, name: str, *rest: Any) -> None:
+        plan["now"], plan["made"] = name, 0
+        begin(self, name, *rest)
+
+    def stepped(self: Console, *rest: Any) -> None:
+        step(self, *rest)
+        plan["made"] += 1
+        if (plan["now"], plan["made"]) == plan.get("at"):
+            del plan["at"]
+            for _ in range(plan["times"]):
+                signal.raise_signal(plan["number"])
+
+    def arm(stage: str, steps: int, number: int = signal.SIGINT, times: int = 1) -> None:
+        plan.update(at=(stage, steps), number=number, times=times)
+
+    monkeypatch.setattr(Console, "begin", begun)
+    monkeypatch.setattr(Console, "step", stepped)
+    return arm
+
+
+def validations(run: Run) -> list[Any]:
+    events = [e for e in run.read_log() if e["event"] in ("epoch", "round")]
+    return [(e["stage"], e["round"], e.get("phase"), e.get("epoch"), e["val"]) for e in events]
+
+
+def trained(recipe: Recipe, out: Path) -> Run:
+    api.train(recipe, out=out, quiet=True)
+    return Run.open(out)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_was_stopped_in_every_stage_ends_bit_identical(here, data, stop_at, case) -> None:
+    recipe = tiny(data, **CASES[case])
+    whole = trained(recipe, here / "whole")
+
+    steps = 2 if case == "averaged" else 1  # twice as many batches an epoch
+    for stage, after in STOPS:
+        stop_at(stage, after * steps)
+        with pytest.raises(Interrupted):
+            if (here / "parts").exists():
+                api.resume(Run.open(here / "parts"), quiet=True)
+            else:
+                api.train(recipe, out=here / "parts", quiet=True)
+    api.resume(Run.open(here / "parts"), quiet=True)
+
+    parts = Run.open(here / "parts")
+    assert validations(parts) == validations(whole)
+    one, two = load_file(whole.weights), load_file(parts.weights)
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert sorted(p.name for p in parts.state.iterdir()) == ["last.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(here, data, stop_at, monkeypatch, capsys, number, code) -> None:
+    file = write_recipe(here / "mine.toml", data)
+    stop_at("pretrain-cnn", 1, number)
+    monkeypatch.setattr(sys, "argv", ["racnn", "train", str(file), "--out", "mine"])
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
+    said = capsys.readouterr().err
+    assert f"stopped by {signal.Signals(number).name}" in said
+    assert "racnn train --resume --run mine" in said
+    assert "Traceback" not in said
+    assert signal.getsignal(number) == before
+    assert (here / "mine" / "state" / "last.safetensors").is_file()
+    monkeypatch.setattr(sys, "argv", ["racnn", "train", "--resume", "--run", "mine"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert (here / "mine" / "eval.json").is_file()
+
+
+def test_a_second_ctrl_c_stops_at_once(here, data, stop_at) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    stop_at("pretrain-cnn", 1, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        api.train(tiny(data), out=here / "mine", quiet=True)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_resume_of_a_finished_run_trains_nothing(here, data) -> None:
+    run = trained(tiny(data), here / "mine")
+    weights, log = run.weights.read_bytes(), run.log.read_bytes()
+    run.eval.unlink()
+    result = api.resume(run, quiet=True)
+    assert run.weights.read_bytes() == weights
+    assert run.log.read_bytes() == log
+    assert result["images"] == 12
+    assert run.eval.is_file()
+
+
+def test_resume_with_more_epochs_goes_further(here, data, stop_at) -> None:
+    recipe = tiny(data, model__scales=1, model__sizes=[64])
+    stop_at("pretrain-cnn", 2)
+    with pytest.raises(Interrupted):
+        api.train(recipe, out=here / "mine", quiet=True)
+    run = Run.open(here / "mine")
+    api.resume(run, {"pretrain_cnn.epochs": 3}, quiet=True)
+    assert [e["epoch"] for e in run.read_log() if e["event"] == "epoch"] == [1, 2, 3]
+    assert run.recipe().pretrain_cnn.epochs == 3
+
+
+# ---- not finite
+
+
+def explode(monkeypatch, name: str, call: int, value: Callable[[Any], Any]) -> None:
+    """Let the `call`-th use of a loss in the stages be something else."""
+    real = getattr(stages, name)
+    made = [0]
+
+    def loss(*args: Any, **keys: Any) -> Any:
+        made[0] += 1
+        return value(real(*args, **keys)) if made[0] == call else real(*args, **keys)
+
+    monkeypatch.setattr(stages, name, loss)
+
+
+def infinite_slope(loss: torch.Tensor) -> torch.Tensor:
+    return loss + (loss * 0).sqrt()  # the value is that of the loss; the slope of the root at 0 is not finite
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        (lambda loss: loss * float("nan"), "the loss `classification 1` is nan"),
+        (lambda loss: loss / 0, "the loss `classification 1` is inf"),
+        (infinite_slope, "the gradient's norm is nan"),
+    ],
+)
+def test_what_is_not_finite_stops_before_the_update(here, data, monkeypatch, value, part) -> None:
+    recipe = tiny(data, model__scales=1, model__sizes=[64])
+    explode(monkeypatch, "classification_loss", 7, value)  # the third of four steps in the second epoch
+    with pytest.raises(RacnnError) as caught:
+        api.train(recipe, out=here / "mine", quiet=True)
+    assert caught.value.exit_code == 1
+    message = caught.value.message
+    assert "pretrain-cnn, epoch 2, step 3" in message
+    assert part in message
+    assert "last.safetensors is intact" in message
+    assert "lr" in caught.value.hint
+
+    # The checkpoint is that of the first epoch: going on from it is the run that never failed.
+    tensors = load_file(here / "mine" / "state" / "last.safetensors")
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+    api.resume(Run.open(here / "mine"), quiet=True)
+    whole = trained(recipe, here / "whole")
+    one, two = load_file(whole.weights), load_file(here / "mine" / "weights.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_not_finite_in_the_first_epoch_says_that_nothing_is_saved(here, data, monkeypatch) -> None:
+    explode(monkeypatch, "classification_loss", 1, lambda loss: loss * float("nan"))
+    with pytest.raises(RacnnError, match="no checkpoint was written yet"):
+        api.train(tiny(data), out=here / "mine", quiet=True)
+
+
+def test_not_finite_in_an_apn_phase_names_it(here, data, monkeypatch) -> None:
+    explode(monkeypatch, "rank_loss", 2, lambda loss: loss * float("nan"))
+    with pytest.raises(
+        RacnnError, match=r"alternate: APN phase, epoch 1, step 2: the loss `rank 1-2` is nan"
+    ):
+        api.train(tiny(data), out=here / "mine", quiet=True)
