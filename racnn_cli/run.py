@@ -77,6 +77,11 @@ class Run:
         return self.folder / "state"
 
     @property
+    def data(self) -> Path:
+        """Fingerprint of the data and their split."""
+        return self.state / "data.txt"
+
+    @property
     def log(self) -> Path:
         return self.folder / "log.jsonl"
 
@@ -157,6 +162,15 @@ class Run:
                 failure=True,
             )
         return names
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raise a RacnnError if the data, or what is in which split, are not what the run was started with."""
+        if self.data.is_file() and self.data.read_text(encoding="utf-8").strip() != fingerprint:
+            raise RacnnError(
+                f"the pictures of {self.folder} have changed since it was started: files came, went or were renamed, "
+                "and the split with them, so that test pictures may be ones that it was trained on",
+                "put the data back as they were, or `racnn eval --data FOLDER` with pictures that it has never seen",
+            )
 
     def append_log(self, event: dict[str, Any]) -> None:
         """Add one line to log.jsonl."""

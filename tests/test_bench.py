@@ -51,7 +51,9 @@ def test_the_command_prints_the_table_and_writes_the_same_figures(here, monkeypa
     figures = json.loads((here / "figures.json").read_text())
     assert (figures["bench"], figures["machine"]["torch"]) == ("crop", torch.__version__)
     for name, milliseconds in figures["milliseconds"].items():
-        line = next(line for line in result.output.splitlines() if name.split()[0] in line and "│" in line)
+        line = next(
+            line for line in result.output.splitlines() if line.startswith(f"│ {name} ") and "│" in line
+        )
         assert f"{milliseconds:.1f}" in line
         assert f"{figures['ratio_to_zoom'][name]:.2f} ×" in line
     assert figures["ratio_to_zoom"]["zoom"] == 1
@@ -78,7 +80,7 @@ def test_the_true_gradient_agrees_with_differences_and_the_aliased_mask_does_not
     images, boxes, _ = gradient.draw(pictures(160), 40, seed=0)
     counts = gradient.agreement(images, boxes.double(), 48, gradient.linear(48, seed=0))
     figures = gradient.summary({"A": counts}, 40)
-    share = {(r["gradient"], r["k"]): r["loss_A"] for r in figures.values["rows"]}
+    share = {(r["gradient"], r["k"]): r["A_6px"] for r in figures.values["rows"]}
     for axis in gradient.AXES:
         assert share["exact", 0.5][axis] >= 0.75
         assert share["bilinear", "inf"][axis] >= 0.75
@@ -91,7 +93,7 @@ def test_agreement_is_a_matter_of_sign() -> None:
     ramp = torch.linspace(-1, 1, 96, dtype=torch.float64).expand(6, 3, 96, 96)
     counts = gradient.agreement(ramp, boxes.double(), 24, lambda crops: crops.mean(dim=(1, 2, 3)))
     by = dict(zip(gradient.CHOICES, counts.tolist(), strict=True))
-    assert by["bilinear", math.inf][0] == 6  # brighter to the right, for every box
+    assert [step[0] for step in by["bilinear", math.inf]] == [6, 6]  # brighter to the right, for every box
     flat = gradient.agreement(
         torch.zeros_like(images), boxes.double(), 24, lambda crops: crops.mean(dim=(1, 2, 3))
     )
@@ -99,13 +101,13 @@ def test_agreement_is_a_matter_of_sign() -> None:
 
 
 def test_a_backbone_trains_every_stage_and_exports() -> None:
-    figures = backbones.measure({"test_resnet": (64, 64, 64), "test_vit": ()})
+    figures = backbones.measure({"test_resnet": (64, 64, 64)})
     for entry in figures.values["models"]:
         assert entry["fault"] == ""
         assert list(entry["milliseconds"]) == list(backbones.STAGES)
         assert 0 <= entry["onnx_difference"] < 1e-3
     assert figures.values["models"][0]["sizes"] == [64, 64, 64]
-    assert figures.tables[0].row_count == 2
+    assert figures.tables[0].row_count == 1
 
 
 def test_a_backbone_that_fails_is_a_line_of_the_table() -> None:

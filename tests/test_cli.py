@@ -41,7 +41,6 @@ def racnn(monkeypatch, capsys) -> Callable[..., Said]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             main()
-            raise SystemExit(0)
         out, err = capsys.readouterr()
         code = end.value.code
         return Said(code if isinstance(code, int) else int(bool(code)), out, err)

@@ -186,7 +186,10 @@ def test_save_and_load_are_exact(tmp_path) -> None:
     file = tmp_path / "weights.safetensors"
     store.save_weights(file, model)
     store.load_weights(file, other)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
     metadata = store.read_metadata(file)
     assert (metadata["backbone"], metadata["scales"]) == ("test_resnet", "3")
     images = pictures()
@@ -283,7 +286,9 @@ def test_rank_loss_by_hand() -> None:
     labels = torch.tensor([0, 1, 0])
     expected = ((0.75 - 0.5 + 0.05) + 0.0 + (0.5 - 0.53 + 0.05)) / 3
     assert rank_loss(coarse, fine, labels, 0.05).item() == pytest.approx(expected)
-    assert rank_loss(coarse + 5, fine - 3, labels, 0.05).item() == pytest.approx(expected)  # softmax, not logits
+    assert rank_loss(coarse + 5, fine - 3, labels, 0.05).item() == pytest.approx(
+        expected
+    )  # softmax, not logits
     assert rank_loss(fine, fine, labels, 0.05).item() == pytest.approx(0.05)
 
 
@@ -329,9 +334,7 @@ def test_vgg_makes_a_step_of_every_stage(tmp_path) -> None:
     one_step_of_every_stage(build(options.model, CLASSES, source=64), options, 2)
 
 
-@pytest.mark.skipif(
-    os.environ.get("RACNN_SLOW") != "1", reason="VGG-19 at the sizes of the paper needs time and memory; RACNN_SLOW=1 runs it"
-)
+@pytest.mark.skipif(os.environ.get("RACNN_SLOW") != "1", reason="slow: RACNN_SLOW=1 runs it")
 def test_vgg19_at_the_papers_sizes_makes_a_step_of_every_stage(tmp_path) -> None:
     options = vgg_recipe(write_blobs(tmp_path / "data", {"train": 1}), "vgg19", [448, 224, 224])
     torch.manual_seed(0)

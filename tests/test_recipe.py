@@ -164,7 +164,9 @@ def test_a_misspelt_key_in_the_file_names_the_nearest(tmp_path) -> None:
 
 
 def test_all_faults_are_said_at_once(tmp_path) -> None:
-    text = "[data]\npath = 3\nval = 1.5\n[model]\nweights = 'none'\nscales = 9\n[train]\nbatch = '8'\namp = 1\n"
+    text = (
+        "[data]\npath = 3\nval = 1.5\n[model]\nweights = 'none'\nscales = 9\n[train]\nbatch = '8'\namp = 1\n"
+    )
     wrong = fault(toml(tmp_path, text))
     assert "5 fault(s)" in wrong.message
     for part in ("data.path", "data.val", "model.scales", "train.batch", "train.amp"):
@@ -277,7 +279,7 @@ def test_scales_out_of_range_are_an_error_and_not_a_crash() -> None:
 
 def test_override_checks_the_whole() -> None:
     base: Recipe = recipes.load("tiny")
-    with pytest.raises(RacnnError, match="model.floor"):
+    with pytest.raises(RacnnError, match=r"model\.floor"):
         base.override({"model.floor": 0.96})
     with pytest.raises(RacnnError, match="did you mean seed"):
         base.override({"sead": 1})

@@ -192,9 +192,9 @@ def test_split_data_and_baseline(place: Path, data: Path) -> None:
     assert (result["split"], result["images"], result["boxes"]) == ("val", 9, [])
     assert result["baseline"] == {"top1": 0.5, "top5": 1.0, "nll": 1.0, "ece": 0.1, "size": 32}
     assert [name for name, _ in evaluate.rows(result)] == ["baseline", "scale 1", "average", "fused"]
-    with pytest.raises(RacnnError, match="no images in the split 'dev'") as fault:
+    with pytest.raises(RacnnError, match="no split 'dev'") as fault:
         evaluate.evaluate(run, split="dev")
-    assert fault.value.hint == "--split train or val or test"
+    assert fault.value.hint == "--split train, val, test or all"
 
 
 def test_tables_show_the_figures(result: dict) -> None:
@@ -479,3 +479,25 @@ def test_report_without_data_or_eval(place: Path, data: Path) -> None:
     assert any(text.startswith("No pictures: ") for text in page.text)
     assert "log.jsonl holds no epochs." in page.text
     assert page.count("img") == 0
+
+
+def test_data_that_changed_since_the_start_are_not_evaluated_in_silence(here) -> None:
+    """A new file moves the split: what is a test picture now may have been trained on."""
+    from racnn_cli import api, recipe
+    from racnn_cli.data.samples import write
+
+    write("fieldguide", here / "drawn", recipe.Sample(images=48, size=64), seed=0)
+    for picture in sorted((here / "drawn").glob("*/*/*.png")):
+        target = here / "birds" / picture.parent.name / f"{picture.parent.parent.name}-{picture.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.rename(target)
+    small = {"quick": True, "model.scales": 1, "model.sizes": [32], "data.source": 32, "data.path": "birds"}
+    run, _ = api.train("tiny", out="run", changes=small, quiet=True)
+    first = next(iter((here / "birds").iterdir()))
+    (first / "another.png").write_bytes(next(first.glob("*.png")).read_bytes())
+    with pytest.raises(RacnnError, match="have changed since it was started"):
+        evaluate.evaluate(run)
+    with pytest.raises(RacnnError, match="have changed since it was started"):
+        api.resume(run, quiet=True)
+    assert evaluate.evaluate(run, data="birds")["split"] == "all"
+    assert evaluate.evaluate(run, data="birds")["images"] == 49

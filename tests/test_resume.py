@@ -98,13 +98,17 @@ def test_a_run_that_was_stopped_in_every_stage_ends_bit_identical(here, data, st
     whole = trained(recipe, here / "whole")
 
     steps = 2 if case == "averaged" else 1  # twice as many batches an epoch
+
+    def go_on() -> None:
+        if (here / "parts").exists():
+            api.resume(Run.open(here / "parts"), quiet=True)
+        else:
+            api.train(recipe, out=here / "parts", quiet=True)
+
     for stage, after in STOPS:
         stop_at(stage, after * steps)
         with pytest.raises(Interrupted):
-            if (here / "parts").exists():
-                api.resume(Run.open(here / "parts"), quiet=True)
-            else:
-                api.train(recipe, out=here / "parts", quiet=True)
+            go_on()
     api.resume(Run.open(here / "parts"), quiet=True)
 
     parts = Run.open(here / "parts")

@@ -77,7 +77,8 @@ def run_bench(
         # As wide as its content where the output is no terminal: a table that is cut says nothing.
         Console(highlight=False, width=None if console.is_terminal else 160).print(table)
     used = ", ".join(map(str, options.seeds))
-    console.print(escape(f"{describe(on)}; {'seeds' if len(options.seeds) > 1 else 'seed'} {used}"))
+    many = "seeds" if len(options.seeds) > 1 else "seed"
+    console.print(escape(f"{describe(on)}; {many} {used}"), soft_wrap=True)
     if json_path is not None:
         write_json(json_path, {"bench": name, "machine": on, "seeds": list(options.seeds), **figures.values})
 

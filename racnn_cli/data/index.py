@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 import unicodedata
@@ -50,12 +51,15 @@ class Index:
         splits: `train`, `val` and `test`; `test` is empty where nothing is held out for it.
         skipped: what `data.skip_bad` left out, a sentence each.
         notes: what is worth knowing and no fault, a sentence each.
+        fingerprint: of which file is in which split; another one means that a run's test pictures may be
+            pictures that it was trained on.
     """
 
     classes: list[str]
     splits: dict[str, list[Item]]
     skipped: list[str]
     notes: list[str]
+    fingerprint: str
 
 
 def build_index(
@@ -79,6 +83,7 @@ def build_index(
     problems = _name_problems(names)
     splits, single = _split(listing.rows, data, seed)
     splits = _limit(splits, data.limit, seed)
+    fingerprint = _fingerprint(splits)
     bad = _verify([row for split in verify for row in splits[split]])
     faults = listing.faults + list(bad.values())
     if data.skip_bad:
@@ -94,7 +99,14 @@ def build_index(
         splits={n: [Item(row.path, label[row.label], row.box) for row in rows] for n, rows in splits.items()},
         skipped=faults,
         notes=listing.notes + _notes(names, splits, single),
+        fingerprint=fingerprint,
     )
+
+
+def _fingerprint(splits: dict[str, list[Row]]) -> str:
+    """Of names only, so that a folder may move and a bad file be skipped or not."""
+    names = sorted(f"{split}/{row.label}/{row.path.name}" for split, rows in splits.items() for row in rows)
+    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def locate(data: recipe.Data, seed: int) -> Path:

@@ -58,6 +58,8 @@ def evaluate(
         split = split or "all"
     verify = SPLITS if split == "all" else (split,) if split in SPLITS else ("val", "test")
     index = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=verify)
+    if data is None:
+        run.check_data(index.fingerprint)
     split = split or ("test" if index.splits["test"] else "val")
     pictures = Pictures(_items(index, split), recipe.data, model.source, seed=recipe.seed, augment=False)
     loader = batches(

@@ -29,6 +29,7 @@ def rank() -> int:
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun started; nothing to do when there are none."""
     if world() > 1 and not dist.is_initialized():
+        local_device(device)  # NCCL speaks through the current GPU, so it is chosen first
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 

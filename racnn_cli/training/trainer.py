@@ -75,7 +75,9 @@ class Trainer:
         model = build(recipe.model, len(index.classes), source=recipe.data.source)
         folder = None
         if distributed.rank() == 0:
-            folder = str(Run.create(recipe, list(index.classes), out, latest=latest).folder)
+            created = Run.create(recipe, list(index.classes), out, latest=latest)
+            write_text(created.data, index.fingerprint)
+            folder = str(created.folder)
         run = Run(Path(distributed.from_first(folder)))
         trainer = cls(run, recipe, model, index, console, None)
         trainer._introduce()
@@ -99,6 +101,7 @@ class Trainer:
         distributed.start(pick(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
         index = build_index(recipe.data, seed=recipe.seed, classes=run.classes())
+        run.check_data(index.fingerprint)
         seed_step(recipe.seed)
         unsaved = not checkpoint.exists(run, "last")
         weights = recipe.model.weights if unsaved else "none"
@@ -158,6 +161,7 @@ class Trainer:
                 {"event": "stage", "stage": name, "views": self.context.progress.views}
             )
         self._save()
+        distributed.barrier()  # another process may still be reading the best weights
         if distributed.rank() == 0:
             for file in ("best", "best-round"):
                 checkpoint.remove(self.context.run, file)

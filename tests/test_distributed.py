@@ -1,0 +1,131 @@
+"""Two processes under torchrun are one process with the doubled batch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blobs import write_blobs, write_recipe
+from safetensors.torch import load_file
+
+from racnn_cli import api
+from racnn_cli.run import Run
+from racnn_cli.training import stages
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# No BatchNorm: its statistics are those of the pictures that a process sees itself. Plain gradient descent:
+# Adam divides by the gradient's size, which turns the last bit of a gradient near 0 into a step.
+KEYS: dict[str, Any] = {
+    "model__backbone": "test_convnext",
+    "model__apn_hidden": 8,
+    "train__optimizer": "sgd",
+    "pretrain_cnn__lr": 0.02,
+    "pretrain_apn__lr": 0.02,
+    "pretrain_cnn__patience": 5,
+    "alternate__cnn_lr": 0.01,
+    "alternate__apn_lr": 0.05,
+    "alternate__rounds": 2,
+    "fusion__lr": 0.05,
+}
+
+
+def torchrun(folder: Path, processes: int, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    return subprocess.run(
+        [*command, "-m", "racnn_cli", *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def figures(run: Run) -> list[dict[str, Any]]:
+    return [event["val"] for event in run.read_log() if event["event"] in ("epoch", "round")]
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [n for key in sorted(value) for n in numbers(value[key])]
+    if isinstance(value, list):
+        return [n for part in value for n in numbers(part)]
+    return [float(value)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Run, Run, str]:
+    """The whole way by one process with batches of 12, and by two with batches of 6 each."""
+    folder = tmp_path_factory.mktemp("two")
+    # 15 validation pictures over two processes with batches of 6: 12 and 3, so the shares are uneven.
+    data = write_blobs(folder / "data", {"train": 8, "val": 5, "test": 3})
+    for name, batch in (("one", 12), ("two", 6)):
+        write_recipe(folder / f"{name}.toml", data, train__batch=batch, name="blobs", **KEYS)
+    with contextlib.chdir(folder):
+        api.train("one.toml", out="one", quiet=True)
+    two = torchrun(folder, 2, "train", "two.toml", "--out", "two")
+    assert two.returncode == 0, two.stderr
+    return Run(folder / "one"), Run(folder / "two"), two.stdout + two.stderr
+
+
+def test_the_weights_are_those_of_one_process_with_the_doubled_batch(runs) -> None:
+    one, two, _ = runs
+    first, second = load_file(one.weights), load_file(two.weights)
+    assert first.keys() == second.keys()
+    for name, expected in first.items():
+        torch.testing.assert_close(
+            second[name], expected, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_every_stage_was_trained_by_both_alike(runs) -> None:
+    one, two, _ = runs
+    losses = [[e["train_loss"] for e in r.read_log() if e["event"] == "epoch"] for r in (one, two)]
+    names = {name for event in losses[0] for name in event}
+    assert names == {"classification 1", "classification 2", "box 2", "rank 1-2", "classification fused"}
+    assert [e["stage"] for e in two.read_log() if e["event"] == "stage"] == list(stages.NAMES)
+
+
+def test_validation_counts_every_picture_once(runs) -> None:
+    one, two, _ = runs
+    expected, found = figures(one), figures(two)
+    assert len(expected) == len(found) > 8
+    for number, (a, b) in enumerate(zip(expected, found, strict=True)):
+        assert numbers(b) == pytest.approx(numbers(a), rel=2e-3, abs=2e-4), number
+        assert all(scale["top1"] * 15 == pytest.approx(round(scale["top1"] * 15)) for scale in b["scales"])
+
+
+def test_only_one_process_writes_and_speaks(runs) -> None:
+    one, two, said = runs
+    events = [(e["event"], e["stage"], e.get("epoch")) for e in two.read_log()]
+    assert events == [(e["event"], e["stage"], e.get("epoch")) for e in one.read_log()]
+    assert said.count("run folder two") == 1
+    assert said.count("look next:") == 1
+    assert sorted(p.name for p in two.folder.iterdir()) == sorted(p.name for p in one.folder.iterdir())
+    assert json.loads(two.eval.read_text())["images"] == 9
+
+
+def test_a_fault_ends_all_processes_with_its_message(tmp_path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "x").write_text("x")
+    data = write_blobs(tmp_path / "data", {"train": 2, "val": 1, "test": 1})
+    write_recipe(tmp_path / "mine.toml", data)
+    done = torchrun(tmp_path, 2, "train", "mine.toml", "--out", "used")
+    assert done.returncode != 0
+    assert done.stderr.count("nothing was overwritten") == 1
+    assert os.listdir(tmp_path / "used") == ["x"]

@@ -1,0 +1,73 @@
+"""README's commands work as typed, in their order, in a folder that holds nothing but `my-pictures`.
+
+The two commands at its top install the package; `.ci/run` executes those two, word for word. Here, a command that
+starts a run gets `--quick` and small views added, so that it ends in seconds; nothing else is changed.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from racnn_cli import recipe as recipes
+from racnn_cli.cli import main
+from racnn_cli.data.samples import write
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SMALL = ["--quick", "--set", "model.sizes=[64,64,64]", "--set", "data.source=96", "--set", "data.workers=0"]
+
+
+def blocks(language: str) -> list[str]:
+    """README's code blocks in a language, without the two that install."""
+    found = re.findall(rf"(<!-- [\w-]+ -->\n)?```{language}\n(.*?)```", README, flags=re.S)
+    return [text for marker, text in found if not marker]
+
+
+def run(words: list[str], monkeypatch, capsys) -> str:
+    monkeypatch.setattr("sys.argv", words)
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, f"{shlex.join(words)}: exit {end.code}\n{capsys.readouterr().err}"
+    return capsys.readouterr().out
+
+
+def test_commands_and_python_as_typed(here, monkeypatch, capsys) -> None:
+    write("fieldguide", here / "drawn", recipes.Sample(images=64, size=96), seed=0)
+    # A folder a class, as users have them, instead of the drawn set's splits and boxes.
+    for picture in sorted((here / "drawn").glob("*/*/*.png")):
+        target = here / "my-pictures" / picture.parent.name / f"{picture.parent.parent.name}-{picture.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.rename(target)
+    commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines() if line.startswith("racnn")]
+    assert len(commands) >= 10
+    for words in commands:
+        starts = words[1] in ("train", "pretrain-cnn") and "--resume" not in words
+        two = words[-2:] == ["--scales", "2"]
+        small = [word.replace("64,64,64", "64,64" if two else "64,64,64") for word in SMALL]
+        run([*words, *(small if starts else [])], monkeypatch, capsys)
+    newest = here / "runs" / "latest"
+    assert (newest / "eval.json").is_file()
+    for made in ("report.html", "model.onnx"):
+        assert list((here / "runs").glob(f"*/{made}")), made
+    assert len(list((here / "looked").glob("*.jpg"))) == 64
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if line.startswith("my-pictures")]) == 64
+
+
+def test_the_two_commands_are_marked_for_ci() -> None:
+    for marker, word in (("tests", "pytest"), ("main-job", "racnn train demo")):
+        found = re.search(rf"<!-- {marker} -->\n```sh\n(.*?)\n```", README)
+        assert found, marker
+        assert word in found[1]
+        assert "pip install -c constraints.txt" in found[1]
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_is_named_or_listed(name) -> None:
+    assert f"`{name}`" in README or f"train {name}" in README
