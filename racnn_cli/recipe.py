@@ -106,8 +106,11 @@ class Model(Section):
     ceiling: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.95, description="largest side of a box, as a share of the previous scale's side"
     )
+    side: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="side of the square that an untrained APN proposes and that pretrain-apn aims at"
+    )
     apn_hidden: Annotated[int, Field(ge=1, le=65536)] = Field(
-        256, description="width of the APN's hidden layer"
+        16, description="number of maps that the APN's first layer makes"
     )
     k: Annotated[float, Field(gt=0.0)] = Field(
         0.5, description="steepness of the boxcar mask per pixel of the cropped image; inf: no soft edge"
@@ -126,8 +129,11 @@ class Model(Section):
             raise ValueError(
                 f"model.sizes has {len(self.sizes)} entries for model.scales = {self.scales}; give one size a scale"
             )
-        if self.floor >= self.ceiling:
-            raise ValueError(f"model.floor = {self.floor} must be below model.ceiling = {self.ceiling}")
+        if not self.floor <= self.side <= self.ceiling or self.floor == self.ceiling:
+            raise ValueError(
+                f"model.floor = {self.floor:.3g}, model.side = {self.side:.3g} and model.ceiling = {self.ceiling:.3g} "
+                "must rise in this order"
+            )
         return self
 
 
@@ -175,8 +181,7 @@ class PretrainCnn(Phase):
 
 class PretrainApn(Phase):
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 5
-    lr: Positive = 1e-3
-    side: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="side of the target square")
+    lr: Positive = 3e-3
 
 
 class Alternate(Section):
@@ -230,12 +235,6 @@ class Recipe(Section):
                 raise ValueError(
                     "model.gradient = boxcar needs a finite model.k: the mask is all that it learns from"
                 )
-        side = self.pretrain_apn.side
-        if not self.model.floor <= side <= self.model.ceiling:
-            raise ValueError(
-                f"pretrain_apn.side = {side} must lie between model.floor = {self.model.floor:.3g} and "
-                f"model.ceiling = {self.model.ceiling:.3g}"
-            )
         return self
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:

@@ -236,3 +236,30 @@ def test_zoom_refuses_shapes_and_words_that_do_not_fit() -> None:
         zoom(torch.zeros(2, 3, 8, 8), torch.zeros(1, 3), 4)
     with pytest.raises(ValueError, match="boxcar"):
         zoom(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3), 4, gradient="both")
+
+
+def test_an_apn_finds_on_new_images_what_it_learned_on_few() -> None:
+    """A small data set's boxes are learned as a rule, not by heart: 48 images, 60 unknown channels."""
+    torch.manual_seed(3)
+    pattern = torch.rand(60, generator=torch.Generator().manual_seed(9))
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        features = torch.rand(count, 60, 7, 7)
+        cells = torch.randint(0, 49, (count,))
+        for image, cell in enumerate(cells):
+            features[image, :, cell // 7, cell % 7] += 3 * pattern
+        target = torch.stack(
+            [(cells % 7 + 0.5) / 7, (cells // 7 + 0.5) / 7, torch.full((count,), 0.25)], dim=1
+        )
+        return features, attention.bound(target, 0.5, 0.5)
+
+    (features, target), (new, truth) = draw(48), draw(200)
+    apn = APN((60, 7, 7), 16, 1 / 3, 0.95)
+    optimizer = torch.optim.AdamW(apn.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.smooth_l1_loss(apn(features), target, beta=0.05).backward()
+        optimizer.step()
+    error = (apn(new) - truth).abs()[:, :2].mean()
+    constant = (target.mean(0) - truth).abs()[:, :2].mean()
+    assert error < 0.25 * constant, (error, constant)

@@ -115,10 +115,10 @@ def test_views_are_the_boxes_cut_from_the_source_or_from_the_view_before(zoom) -
 
 
 def test_a_finer_crop_from_the_source_is_sharper_than_from_the_crop_before() -> None:
-    stripes = (torch.arange(96) // 2 % 2).float().expand(1, 3, 96, 96)
+    stripes = (torch.arange(192) // 2 % 2).float().expand(1, 3, 192, 192)
     spread = {}
     for zoom in ("source", "nested"):
-        model = network(2, (32, 32), zoom=zoom, k=math.inf)
+        model = network(2, (64, 64), zoom=zoom, k=math.inf)
         with torch.no_grad():
             source = model.normalise(stripes)
             view, box = model.first_view(source), attention.whole(source)
@@ -325,7 +325,7 @@ def one_step_of_every_stage(model: RACNN, options: recipe.Recipe, batch: int) ->
 
 def vgg_recipe(folder, name: str, sizes: list[int]) -> recipe.Recipe:
     changes = {"model__backbone": name, "model__scales": 3, "model__sizes": sizes, "alternate__margin": 1.0}
-    return tiny(folder, data__source=sizes[0], pretrain_apn__side=0.6, **changes)
+    return tiny(folder, data__source=sizes[0], model__side=0.6, **changes)
 
 
 def test_vgg_makes_a_step_of_every_stage(tmp_path) -> None:

@@ -61,7 +61,7 @@ def make_run(folder: Path, data: Path, *, scales: int) -> Run:
             "backbone": "test_resnet",
             "weights": "none",
             "scales": scales,
-            "sizes": [32] * scales,
+            "sizes": [64] * scales,
             "apn_hidden": 16,
         },
         "train": {"batch": 5, "device": "cpu"},
@@ -75,7 +75,7 @@ def make_run(folder: Path, data: Path, *, scales: int) -> Run:
             if "classifier.weight" in name or "fusion.weight" in name:
                 tensor.normal_(std=3.0)
             if "apn.box.weight" in name:
-                tensor.mul_(300)
+                tensor.normal_(std=40.0)
     store.save_weights(run.weights, network)
     return run
 
@@ -190,7 +190,7 @@ def test_split_data_and_baseline(place: Path, data: Path) -> None:
     other = write_data(place / "other", count=3)
     result = evaluate.evaluate(run, split="val", data=str(other), batch=2, workers=0)
     assert (result["split"], result["images"], result["boxes"]) == ("val", 9, [])
-    assert result["baseline"] == {"top1": 0.5, "top5": 1.0, "nll": 1.0, "ece": 0.1, "size": 32}
+    assert result["baseline"] == {"top1": 0.5, "top5": 1.0, "nll": 1.0, "ece": 0.1, "size": 64}
     assert [name for name, _ in evaluate.rows(result)] == ["baseline", "scale 1", "average", "fused"]
     with pytest.raises(RacnnError, match="no split 'dev'") as fault:
         evaluate.evaluate(run, split="dev")
@@ -246,7 +246,7 @@ def test_onnx_file_answers_as_the_network_does(run: Run, exported: dict, outputs
     assert np.abs(found["boxes"] - torch.stack(output.boxes, 1)[:3].numpy()).max() < 1e-3
     meta = {entry.key: entry.value for entry in onnx.load(run.onnx).metadata_props}
     assert json.loads(meta["classes"]) == run.classes()
-    assert (meta["source"], meta["sizes"], meta["fit"]) == (str(SIDE), "[32, 32, 32]", "crop")
+    assert (meta["source"], meta["sizes"], meta["fit"]) == (str(SIDE), "[64, 64, 64]", "crop")
     assert meta["racnn"] == racnn_cli.__version__
     assert len(meta["recipe_sha256"]) == 64
 

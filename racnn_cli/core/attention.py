@@ -86,40 +86,52 @@ def peak_target(features: Tensor, side: float) -> Tensor:
 class APN(nn.Module):
     """Attention proposal network: two fully connected layers from features to one box (paper, equation 2).
 
+    The first layer looks at one cell of the map at a time, with the same weights for all cells; for each of its
+    outputs a softmax over the cells says where it responds. The second layer reads all of these maps, and starts
+    as their expected position, so that a strong response pulls the box towards itself from the first step. (One
+    layer over the flattened features, as in the paper's Caffe model, has a hundred times the weights and learns
+    a small data set's boxes by heart: `recipes/NOTES.md` has the figures.)
+
     Every output is a valid box (inside the image, side in [floor, ceiling]) and every parameter keeps a
-    gradient, with no clamp on the way: the features are brought to unit size, and both non-linearities are
-    x / (1 + |x|), whose slope falls off as 1 / x² where tanh and the sigmoid underflow to 0. The side is
+    gradient, with no clamp on the way: the features are brought to unit size, and the bounded non-linearities
+    are x / (1 + |x|), whose slope falls off as 1 / x² where tanh and the sigmoid underflow to 0. The side is
     interpolated in log space, the centre over what the side leaves free.
 
     Args:
         features: shape (C, h, w) of one image's features; the input dimension is inferred from it.
-        hidden: width of the hidden layer.
+        hidden: number of maps that the first layer makes.
         floor, ceiling: bounds of the box's side as a share of the image's side.
-        side: side of the box that an untrained APN proposes, in the image's centre.
+        side: side of the box that an untrained APN proposes.
     """
+
+    SHARPNESS = 3.0  # of the softmax, for responses of about unit size
+    LARGEST = 20.0  # bound of the softmax's argument: exp(-2 · 20) is still a number
 
     def __init__(
         self, features: tuple[int, int, int], hidden: int, floor: float, ceiling: float, side: float = 0.5
     ) -> None:
         super().__init__()
         channels, rows, columns = features
-        # As in the paper's Caffe model, a 2 × 2 pool stands before the first layer, where the map allows it.
-        self.pool = 2 if min(rows, columns) >= 14 else 1
         self.floor, self.ceiling = floor, ceiling
-        self.hidden = nn.Linear(channels * (rows // self.pool) * (columns // self.pool), hidden)
-        self.box = nn.Linear(hidden, 3)
-        share = min(max(math.log(side / floor) / math.log(ceiling / floor), 0.05), 0.95)
+        self.hidden = nn.Linear(channels, hidden)
+        self.box = nn.Linear(hidden * rows * columns, 3)
+        size = math.log(side / floor) / math.log(ceiling / floor)
+        x = (torch.arange(columns) + 0.5) / columns
+        y = (torch.arange(rows) + 0.5) / rows
         with torch.no_grad():
-            self.box.weight.mul_(0.1)
-            self.box.bias.copy_(torch.tensor([0.0, 0.0, (share - 0.5) / (0.5 - abs(share - 0.5))]))
+            self.box.bias.copy_(_before_softsign(torch.tensor([0.5, 0.5, size])))
+            reach = self.box.weight.zero_().view(3, hidden, rows, columns)
+            reach[0] = _before_softsign((x - side / 2) / (1 - side)) / hidden
+            reach[1] = _before_softsign((y - side / 2) / (1 - side))[:, None] / hidden
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, C, h, w) to boxes (B, 3)."""
-        x = F.max_pool2d(features, self.pool) if self.pool > 1 else features
-        x = x.flatten(1)  # (B, C * h * w)
-        x = x / x.detach().abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-        x = x * x.square().mean(dim=1, keepdim=True).clamp_min(1e-12).rsqrt()
-        return self.to_box(self.box(F.softsign(self.hidden(x))))
+        cells = features.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h * w, C)
+        cells = cells / cells.detach().abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+        cells = cells * cells.square().mean(dim=(1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
+        response = self.hidden(cells).transpose(1, 2)  # (B, hidden, h * w)
+        bounded = self.LARGEST * F.softsign(self.SHARPNESS / self.LARGEST * response)
+        return self.to_box(self.box(bounded.softmax(dim=2).flatten(1)))
 
     def to_box(self, raw: Tensor) -> Tensor:
         """Any real numbers (B, 3) to valid boxes (B, 3)."""
@@ -127,6 +139,12 @@ class APN(nn.Module):
         half = 0.5 * self.floor * torch.exp(math.log(self.ceiling / self.floor) * share[:, 2:3])
         centre = half + (1 - 2 * half) * share[:, :2]
         return torch.cat([centre, half], dim=1)
+
+
+def _before_softsign(share: Tensor) -> Tensor:
+    """What x / (1 + |x|) maps to `share` of its range; shares near its ends, which are never reached, less."""
+    value = 2 * share.clamp(0.1, 0.9) - 1
+    return value / (1 - value.abs())
 
 
 def boxcar(centre: Tensor, half: Tensor, length: int, k: float) -> Tensor:

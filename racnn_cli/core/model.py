@@ -21,6 +21,7 @@ import backbones
 from backbones import Backbone
 from racnn_cli import recipe
 from racnn_cli.core import attention
+from racnn_cli.errors import RacnnError
 
 
 class Output(NamedTuple):
@@ -80,8 +81,13 @@ class RACNN(nn.Module):
         self.register_buffer("std", torch.tensor(backbones[0].std)[:, None, None], persistent=False)
 
     def _apn(self, backbone: Backbone) -> attention.APN:
-        shape = (backbone.channels, *backbone.map_size)
-        return attention.APN(shape, self.options.apn_hidden, self.options.floor, self.options.ceiling)
+        shape, model = (backbone.channels, *backbone.map_size), self.options
+        if backbone.map_size == (1, 1):
+            raise RacnnError(
+                f"{backbone.name} has features of one cell at {backbone.input_size} px: an APN has nothing to point at",
+                "larger model.sizes, for a map of at least 2×2 (better 7×7), or --scales 1",
+            )
+        return attention.APN(shape, model.apn_hidden, model.floor, model.ceiling, model.side)
 
     def scale(self, number: int) -> Scale:
         """Scale `number`, counted from 0."""

@@ -105,7 +105,7 @@ def pretrain_apn(recipe: Recipe) -> Stage:
             assert scale.apn is not None
             with torch.no_grad():
                 features = scale.backbone(view)
-                target = attention.peak_target(features, section.side)
+                target = attention.peak_target(features, recipe.model.side)
             proposal = scale.apn(features)
             yield f"box {number + 2}", F.smooth_l1_loss(proposal, target, beta=0.05)
             if number + 2 < recipe.model.scales:
