@@ -74,8 +74,10 @@ def make_run(folder: Path, data: Path, *, scales: int) -> Run:
         for name, tensor in network.named_parameters():
             if "classifier.weight" in name or "fusion.weight" in name:
                 tensor.normal_(std=3.0)
+            if "apn.hidden.weight" in name:
+                tensor.mul_(30)
             if "apn.box.weight" in name:
-                tensor.normal_(std=40.0)
+                tensor.normal_(std=0.7)
     store.save_weights(run.weights, network)
     return run
 

@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model__dropout": 0.3,
         "alternate__jitter": 0.3,
         "model__scales": 3,
-        "model__sizes": [64, 32, 32],
+        "model__sizes": [96, 64, 64],
     },
 }
 
