@@ -30,7 +30,6 @@ def run(words: list[str], monkeypatch, capsys) -> str:
     monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit) as end:
         main()
-        raise SystemExit(0)  # typer may end by itself
     assert not end.value.code, f"{shlex.join(words)}: exit {end.value.code}\n{capsys.readouterr().err}"
     return capsys.readouterr().out
 

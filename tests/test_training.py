@@ -18,7 +18,7 @@ from racnn_cli.cli import main
 from racnn_cli.core import attention
 from racnn_cli.run import Run
 from racnn_cli.training import stages
-from racnn_cli.training.loop import fit
+from racnn_cli.training.loop import fit, loader
 from racnn_cli.training.stages import Stage
 from racnn_cli.training.trainer import Trainer
 
@@ -257,7 +257,7 @@ def test_the_apns_learn_where_to_look(here, tmp_path_factory) -> None:
         """Mean box on the training pictures, and mean distance to the peak target."""
         boxes, targets = [], []
         with torch.no_grad():
-            for batch in started._plain_batches(context.train):
+            for batch in loader(context, context.train, shuffle=False):
                 output = context.model.eval()(batch["image"])
                 features = context.model.scale(0).backbone(output.views[0])
                 boxes.append(output.proposals[0])

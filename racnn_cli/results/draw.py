@@ -13,6 +13,7 @@ from racnn_cli.data.images import Geometry, Picture
 # Okabe and Ito's colours, which colour-blind readers tell apart; one a scale, in the order of scales.
 COLOURS = ("#595959", "#D55E00", "#56B4E9", "#F0E442", "#009E73")
 INK, SOFT, PAPER = "#1b1b1b", "#666666", "#ffffff"
+NOTHING = "#c8c8c8"  # where a box leaves the picture
 GAP = 12
 
 Rect = tuple[float, float, float, float]
@@ -100,7 +101,7 @@ def sheet(
 
 
 def _tile(source: Image.Image, box: Rect, side: int, number: int, line: int) -> Image.Image:
-    """What one box shows, on a square in its scale's colour; the box's own shape is kept."""
+    """What one box shows, on a grey square framed in its scale's colour; the box's own shape is kept."""
     x0, y0, x1, y1 = box
     x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
     colour, room = _colour(number), side - 2 * line
@@ -109,6 +110,7 @@ def _tile(source: Image.Image, box: Rect, side: int, number: int, line: int) -> 
     area = (max(x0, 0.0), max(y0, 0.0), min(x1, source.width), min(y1, source.height))
     crop = source.resize(size, Image.Resampling.BICUBIC, box=area)
     tile = Image.new("RGB", (side, side), colour)
+    tile.paste(NOTHING, (line, line, side - line, side - line))
     tile.paste(crop, ((side - size[0]) // 2, (side - size[1]) // 2))
     text, font = f"scale {number}", _font(max(10, min(17, side // 10)))
     draw = ImageDraw.Draw(tile)

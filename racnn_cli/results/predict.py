@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -223,8 +224,15 @@ def table(predictions: Iterable[Prediction]) -> Table:
     result.add_column("class", overflow="fold")
     result.add_column("probability", justify="right")
     result.add_column("boxes: x0 y0 x1 y1", no_wrap=True)
+    predictions = list(predictions)
+    paths = [prediction.path for prediction in predictions if prediction.path]
+    alike = len(paths) > 1 and len({os.path.isabs(path) for path in paths}) == 1
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths]) if alike else ""
+    if shared:
+        result.title, result.title_justify = f"in {escape(shared)}", "left"
     for prediction in predictions:
-        name = escape(prediction.path or "(in memory)")
+        path = os.path.relpath(prediction.path, shared) if shared and prediction.path else prediction.path
+        name = escape(path or "(in memory)")
         if prediction.error:
             result.add_row(name, f"[red]{escape(prediction.error)}[/red]", "", "")
             continue

@@ -188,26 +188,17 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
         for name, value in resumed.averaged.items():
             averaged.values[name].copy_(value)
     accumulate = recipe.train.accumulate
-    steps = len(_loader(context, context.train, 0))
+    steps = len(loader(context, context.train, shuffle=True))
     updates_per_epoch = math.ceil(steps / accumulate)
     averaged.updates = progress.epoch * updates_per_epoch + progress.step // accumulate
     signals = Signals()
     watched = len(stage.scales) if stage.name == "pretrain-cnn" else recipe.model.scales
 
     def check() -> dict[str, Any]:
-        loader = batches(
-            context.val,
-            batch=recipe.train.batch,
-            epoch=0,
-            seed=0,
-            shuffle=False,
-            workers=recipe.data.workers,
-            rank=distributed.rank(),
-            world=distributed.world(),
-        )
         averaged.swap()
         try:
-            return validate(model, loader, device, scales=watched, margin=recipe.alternate.margin)
+            plain = loader(context, context.val, shuffle=False)
+            return validate(model, plain, device, scales=watched, margin=recipe.alternate.margin)
         finally:
             averaged.swap()
 
@@ -271,7 +262,7 @@ def _epoch(
     sums: dict[str, float] = {}
     first, began, images_seen = progress.step, time.perf_counter(), 0
     optimizer.zero_grad(set_to_none=True)
-    for step, batch in enumerate(_loader(context, context.train, progress.step), start=first):
+    for step, batch in enumerate(loader(context, context.train, shuffle=True, skip=first), start=first):
         seed_step(recipe.seed, progress.views, step, distributed.rank())
         images = batch["image"].to(device, non_blocking=True)
         labels = batch["label"].to(device, non_blocking=True)
@@ -336,18 +327,20 @@ def _not_finite(context: Context, stage: Stage, what: str, step: int) -> RacnnEr
     )
 
 
-def _loader(context: Context, pictures: Pictures, skip: int) -> Any:
+def loader(context: Context, pictures: Pictures, *, shuffle: bool, skip: int = 0) -> Any:
+    """One epoch of pictures for this process: in a new order with `shuffle`, else as they are listed."""
     recipe = context.recipe
     return batches(
         pictures,
         batch=recipe.train.batch,
-        epoch=context.progress.views,
+        epoch=context.progress.views if shuffle else 0,
         seed=recipe.seed,
-        shuffle=True,
+        shuffle=shuffle,
         workers=recipe.data.workers,
         skip=skip,
         rank=distributed.rank(),
         world=distributed.world(),
+        device_pin=context.device.type == "cuda",
     )
 
 

@@ -12,7 +12,7 @@ from racnn_cli import recipe as recipes
 from racnn_cli.core import store
 from racnn_cli.core.device import pick
 from racnn_cli.core.model import RACNN, build, sizes_of
-from racnn_cli.data.images import Pictures, batches
+from racnn_cli.data.images import Pictures
 from racnn_cli.data.index import Index, build_index
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
@@ -20,7 +20,7 @@ from racnn_cli.run import Run, write_text
 from racnn_cli.training import checkpoint, distributed, stages
 from racnn_cli.training.checkpoint import Progress, Saved
 from racnn_cli.training.console import Console
-from racnn_cli.training.loop import Context, fit, freeze_all_but, seed_step
+from racnn_cli.training.loop import Context, fit, freeze_all_but, loader, seed_step
 from racnn_cli.training.stages import Stage
 from racnn_cli.training.validate import validate
 
@@ -121,8 +121,12 @@ class Trainer:
             f"{recipe.data.path}: {len(self.index.classes)} classes, {counts} images; source {recipe.data.source} px"
         )
         console.say(f"run folder {self.context.run.folder}, device {self.context.device}, seed {recipe.seed}")
-        for note in [*self.index.notes, *self.index.skipped]:
+        for note in self.index.notes:
             console.say(f"note: {note}")
+        if skipped := self.index.skipped:
+            console.say(f"left out, as --skip-bad asks: {len(skipped)} file(s)")
+            for fault in skipped[:20]:
+                console.say(f"  {fault}")
 
     @property
     def plan(self) -> tuple[str, ...]:
@@ -283,9 +287,9 @@ class Trainer:
     def validate(self) -> dict:
         """The validation figures of all scales as the network stands."""
         context = self.context
-        loader = self._plain_batches(context.val)
+        plain = loader(context, context.val, shuffle=False)
         scales, margin = context.recipe.model.scales, context.recipe.alternate.margin
-        return validate(context.model, loader, context.device, scales=scales, margin=margin)
+        return validate(context.model, plain, context.device, scales=scales, margin=margin)
 
     @torch.no_grad()
     def _start_fusion(self) -> None:
@@ -295,23 +299,10 @@ class Trainer:
         freeze_all_but(model, [])
         plain = _pictures(context.recipe, model, self.index, "train", augment=False, most=512)
         sums = torch.zeros(len(model.sizes), device=context.device)
-        for batch in self._plain_batches(plain):
+        for batch in loader(context, plain, shuffle=False):
             output = model(batch["image"].to(context.device))
             sums += torch.stack([d.float().norm(dim=1).sum() for d in output.descriptors])
         stages.start_fusion(model, (distributed.total(sums) / len(plain)).tolist())
-
-    def _plain_batches(self, pictures: Pictures):
-        recipe = self.context.recipe
-        return batches(
-            pictures,
-            batch=recipe.train.batch,
-            epoch=0,
-            seed=0,
-            shuffle=False,
-            workers=recipe.data.workers,
-            rank=distributed.rank(),
-            world=distributed.world(),
-        )
 
 
 def baseline_recipe(recipe: Recipe, rounds: int) -> Recipe:
