@@ -53,12 +53,15 @@ def build(name: str, size: int, *, pretrained: bool = False) -> Vgg:
     """One VGG for images of side `size`, with timm's weights or with random ones.
 
     Raises:
-        RacnnError: the images are smaller than one position of the map.
+        RacnnError: the side is no multiple of one position of the map.
     """
-    if size < STRIDE:
+    if size < STRIDE or size % STRIDE:
+        # Pooling would leave the last rows and columns out in silence, and a box would no longer mean its place.
+        lower = max(size // STRIDE, 1) * STRIDE
         raise RacnnError(
-            f"{name} does not take images of {size} px: the smallest side is {STRIDE} px",
-            "a larger size in model.sizes",
+            f"{name} does not take images of {size} px: it takes multiples of {STRIDE} px, near it "
+            f"{lower} or {lower + STRIDE}",
+            f"{lower} in the place of {size} in model.sizes",
         )
     # timm builds the 4096-wide layers too, 120 million weights that are thrown away: on the meta device they
     # cost nothing, and only the convolutions are then made and filled.

@@ -75,7 +75,7 @@ def stage(
         if name != "pretrain-cnn":
             raise RacnnError(
                 f"{name} cannot start a run: it needs a network that pretrain-cnn has trained",
-                f"`racnn pretrain-cnn {recipe.name}` first, then `racnn {name}` without a recipe goes on with it",
+                f"`racnn pretrain-cnn` with that recipe first, then `racnn {name}` without a recipe goes on with it",
             )
         trainer = Trainer.start(recipe.as_used(), out, quiet=quiet)
     else:
@@ -102,10 +102,10 @@ def finish(trainer: Trainer, *, quiet: bool = False) -> dict[str, Any]:
 def _baseline(run: Run, recipe: Recipe, *, quiet: bool) -> None:
     base = Run(run.folder / "baseline")
     if base.recipe_file.is_file():
-        trainer = Trainer.proceed(base, quiet=quiet)
+        trainer = Trainer.proceed(base, owner=run.folder, quiet=quiet)
     else:
         rounds = len({event["round"] for event in run.read_log() if event["event"] == "round"})
-        trainer = Trainer.start(baseline_recipe(recipe, rounds), base.folder, latest=False, quiet=quiet)
+        trainer = Trainer.start(baseline_recipe(recipe, rounds), base.folder, owner=run.folder, quiet=quiet)
     trainer.run_all()
     if distributed.rank() == 0:
         evaluate(base)

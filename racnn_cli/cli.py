@@ -286,15 +286,18 @@ def alternate(
 def evaluate(
     run: RunFolder = None,
     split: Annotated[
-        str | None, typer.Option(help="train, val, test or all  [default: test]", show_default=False)
+        str | None, typer.Option(help="train, val or test  [default: test]", show_default=False)
     ] = None,
-    data: DataPath = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="measure on all pictures of this folder or CSV file instead")
+    ] = None,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Accuracy, calibration and boxes of a run, as a table and as eval.json."""
     opened = Run.open(run)
     from racnn_cli.results.evaluate import evaluate as measure
 
-    _print_result(opened, measure(opened, split=split, data=data))
+    _print_result(opened, measure(opened, split=split, data=data, skip_bad=skip_bad))
 
 
 @app.command()

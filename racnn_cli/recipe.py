@@ -153,6 +153,9 @@ class Train(Section):
     )
     warmup: Share = Field(0.1, description="share of a phase's updates during which the learning rate rises")
     clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="largest gradient norm; 0: not clipped")
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="of every classification loss"
+    )
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="decay of averaged weights; 0: none"
     )
@@ -173,7 +176,6 @@ class PretrainCnn(Phase):
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
     lr: Positive = 3e-4
     head_lr: Positive = Field(10.0, description="learning rate of the classifier, as a multiple of lr")
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     patience: Annotated[int, Field(ge=0)] = Field(
         0, description="stop after so many epochs without a better validation loss; 0: never"
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,35 @@ RUNS = Path("runs")
 LATEST = "latest"
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what the system says about a write into an error that names the file."""
+    try:
+        yield
+    except OSError as fault:
+        raise RacnnError(
+            f"{path} could not be written: {fault.strerror or fault}",
+            "free some space, or choose another folder",
+            failure=True,
+        ) from fault
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary)` make the file, then put it in the place of `path` in one step."""
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as fault:
-        raise RacnnError(
-            f"{path} could not be written: {fault.strerror or fault}",
-            "free some space or choose another folder with --out",
-            failure=True,
-        ) from fault
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+            os.close(handle)
+            temporary = Path(name)
+            write(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -174,7 +183,7 @@ class Run:
 
     def append_log(self, event: dict[str, Any]) -> None:
         """Add one line to log.jsonl."""
-        with self.log.open("a", encoding="utf-8") as file:
+        with _explained(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
@@ -200,12 +209,13 @@ def _next_free(folder: Path) -> Path:
 
 def _point_latest(folder: Path) -> None:
     """`runs/latest` becomes a link to the newest run (a text file where links are not allowed)."""
-    RUNS.mkdir(exist_ok=True)
     target = os.path.relpath(folder, RUNS)
     temporary = RUNS / f".{LATEST}.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.symlink_to(target, target_is_directory=True)
-    except OSError:
-        temporary.write_text(target, encoding="utf-8")
-    os.replace(temporary, RUNS / LATEST)
+    with _explained(RUNS / LATEST):
+        RUNS.mkdir(exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(target, target_is_directory=True)
+        except OSError:
+            temporary.write_text(target, encoding="utf-8")
+        os.replace(temporary, RUNS / LATEST)

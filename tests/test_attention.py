@@ -263,3 +263,14 @@ def test_an_apn_finds_on_new_images_what_it_learned_on_few() -> None:
     error = (apn(new) - truth).abs()[:, :2].mean()
     constant = (target.mean(0) - truth).abs()[:, :2].mean()
     assert error < 0.25 * constant, (error, constant)
+
+
+def test_half_precision_does_not_move_a_box() -> None:
+    """Under autocast the network is rounded, the box is not: bfloat16 would move it by more than a pixel."""
+    torch.manual_seed(4)
+    apn, features = APN((12, 7, 7), 16, 1 / 3, 0.95), torch.rand(32, 12, 7, 7).bfloat16().float()
+    plain = apn(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(apn(features.bfloat16()), plain)
+        torch.testing.assert_close(peak_target(features.bfloat16(), 0.5), peak_target(features, 0.5))
+    assert len(plain[:, 0].unique()) == 32

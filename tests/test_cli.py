@@ -192,8 +192,12 @@ def test_recipes_show_prints_a_recipe_that_can_be_used(racnn, here) -> None:
         (["train", "--resume", "--out", "x"], ["--out"], "--run"),
         (["pretrain-cnn", "tiny", "--run", "x"], ["--run"], "--out"),
         (["pretrain-apn", "--out", "x"], ["--out"], "pretrain-apn RECIPE"),
-        (["pretrain-apn", "tiny"], ["cannot start a run"], "racnn pretrain-cnn tiny"),
-        (["alternate", "tiny", "--scales", "3"], ["cannot start a run"], "racnn pretrain-cnn tiny"),
+        (["pretrain-apn", "tiny"], ["cannot start a run"], "`racnn pretrain-cnn` with that recipe"),
+        (
+            ["alternate", "tiny", "--scales", "3"],
+            ["cannot start a run"],
+            "`racnn pretrain-cnn` with that recipe",
+        ),
         (["export"], ["name one format"], "--onnx"),
         (["export", "--onnx", "--safetensors"], ["name one format"], "--onnx"),
         (["recipes", "show", "tinny"], ["did you mean tiny"], "tiny"),
@@ -280,7 +284,7 @@ def test_out_in_use_is_refused(racnn, here, data) -> None:
 
 def test_out_that_cannot_be_made_is_a_failure(racnn, here, data) -> None:
     file = write_recipe(here / "mine.toml", data)
-    is_fault(racnn("train", file, "--out", file / "sub"), "mine.toml", hint="--out", code=1)
+    is_fault(racnn("train", file, "--out", file / "sub"), "mine.toml", hint="another folder", code=1)
 
 
 def test_scales_that_disagree_with_the_run(racnn, fresh) -> None:

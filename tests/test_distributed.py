@@ -129,3 +129,29 @@ def test_a_fault_ends_all_processes_with_its_message(tmp_path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("nothing was overwritten") == 1
     assert os.listdir(tmp_path / "used") == ["x"]
+
+
+def test_batchnorm_statistics_are_shared(tmp_path) -> None:
+    """Each process saw other pictures; what is validated and saved is the same network on all of them."""
+    (tmp_path / "job.py").write_text(
+        "import torch\n"
+        "from racnn_cli.training import distributed\n"
+        "distributed.start(torch.device('cpu'))\n"
+        "norm = torch.nn.BatchNorm2d(1)\n"
+        "norm.running_mean.fill_(distributed.rank() + 1.0)\n"
+        "distributed.share_buffers([norm])\n"
+        "print('mean', norm.running_mean.item(), int(norm.num_batches_tracked), flush=True)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "job.py",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mean 1.5 0") == 2

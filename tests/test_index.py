@@ -387,3 +387,20 @@ def test_a_folder_that_may_not_be_read(tmp_path):
         assert "cannot be read" in fault(root).message
     finally:
         (root / "c").chmod(0o755)
+
+
+def test_a_class_that_only_had_bad_files_stays_away_in_evaluation(tmp_path) -> None:
+    """What --skip-bad leaves out must not depend on which splits are read to the end."""
+    for label in ("a", "b", "c"):
+        (tmp_path / label).mkdir()
+        for number in range(8):
+            file = tmp_path / label / f"{number}.png"
+            if label == "c":
+                file.write_bytes(b"no picture")
+            else:
+                Image.new("RGB", (20, 20), (number, 0, 0)).save(file)
+    data = recipe.Data(path=str(tmp_path), skip_bad=True)
+    trained = build_index(data, seed=0)
+    assert trained.classes == ["a", "b"]
+    again = build_index(data, seed=0, classes=trained.classes, verify=("test",))
+    assert again.splits == trained.splits

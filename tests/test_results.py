@@ -123,7 +123,7 @@ def test_eval_json_has_the_promised_keys(run: Run, result: dict) -> None:
     assert json.loads(run.eval.read_text()) == result
     assert set(result) == {
         *("split", "images", "classes", "scales", "average", "fused", "per_class", "boxes", "baseline"),
-        *("seconds", "images_per_second", "confusion", "interval"),
+        *("seconds", "images_per_second", "confusion", "interval", "data"),
     }
     assert (result["split"], result["images"], result["classes"], result["baseline"]) == ("test", 24, 3, None)
     assert [set(entry) for entry in (*result["scales"], result["average"], result["fused"])] == [
@@ -188,15 +188,17 @@ def test_bounds_are_counted() -> None:
 def test_split_data_and_baseline(place: Path, data: Path) -> None:
     run = make_run(place / "one", data, scales=1)
     plain = make_run(run.folder / "baseline", data, scales=1)
-    write_json(plain.eval, {"fused": {"top1": 0.5, "top5": 1.0, "nll": 1.0, "ece": 0.1}})
+    write_json(plain.eval, {"split": "val", "fused": {"top1": 0.5, "top5": 1.0, "nll": 1.0, "ece": 0.1}})
     other = write_data(place / "other", count=3)
-    result = evaluate.evaluate(run, split="val", data=str(other), batch=2, workers=0)
-    assert (result["split"], result["images"], result["boxes"]) == ("val", 9, [])
+    result = evaluate.evaluate(run, data=str(other))
+    assert (result["split"], result["images"], result["boxes"]) == ("all", 27, [])
+    assert result["baseline"] is None  # its figures are of other pictures
+    result = evaluate.evaluate(run, split="val")
     assert result["baseline"] == {"top1": 0.5, "top5": 1.0, "nll": 1.0, "ece": 0.1, "size": 64}
     assert [name for name, _ in evaluate.rows(result)] == ["baseline", "scale 1", "average", "fused"]
     with pytest.raises(RacnnError, match="no split 'dev'") as fault:
         evaluate.evaluate(run, split="dev")
-    assert fault.value.hint == "--split train, val, test or all"
+    assert fault.value.hint == "--split train or val or test"
 
 
 def test_tables_show_the_figures(result: dict) -> None:

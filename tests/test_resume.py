@@ -161,6 +161,49 @@ def test_resume_of_a_finished_run_trains_nothing(here, data) -> None:
     assert run.eval.is_file()
 
 
+def test_what_the_optimizer_is_bound_to_cannot_change_in_mid_stage(here, data, stop_at) -> None:
+    stop_at("pretrain-cnn", 1)
+    with pytest.raises(Interrupted):
+        api.train(tiny(data, model__scales=1, model__sizes=[64]), out=here / "mine", quiet=True)
+    run = Run.open(here / "mine")
+    before = run.recipe_file.read_bytes()
+    for key, value in (
+        ("train.optimizer", "sgd"),
+        ("train.weight_decay", 0.0),
+        ("train.batch", 2),
+        ("train.ema", 0.5),
+    ):
+        with pytest.raises(RacnnError, match=f"in the middle of pretrain-cnn; {key} cannot change"):
+            api.resume(run, {key: value}, quiet=True)
+    with pytest.raises(RacnnError, match="quick"):
+        api.resume(run, {"quick": True}, quiet=True)
+    assert run.recipe_file.read_bytes() == before
+
+
+def test_the_baseline_that_was_stopped_goes_on_with_its_run(here, data, stop_at) -> None:
+    recipe = tiny(data, baseline=True)
+    api.train(recipe, out=here / "whole", quiet=True)
+    steps = len(Run(here / "whole").read_log())
+    stop_at("pretrain-cnn", 1)
+    with pytest.raises(Interrupted):
+        api.train(recipe, out=here / "mine", quiet=True)
+    run = Run.open(here / "mine")
+    again = Interrupted(here / "mine", signal.SIGINT)
+    assert again.hint == f"`racnn train --resume --run {here / 'mine'}` goes on"
+    stop_at("alternate: fusion head", 1)
+    with pytest.raises(Interrupted):
+        api.resume(run, quiet=True)
+    # The next call of the loop named pretrain-cnn is the baseline's: what to type is still the run itself.
+    stop_at("pretrain-cnn", 1)
+    with pytest.raises(Interrupted) as stopped:
+        api.resume(run, quiet=True)
+    assert (run.folder / "baseline" / "recipe.toml").is_file()
+    assert stopped.value.hint == again.hint
+    result = api.resume(run, quiet=True)
+    assert result["baseline"] is not None
+    assert len(run.read_log()) >= steps
+
+
 def test_resume_with_more_epochs_goes_further(here, data, stop_at) -> None:
     recipe = tiny(data, model__scales=1, model__sizes=[64])
     stop_at("pretrain-cnn", 2)

@@ -153,7 +153,7 @@ def test_an_empty_out_folder_is_welcome(here) -> None:
 def test_out_below_a_file_is_a_failure_and_not_a_traceback(here) -> None:
     (here / "file").write_text("x")
     wrong = fault(Run.create, RECIPE, CLASSES, here / "file" / "run", code=1)
-    assert "--out" in wrong.hint
+    assert "another folder" in wrong.hint
 
 
 def test_latest_is_a_text_file_where_links_are_not_allowed(here, monkeypatch) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from racnn_cli.bench import Figures, Options
 from racnn_cli.core import store
-from racnn_cli.core.model import RACNN, build, sizes_of
+from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.results.export import export_onnx
@@ -99,8 +99,7 @@ def one(name: str, sizes: Sequence[int]) -> dict[str, Any]:
         )
         try:
             seed_step(0)
-            recipe = recipe.override({"model.sizes": list(sizes_of(recipe.model))})
-            recipe = recipe.override({"data.source": recipe.model.sizes[0]})
+            recipe = resolve(recipe)
             model = build(recipe.model, len(CLASSES))
             backbone = model.scale(0).backbone
             entry |= {

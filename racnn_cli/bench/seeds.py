@@ -19,7 +19,7 @@ from rich.table import Table
 from racnn_cli import api
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Figures, Options
-from racnn_cli.core.model import sizes_of
+from racnn_cli.core.model import resolve
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.results.evaluate import read, rows
@@ -66,9 +66,7 @@ def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     run = Run(folder)
     if not run.recipe_file.is_file():
         return None
-    has, wanted = run.recipe(), recipe.override({"model.sizes": list(sizes_of(recipe.model))})
-    wanted = wanted.override({"data.source": wanted.data.source or wanted.model.sizes[0]})
-    old, new = asdict_flat(has), asdict_flat(wanted)
+    old, new = asdict_flat(run.recipe()), asdict_flat(resolve(recipe))
     differ = [f"{key} is {old[key]!r} there and {new[key]!r} here" for key in new if old[key] != new[key]]
     if differ:
         raise RacnnError(

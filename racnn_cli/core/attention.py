@@ -74,13 +74,14 @@ def peak_target(features: Tensor, side: float) -> Tensor:
     Returns:
         (B, 3) boxes of exactly that side, moved inside the image where the peak is near its border.
     """
-    response = features.detach().abs().mean(dim=1)  # (B, h, w)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    response = features.detach().to(dtype).abs().mean(dim=1)  # (B, h, w)
     _, rows, columns = response.shape
     peak = response.flatten(1).argmax(dim=1)  # (B,)
-    x = (peak % columns + 0.5) / columns
-    y = (peak // columns + 0.5) / rows
+    x = ((peak % columns).to(dtype) + 0.5) / columns
+    y = ((peak // columns).to(dtype) + 0.5) / rows
     half = torch.full_like(x, side / 2)
-    return bound(torch.stack([x, y, half], dim=1).to(features.dtype), side, side)
+    return bound(torch.stack([x, y, half], dim=1), side, side)
 
 
 class APN(nn.Module):
@@ -126,12 +127,14 @@ class APN(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, C, h, w) to boxes (B, 3)."""
-        cells = features.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h * w, C)
-        cells = cells / cells.detach().abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
-        cells = cells * cells.square().mean(dim=(1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
-        response = self.hidden(cells).transpose(1, 2)  # (B, hidden, h * w)
-        bounded = self.LARGEST * F.softsign(self.SHARPNESS / self.LARGEST * response)
-        return self.to_box(self.box(bounded.softmax(dim=2).flatten(1)))
+        # Half precision would round a box by more than a pixel.
+        with torch.autocast(features.device.type, enabled=False):
+            cells = features.to(self.hidden.weight.dtype).flatten(2).transpose(1, 2)  # (B, h * w, C)
+            cells = cells / cells.detach().abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+            cells = cells * cells.square().mean(dim=(1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
+            response = self.hidden(cells).transpose(1, 2)  # (B, hidden, h * w)
+            bounded = self.LARGEST * F.softsign(self.SHARPNESS / self.LARGEST * response)
+            return self.to_box(self.box(bounded.softmax(dim=2).flatten(1)))
 
     def to_box(self, raw: Tensor) -> Tensor:
         """Any real numbers (B, 3) to valid boxes (B, 3)."""

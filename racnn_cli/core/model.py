@@ -167,6 +167,12 @@ def sizes_of(model: recipe.Model) -> tuple[int, ...]:
     return model.sizes or backbones.native_sizes(model.backbone, model.scales)
 
 
+def resolve(whole: recipe.Recipe) -> recipe.Recipe:
+    """The recipe with the sizes and the source that it leaves to the backbone spelt out."""
+    sizes = sizes_of(whole.model)
+    return whole.override({"model.sizes": list(sizes), "data.source": whole.data.source or sizes[0]})
+
+
 def build(model: recipe.Model, classes: int, *, source: int = 0, weights: str | None = None) -> RACNN:
     """The network that a recipe describes.
 

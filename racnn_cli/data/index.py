@@ -21,7 +21,7 @@ from racnn_cli.data.split import choose, hold_out
 from racnn_cli.errors import RacnnError
 
 SPLITS = ("train", "val", "test")
-SHOWN = 20
+SHOWN = 1000
 """So many faults are spelt out in one message; the rest is counted."""
 SLACK = 0.5
 """Pixels by which a box may leave its picture: it was rounded, not misplaced."""
@@ -84,6 +84,8 @@ def build_index(
     splits, single = _split(listing.rows, data, seed)
     splits = _limit(splits, data.limit, seed)
     fingerprint = _fingerprint(splits)
+    if data.skip_bad:  # what is left out must not depend on what is looked at
+        verify = SPLITS
     bad = _verify([row for split in verify for row in splits[split]])
     faults = listing.faults + list(bad.values())
     if data.skip_bad:
@@ -101,6 +103,26 @@ def build_index(
         notes=listing.notes + _notes(names, splits, single),
         fingerprint=fingerprint,
     )
+
+
+def labelled(data: recipe.Data, *, seed: int, classes: list[str]) -> list[Item]:
+    """Every picture of a folder or CSV file, for measuring a trained network on it: nothing is held out.
+
+    Raises:
+        RacnnError: with every fault of the files, and classes that the network does not know.
+    """
+    root = locate(data, seed)
+    listing = read_folder(root) if root.is_dir() else read_csv(root)
+    names = sorted({row.label for row in listing.rows})
+    problems = _name_problems(names) + _known_problems(names, classes)
+    bad = _verify(listing.rows)
+    faults = listing.faults + list(bad.values())
+    if not listing.rows:
+        problems.append("there is no labelled picture")
+    if problems or (faults and not data.skip_bad):
+        raise _report(root, problems, faults)
+    label = {name: place for place, name in enumerate(classes)}
+    return [Item(row.path, label[row.label], row.box) for row in listing.rows if row not in bad]
 
 
 def _fingerprint(splits: dict[str, list[Row]]) -> str:
@@ -230,12 +252,16 @@ def _name_problems(names: list[str]) -> list[str]:
     return problems
 
 
+def _known_problems(names: list[str], known: list[str]) -> list[str]:
+    surplus = [name for name in names if name not in known]
+    return [f"the run does not know the class {_some(surplus)}; it knows {_some(known)}"] if surplus else []
+
+
 def _class_problems(names: list[str], splits: dict[str, list[Row]], known: list[str] | None) -> list[str]:
     problems = []
     present = {split: {row.label for row in rows} for split, rows in splits.items()}
     if known is not None:
-        if surplus := [name for name in names if name not in known]:
-            problems.append(f"the run does not know the class {_some(surplus)}; it knows {_some(known)}")
+        problems += _known_problems(names, known)
         if missing := [name for name in known if name not in names]:
             problems.append(f"the run's class {_some(missing)} is not in the data")
     untaught = [name for name in names if name not in present["train"]]

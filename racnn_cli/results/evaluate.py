@@ -17,7 +17,7 @@ from racnn_cli.core import metrics, store
 from racnn_cli.core.device import pick
 from racnn_cli.core.model import RACNN, sizes_of
 from racnn_cli.data.images import Pictures, batches
-from racnn_cli.data.index import SPLITS, Index, build_index
+from racnn_cli.data.index import SPLITS, Index, build_index, labelled
 from racnn_cli.errors import RacnnError
 from racnn_cli.run import Run, write_json
 
@@ -28,20 +28,20 @@ def evaluate(
     run: Run,
     *,
     split: str | None = None,
-    batch: int | None = None,
-    workers: int | None = None,
     data: str | None = None,
+    skip_bad: bool = False,
 ) -> dict[str, Any]:
     """Measure a run on one of its splits and write eval.json.
 
     Args:
         run: a run whose network has weights.
-        split: train, val, test or all; None: test if it has images, else val; for other data, all.
-        batch, workers: in the place of the recipe's.
-        data: another folder or CSV file with the run's classes, in the place of the recipe's `data.path`.
+        split: train, val or test; None: test if it has images, else val.
+        data: measure on every labelled picture of this folder or CSV file instead; `split` is then "all".
+        skip_bad: go on without files that cannot be read.
 
     Returns:
-        what eval.json holds: `split`; `images` and `classes`, two counts; `scales`, a list of `top1`, `top5`,
+        what eval.json holds: `split`; `data`, its path; `images` and `classes`, two counts; `scales`, a list of
+        `top1`, `top5`,
         `nll`, `ece`; `average` and `fused`, the same keys; `per_class`, name to `top1` and `n`; `boxes`, a
         list of what `Sides.figures` gives; `confusion`, rows the truth, in the order of `per_class`;
         `interval`, 95 % of fused top1; `baseline`; `seconds`; `images_per_second`.
@@ -51,35 +51,41 @@ def evaluate(
     """
     model, _ = store.load(run.folder)
     recipe, classes = run.recipe(), run.classes()
+    if skip_bad:
+        recipe = recipe.override({"data.skip_bad": True})
     if data is not None:
+        if split is not None:
+            raise RacnnError(
+                "--split is of the run's own data, and --data names others", "leave one of the two out"
+            )
         recipe = recipe.override({"data.path": data})
-    where = pick()
-    if data is not None:
-        split = split or "all"
-    verify = SPLITS if split == "all" else (split,) if split in SPLITS else ("val", "test")
-    index = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=verify)
-    if data is None:
+        split, items = "all", labelled(recipe.data, seed=recipe.seed, classes=classes)
+    else:
+        verify = (split,) if split in SPLITS else ("val", "test")
+        index = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=verify)
         run.check_data(index.fingerprint)
-    split = split or ("test" if index.splits["test"] else "val")
-    pictures = Pictures(_items(index, split), recipe.data, model.source, seed=recipe.seed, augment=False)
+        split = split or ("test" if index.splits["test"] else "val")
+        items = _items(index, split)
+    where = pick()
     loader = batches(
-        pictures,
-        batch=batch or recipe.train.batch,
+        Pictures(items, recipe.data, model.source, seed=recipe.seed, augment=False),
+        batch=recipe.train.batch,
         epoch=0,
         seed=recipe.seed,
         shuffle=False,
-        workers=recipe.data.workers if workers is None else workers,
+        workers=recipe.data.workers,
         device_pin=where.type == "cuda",
     )
     measured = measure(model, loader, where)
     shares = measured.pop("per_class")
     result = {
         "split": split,
+        "data": recipe.data.path,
         "images": measured["images"],
         "classes": len(classes),
         **measured,
         "per_class": {name: {"top1": top1, "n": n} for name, (top1, n) in zip(classes, shares, strict=True)},
-        "baseline": _baseline(run.folder / "baseline"),
+        "baseline": None if data is not None else _baseline(run.folder / "baseline", split),
     }
     write_json(run.eval, result)
     return result
@@ -248,18 +254,18 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _items(index: Index, split: str) -> list[Any]:
-    if split not in (*SPLITS, "all"):
-        raise RacnnError(f"there is no split {split!r}", f"--split {', '.join(SPLITS)} or all")
-    items = [item for name in SPLITS if split in (name, "all") for item in index.splits[name]]
-    if not items:
+    if split not in SPLITS:
+        raise RacnnError(f"there is no split {split!r}", f"--split {' or '.join(SPLITS)}")
+    if not index.splits[split]:
         counts = ", ".join(f"{name} {len(index.splits[name])}" for name in SPLITS)
         raise RacnnError(f"the split {split} has no images ({counts})", "--split with one that has images")
-    return items
+    return index.splits[split]
 
 
-def _baseline(folder: Path) -> dict[str, float] | None:
-    """The figures of the plain backbone that was trained under the same budget, and its input size."""
+def _baseline(folder: Path, split: str) -> dict[str, float] | None:
+    """The figures, on the same split, of the plain backbone under the same budget, and its input size."""
     run = Run(folder)
     if not run.eval.is_file():
         return None
-    return {**read(run)["fused"], "size": sizes_of(run.recipe().model)[0]}
+    result = read(run)
+    return {**result["fused"], "size": sizes_of(run.recipe().model)[0]} if result["split"] == split else None

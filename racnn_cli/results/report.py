@@ -12,7 +12,7 @@ from typing import Any
 import racnn_cli
 from racnn_cli.core.model import sizes_of
 from racnn_cli.data.images import read_image
-from racnn_cli.data.index import SPLITS, Item, build_index
+from racnn_cli.data.index import Item, build_index, labelled
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.results import chart, draw, evaluate, predict
@@ -205,21 +205,24 @@ def _duration(seconds: float) -> str:
 
 def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
     """Some pictures of the split, wrong answers first, with what each scale saw."""
+    classes = run.classes()
     try:
-        split = result["split"] if result["split"] in SPLITS else "test"
-        index = build_index(recipe.data, seed=recipe.seed, classes=run.classes(), verify=())
-        items = index.splits[split]
+        if result["split"] == "all":
+            data = recipe.data.model_copy(update={"path": result["data"]})
+            items = labelled(data, seed=recipe.seed, classes=classes)
+        else:
+            items = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=()).splits[result["split"]]
         some = items[:: max(1, len(items) // LOOKED_AT)][:LOOKED_AT]
         answers = predict.load(run).predict([item.path for item in some])
     except RacnnError as fault:
         return f"<p>No pictures: {escape(fault.message)}.</p>"
     pairs = [(item, answer) for item, answer in zip(some, answers, strict=True) if not answer.error]
-    wrong = [pair for pair in pairs if pair[1].label != index.classes[pair[0].label]]
-    right = [pair for pair in pairs if pair[1].label == index.classes[pair[0].label]]
+    wrong = [pair for pair in pairs if pair[1].label != classes[pair[0].label]]
+    right = [pair for pair in pairs if pair[1].label == classes[pair[0].label]]
     wrong = wrong[: max(SHOWN // 2, SHOWN - len(right))]
     step = max(1, len(right) // (SHOWN - len(wrong)))
     chosen = wrong + right[::step][: SHOWN - len(wrong)]
-    cards = "".join(_card(item, answer, index.classes[item.label]) for item, answer in chosen)
+    cards = "".join(_card(item, answer, classes[item.label]) for item, answer in chosen)
     note = (
         f"Chosen from {len(pairs)} {escape(result['split'])} pictures: wrong answers first, then right ones."
     )

@@ -26,8 +26,7 @@ class Progress:
         round, phase: of `alternate`: rounds that are finished, and what comes next in this one.
         epoch, step: position in the present call of the loop; `step` counts batches.
         views: epochs since the start of the run: every epoch sees its own augmentations.
-        best, best_at, stall: of the present call of the loop: lowest validation loss, the epoch it was reached
-            at, and epochs since.
+        best, stall: of the present call of the loop: lowest validation loss, and epochs since.
         best_round, best_round_loss: of `alternate`: the round that will be restored.
         smoothed, still: of `alternate`: the smoothed losses, and rounds since one of them changed.
     """
@@ -40,7 +39,6 @@ class Progress:
     step: int = 0
     views: int = 0
     best: float | None = None
-    best_at: int = 0
     stall: int = 0
     best_round: int = 0
     best_round_loss: float | None = None

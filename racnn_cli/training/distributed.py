@@ -55,6 +55,17 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = part.view_as(parameter).clone()
 
 
+def share_buffers(modules: Iterable[nn.Module]) -> None:
+    """Give every process the mean of the processes' buffers (BatchNorm statistics), as each saw other images."""
+    if world() == 1:
+        return
+    for module in modules:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world()
+
+
 def total(values: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
     if world() > 1:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -29,11 +30,11 @@ from racnn_cli.training.validate import validate
 class Interrupted(RacnnError):
     """Training stopped on a signal, after it was saved."""
 
-    def __init__(self, run: Run, number: int) -> None:
+    def __init__(self, run: Path, number: int) -> None:
         name = signal.Signals(number).name
         super().__init__(
             f"stopped by {name}; everything up to this step is saved",
-            f"`racnn train --resume --run {run.folder}` goes on",
+            f"`racnn train --resume --run {run}` goes on",
             failure=True,
         )
         self.exit_code = 128 + number
@@ -51,6 +52,7 @@ class Context:
     device: torch.device
     console: Console
     progress: Progress
+    resume: Path  # the folder that `--resume --run` names: for a baseline, that of the run it belongs to
 
 
 class Signals:
@@ -76,6 +78,24 @@ class Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def out_of_memory_explained(context: Context) -> Iterator[None]:
+    """Turn a failed allocation, on a device or on the CPU, into one that says which setting to lower."""
+    try:
+        yield
+    except RuntimeError as fault:
+        text = str(fault).lower()
+        if not isinstance(fault, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+            raise
+        train = context.recipe.train
+        raise RacnnError(
+            f"{context.device} ran out of memory with train.batch = {train.batch}",
+            f"`racnn train --resume --run {context.resume} --set train.batch={max(train.batch // 2, 1)} "
+            f"--set train.accumulate={train.accumulate * 2}`, which keeps the images an update, or smaller model.sizes",
+            failure=True,
+        ) from None
 
 
 def freeze_all_but(
@@ -209,7 +229,7 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
     def keep_if_best(val: dict[str, Any]) -> None:
         loss = val["fused"]["nll"] if stage.part == "fusion" else val["scales"][0]["nll"]
         if progress.best is None or loss < progress.best:
-            progress.best, progress.best_at, progress.stall = loss, progress.epoch, 0
+            progress.best, progress.stall = loss, 0
             averaged.swap()
             if distributed.rank() == 0:
                 checkpoint.save(context.run, "best", model, progress)
@@ -219,7 +239,7 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
 
     context.console.begin(stage.name, stage.epochs, steps, progress.epoch * steps + progress.step)
     try:
-        with signals.caught():
+        with out_of_memory_explained(context), signals.caught():
             if stage.keep_best and stage.from_start and progress.best is None:
                 keep_if_best(check())
             while progress.epoch < stage.epochs and not (stage.patience and progress.stall >= stage.patience):
@@ -227,6 +247,7 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
                 freeze_all_but(model, moving, recipe.train.batchnorm == "frozen")
                 losses = _epoch(context, stage, optimizer, parameters, averaged, signals, steps, save)
                 seconds = time.perf_counter() - started
+                distributed.share_buffers(moving)
                 val = check()
                 progress.epoch, progress.step, progress.views = progress.epoch + 1, 0, progress.views + 1
                 if stage.keep_best:
@@ -234,7 +255,7 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
                 _log(context, stage, losses, val, seconds, optimizer)
                 save(optimizer)
                 if distributed.any_process(bool(signals.number), device):
-                    raise Interrupted(context.run, signals.number or signal.SIGTERM)
+                    raise Interrupted(context.resume, signals.number or signal.SIGTERM)
     finally:
         context.console.end()
     averaged.swap()
@@ -242,7 +263,7 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
         distributed.barrier()
         checkpoint.load(context.run, "best", model)
     model.eval().requires_grad_(False)
-    progress.epoch, progress.step, progress.stall, progress.best, progress.best_at = 0, 0, 0, None, 0
+    progress.epoch, progress.step, progress.stall, progress.best = 0, 0, 0, None
 
 
 def _epoch(
@@ -269,12 +290,18 @@ def _epoch(
         # The batches of the last, shorter, update share its gradient evenly too.
         group = min(accumulate, steps - step // accumulate * accumulate)
         figures: dict[str, float] = {}
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.amp and device.type == "cuda"):
-            for name, loss in stage.losses(context.model, images, labels):
-                figures[name] = loss.item()
-                if not math.isfinite(figures[name]):
-                    raise _not_finite(context, stage, f"the loss `{name}` is {figures[name]}", step)
-                (loss / group).backward()
+        losses = stage.losses(context.model, images, labels)
+        while True:
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=recipe.train.amp and device.type == "cuda"
+            ):
+                name, loss = next(losses, ("", None))
+            if loss is None:
+                break
+            figures[name] = loss.item()
+            if not math.isfinite(figures[name]):
+                raise _not_finite(context, stage, f"the loss `{name}` is {figures[name]}", step)
+            (loss / group).backward()
         if (step + 1) % accumulate == 0 or step + 1 == steps:
             update = progress.epoch * updates_per_epoch + step // accumulate
             _update(context, stage, optimizer, parameters, update, updates_per_epoch, step)
@@ -282,7 +309,7 @@ def _epoch(
             progress.step = step + 1
             if progress.step < steps and distributed.any_process(bool(signals.number), device):
                 save(optimizer)
-                raise Interrupted(context.run, signals.number or signal.SIGTERM)
+                raise Interrupted(context.resume, signals.number or signal.SIGTERM)
         for name, value in figures.items():
             sums[name] = sums.get(name, 0.0) + value
         images_seen += len(labels)
@@ -322,7 +349,7 @@ def _not_finite(context: Context, stage: Stage, what: str, step: int) -> RacnnEr
         f"{stage.name}, epoch {context.progress.epoch + 1}, step {step + 1}: {what}; "
         f"the weights were not updated, {kept}",
         "a lower learning rate: "
-        f"`racnn train --resume --run {context.run.folder} --set {stage.lr_key}={stage.lr / 10:g}`",
+        f"`racnn train --resume --run {context.resume} --set {stage.lr_key}={stage.lr / 10:g}`",
         failure=True,
     )
 

@@ -77,7 +77,7 @@ def pretrain_cnn(recipe: Recipe) -> Stage:
     def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
         scale = model.scale(0)
         logits = scale.classify(scale.backbone(model.first_view(model.normalise(images))))
-        yield "classification 1", classification_loss(logits, labels, section.label_smoothing)
+        yield "classification 1", classification_loss(logits, labels, recipe.train.label_smoothing)
 
     return Stage(
         "pretrain-cnn",
@@ -133,7 +133,7 @@ def cnn_phase(recipe: Recipe) -> Stage:
         for number in range(recipe.model.scales):
             scale = model.scale(number)
             features = scale.backbone(view)
-            loss = classification_loss(scale.classify(features), labels, recipe.pretrain_cnn.label_smoothing)
+            loss = classification_loss(scale.classify(features), labels, recipe.train.label_smoothing)
             yield f"classification {number + 1}", loss
             if scale.apn is not None:
                 with torch.no_grad():
@@ -180,7 +180,10 @@ def fusion(recipe: Recipe) -> Stage:
     def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
         with torch.no_grad():
             descriptors = model(images).descriptors
-        yield "classification fused", classification_loss(model.fuse(descriptors), labels)
+        yield (
+            "classification fused",
+            classification_loss(model.fuse(descriptors), labels, recipe.train.label_smoothing),
+        )
 
     return Stage(
         "alternate: fusion head",

@@ -11,7 +11,7 @@ import backbones
 from racnn_cli import recipe as recipes
 from racnn_cli.core import store
 from racnn_cli.core.device import pick
-from racnn_cli.core.model import RACNN, build, sizes_of
+from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.data.images import Pictures
 from racnn_cli.data.index import Index, build_index
 from racnn_cli.errors import RacnnError
@@ -34,7 +34,14 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Run, recipe: Recipe, model: RACNN, index: Index, console: Console, saved: Saved | None
+        self,
+        run: Run,
+        recipe: Recipe,
+        model: RACNN,
+        index: Index,
+        console: Console,
+        saved: Saved | None,
+        owner: Path | None,
     ) -> None:
         device = distributed.local_device(pick(recipe.train.device))
         model.to(device)
@@ -50,17 +57,20 @@ class Trainer:
             device=device,
             console=console,
             progress=saved.progress if saved else Progress(),
+            resume=owner or run.folder,
         )
         self.index = index
 
     @classmethod
-    def start(cls, recipe: Recipe, out: Path | None, *, latest: bool = True, quiet: bool = False) -> Trainer:
+    def start(
+        cls, recipe: Recipe, out: Path | None, *, owner: Path | None = None, quiet: bool = False
+    ) -> Trainer:
         """A new run. Its folder is made last, so that a wrong request leaves nothing behind.
 
         Args:
             recipe: what to train.
             out: the run's folder; None for the next free one in `runs/`.
-            latest: let `runs/latest` name it.
+            owner: the run that this one is the baseline of; `runs/latest` names a run without an owner.
             quiet: print nothing.
 
         Raises:
@@ -69,27 +79,34 @@ class Trainer:
         distributed.start(pick(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
         index = build_index(recipe.data, seed=recipe.seed)
-        recipe = recipe.override({"model.sizes": list(sizes_of(recipe.model))})
-        recipe = recipe.override({"data.source": recipe.data.source or recipe.model.sizes[0]})
+        recipe = resolve(recipe)
         seed_step(recipe.seed)
         model = build(recipe.model, len(index.classes), source=recipe.data.source)
         folder = None
         if distributed.rank() == 0:
-            created = Run.create(recipe, list(index.classes), out, latest=latest)
+            created = Run.create(recipe, list(index.classes), out, latest=owner is None)
             write_text(created.data, index.fingerprint)
             folder = str(created.folder)
         run = Run(Path(distributed.from_first(folder)))
-        trainer = cls(run, recipe, model, index, console, None)
+        trainer = cls(run, recipe, model, index, console, None, owner)
         trainer._introduce()
         return trainer
 
     @classmethod
-    def proceed(cls, run: Run, *, sets: dict[str, object] | None = None, quiet: bool = False) -> Trainer:
+    def proceed(
+        cls,
+        run: Run,
+        *,
+        sets: dict[str, object] | None = None,
+        owner: Path | None = None,
+        quiet: bool = False,
+    ) -> Trainer:
         """A run that exists, from where it stands.
 
         Args:
             run: its folder.
             sets: changes of the recipe for what comes; the network and the data cannot change.
+            owner: the run that this one is the baseline of.
             quiet: print nothing.
 
         Raises:
@@ -97,7 +114,7 @@ class Trainer:
         """
         recipe = run.recipe()
         if sets:
-            recipe = _changed(run, recipe, sets)
+            recipe = _changed(run, recipe, sets, checkpoint.peek(run))
         distributed.start(pick(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
         index = build_index(recipe.data, seed=recipe.seed, classes=run.classes())
@@ -107,9 +124,7 @@ class Trainer:
         weights = recipe.model.weights if unsaved else "none"
         model = build(recipe.model, len(index.classes), source=recipe.data.source, weights=weights)
         saved = None if unsaved else checkpoint.load(run, "last", model)
-        if sets and distributed.rank() == 0:
-            write_text(run.recipe_file, recipes.dump(recipe))
-        return cls(run, recipe, model, index, console, saved)
+        return cls(run, recipe, model, index, console, saved, owner)
 
     def _introduce(self) -> None:
         recipe, console, splits = self.context.recipe, self.context.console, self.index.splits
@@ -147,6 +162,8 @@ class Trainer:
         """
         self.check_turn(name)
         progress = self.context.progress
+        if distributed.rank() == 0 and self.context.run.recipe() != self.context.recipe:
+            write_text(self.context.run.recipe_file, recipes.dump(self.context.recipe))
         if progress.stage != name:
             self.context.progress = Progress(
                 done=[s for s in progress.done if s != name], stage=name, views=progress.views
@@ -297,7 +314,8 @@ class Trainer:
         context = self.context
         model = context.model.eval()
         freeze_all_but(model, [])
-        plain = _pictures(context.recipe, model, self.index, "train", augment=False, most=512)
+        plain = _pictures(context.recipe, model, self.index, "train", augment=False)
+        plain.items = plain.items[:: math.ceil(len(plain.items) / 512)]
         sums = torch.zeros(len(model.sizes), device=context.device)
         for batch in loader(context, plain, shuffle=False):
             output = model(batch["image"].to(context.device))
@@ -324,6 +342,7 @@ def baseline_recipe(recipe: Recipe, rounds: int) -> Recipe:
         size = sizes[0]
     phases = rounds * (recipe.alternate.cnn_epochs + recipe.alternate.apn_epochs)
     cost = recipe.pretrain_cnn.epochs * sizes[0] ** 2 + phases * sum(s * s for s in sizes)
+    epochs = max(math.ceil(cost / size**2), 1)
     return recipe.override(
         {
             "name": "baseline",
@@ -333,32 +352,48 @@ def baseline_recipe(recipe: Recipe, rounds: int) -> Recipe:
             "model.scales": 1,
             "model.sizes": [size],
             "data.source": max(recipe.data.source, size) if recipe.model.zoom == "source" else size,
-            "pretrain_cnn.epochs": max(math.ceil(cost / size**2), 1),
+            "pretrain_cnn.epochs": epochs,
+            # Its best epoch on the validation split is kept, as the best round of the other is.
+            "pretrain_cnn.patience": epochs,
         }
     )
 
 
-def _pictures(
-    recipe: Recipe, model: RACNN, index: Index, split: str, *, augment: bool, most: int | None = None
-) -> Pictures:
-    return Pictures(index.splits[split][:most], recipe.data, model.source, seed=recipe.seed, augment=augment)
+def _pictures(recipe: Recipe, model: RACNN, index: Index, split: str, *, augment: bool) -> Pictures:
+    return Pictures(index.splits[split], recipe.data, model.source, seed=recipe.seed, augment=augment)
 
 
-def _changed(run: Run, recipe: Recipe, sets: dict[str, object]) -> Recipe:
-    """The recipe with changes for the stages to come."""
+def _changed(run: Run, recipe: Recipe, sets: dict[str, object], progress: Progress) -> Recipe:
+    """The recipe with changes for what is still to come."""
     new = recipe.override(sets)
     old_tree, new_tree = asdict_flat(recipe), asdict_flat(new)
+    changes = [key for key in old_tree if old_tree[key] != new_tree[key]]
     fixed = [
-        f"{key} is {old_tree[key]!r} in {run.folder}, asked for {new_tree[key]!r}"
-        for key in old_tree
-        if old_tree[key] != new_tree[key]
-        and (key.startswith(("model.", "data.")) or key in ("seed", "name"))
+        key
+        for key in changes
+        if (key.startswith(("model.", "data.")) or key in ("seed", "name", "quick", "baseline"))
         and key not in ("data.workers", "data.path", "data.skip_bad", "model.k", "model.gradient")
     ]
     if fixed:
         raise RacnnError(
-            "a run's network and data cannot change after its start:\n  " + "\n  ".join(fixed),
+            "a run's network and data cannot change after its start:\n  "
+            + "\n  ".join(
+                f"{k} is {old_tree[k]!r} in {run.folder}, asked for {new_tree[k]!r}" for k in fixed
+            ),
             "leave that out to go on with this run, or start a new one with --out DIR",
+        )
+    # The optimizer's state belongs to the parameters as these keys group them, the step to batches of this size.
+    under_way = {"train.optimizer", "train.ema", "train.weight_decay", "pretrain_cnn.head_lr"}
+    bound = [
+        key
+        for key in changes
+        if (key in under_way and (progress.epoch or progress.step))
+        or (key in ("train.batch", "train.accumulate") and progress.step)
+    ]
+    if bound:
+        raise RacnnError(
+            f"{run.folder} stands in the middle of {progress.stage}; {', '.join(bound)} cannot change there",
+            "`racnn train --resume` without that; it can change between two stages",
         )
     return new
 

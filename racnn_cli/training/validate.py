@@ -12,15 +12,21 @@ from racnn_cli.core.losses import classification_loss, rank_loss
 from racnn_cli.core.model import RACNN
 from racnn_cli.training import distributed
 
+BOX = ("side", "square", "at_floor", "at_ceiling")
+
 
 class Sums:
-    """Named sums over images, added up over batches and processes."""
+    """Named sums over images, added up over batches and processes.
 
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
+    Args:
+        names: all of them, so that a process without a batch takes part with zeros.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.values = dict.fromkeys(["images", *names], 0.0)
 
     def add(self, name: str, value: Tensor | float) -> None:
-        self.values[name] = self.values.get(name, 0.0) + float(value)
+        self.values[name] += float(value)
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Every sum divided by the sum named `images`."""
@@ -44,8 +50,13 @@ def validate(
         `at_floor`, `at_ceiling`, relative to the scale before).
     """
     model.eval()
-    sums = Sums()
     names = [f"scale {number}" for number in range(scales)]
+    answered = [*names, "average", "fused"] if scales > 1 else names
+    sums = Sums(
+        [f"{name} {figure}" for name in answered for figure in ("top1", "nll")]
+        + (["rank"] if scales > 1 else [])
+        + [f"{number} {figure}" for number in range(scales - 1) for figure in BOX]
+    )
     for batch in loader:
         images, labels = batch["image"].to(device), batch["label"].to(device)
         count = len(labels)
