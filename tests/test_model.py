@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -334,7 +333,6 @@ def test_vgg_makes_a_step_of_every_stage(tmp_path) -> None:
     one_step_of_every_stage(build(options.model, CLASSES, source=64), options, 2)
 
 
-@pytest.mark.skipif(os.environ.get("RACNN_SLOW") != "1", reason="slow: RACNN_SLOW=1 runs it")
 def test_vgg19_at_the_papers_sizes_makes_a_step_of_every_stage(tmp_path) -> None:
     options = vgg_recipe(write_blobs(tmp_path / "data", {"train": 1}), "vgg19", [448, 224, 224])
     torch.manual_seed(0)
