@@ -211,7 +211,9 @@ def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
             data = recipe.data.model_copy(update={"path": result["data"]})
             items = labelled(data, seed=recipe.seed, classes=classes)
         else:
-            items = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=()).splits[result["split"]]
+            items = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=()).splits[
+                result["split"]
+            ]
         some = items[:: max(1, len(items) // LOOKED_AT)][:LOOKED_AT]
         answers = predict.load(run).predict([item.path for item in some])
     except RacnnError as fault:
