@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from racnn_cli import recipe as recipes
+from racnn_cli.bench import NAMES
 from racnn_cli.cli import main
 from racnn_cli.data.samples import write
 
@@ -46,6 +47,9 @@ def test_commands_and_python_as_typed(here, monkeypatch, capsys) -> None:
     ]
     assert len(commands) >= 10
     for words in commands:
+        if words[1] == "bench":  # minutes each: `test_bench.py` runs them small
+            assert words[2] in NAMES
+            continue
         starts = words[1] in ("train", "pretrain-cnn") and "--resume" not in words
         two = words[-2:] == ["--scales", "2"]
         small = [word.replace("64,64,64", "64,64" if two else "64,64,64") for word in SMALL]
