@@ -140,7 +140,8 @@ def test_batchnorm_statistics_are_shared(tmp_path) -> None:
         "norm = torch.nn.BatchNorm2d(1)\n"
         "norm.running_mean.fill_(distributed.rank() + 1.0)\n"
         "distributed.share_buffers([norm])\n"
-        "print('mean', norm.running_mean.item(), int(norm.num_batches_tracked), flush=True)\n"
+        "text = f'{norm.running_mean.item()} {int(norm.num_batches_tracked)}'\n"
+        "open(f'{distributed.rank()}.txt', 'w').write(text)\n"
     )
     command = [
         sys.executable,
@@ -154,4 +155,4 @@ def test_batchnorm_statistics_are_shared(tmp_path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mean 1.5 0") == 2
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["1.5 0", "1.5 0"]
