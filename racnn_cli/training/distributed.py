@@ -7,6 +7,7 @@ because a stage propagates back once a scale and freezes half of the network.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -31,6 +32,8 @@ def start(device: torch.device) -> None:
     if world() > 1 and not dist.is_initialized():
         local_device(device)  # NCCL speaks through the current GPU, so it is chosen first
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Left to the interpreter's end, its threads can outlive what they use and abort the process.
+        atexit.register(dist.destroy_process_group)
 
 
 def local_device(device: torch.device) -> torch.device:
