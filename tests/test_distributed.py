@@ -37,17 +37,10 @@ KEYS: dict[str, Any] = {
 }
 
 
-def torchrun(folder: Path, processes: int, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
+def torchrun(folder: Path, processes: int, *program: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [*command, "-m", "racnn_cli", *words],
+        [sys.executable, *launcher, *program],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -78,7 +71,7 @@ def runs(tmp_path_factory) -> tuple[Run, Run, str]:
         write_recipe(folder / f"{name}.toml", data, train__batch=batch, name="blobs", **KEYS)
     with contextlib.chdir(folder):
         api.train("one.toml", out="one", quiet=True)
-    two = torchrun(folder, 2, "train", "two.toml", "--out", "two")
+    two = torchrun(folder, 2, "-m", "racnn_cli", "train", "two.toml", "--out", "two")
     assert two.returncode == 0, two.stderr
     return Run(folder / "one"), Run(folder / "two"), two.stdout + two.stderr
 
@@ -125,7 +118,7 @@ def test_a_fault_ends_all_processes_with_its_message(tmp_path) -> None:
     (tmp_path / "used" / "x").write_text("x")
     data = write_blobs(tmp_path / "data", {"train": 2, "val": 1, "test": 1})
     write_recipe(tmp_path / "mine.toml", data)
-    done = torchrun(tmp_path, 2, "train", "mine.toml", "--out", "used")
+    done = torchrun(tmp_path, 2, "-m", "racnn_cli", "train", "mine.toml", "--out", "used")
     assert done.returncode != 0
     assert done.stderr.count("nothing was overwritten") == 1
     assert os.listdir(tmp_path / "used") == ["x"]
@@ -143,16 +136,6 @@ def test_batchnorm_statistics_are_shared(tmp_path) -> None:
         "text = f'{norm.running_mean.item()} {int(norm.num_batches_tracked)}'\n"
         "open(f'{distributed.rank()}.txt', 'w').write(text)\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "job.py",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = torchrun(tmp_path, 2, "job.py")
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["1.5 0", "1.5 0"]
