@@ -17,6 +17,9 @@ from racnn_cli.run import Run
 from racnn_cli.training import distributed
 from racnn_cli.training.trainer import Trainer, baseline_recipe
 
+# What the hints of a failed training name, and a baseline shares with its run; its size and epochs are its own.
+SHARED = ("train.", "pretrain_cnn.lr")
+
 
 def train(
     recipe: str | Path | Recipe,
@@ -51,10 +54,14 @@ def train(
 
 
 def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = False) -> dict[str, Any]:
-    """Go on with a run from its last checkpoint to the end, as `train` would have."""
-    trainer = Trainer.proceed(run, sets=dict(changes or {}), quiet=quiet)
+    """Go on with a run from its last checkpoint to the end, as `train` would have.
+
+    Changes of what it shares with its baseline are for a baseline that has begun, too.
+    """
+    changes = dict(changes or {})
+    trainer = Trainer.proceed(run, sets=changes, quiet=quiet)
     trainer.run_all()
-    return finish(trainer, quiet=quiet)
+    return finish(trainer, changes, quiet=quiet)
 
 
 def stage(
@@ -85,11 +92,13 @@ def stage(
     return trainer.context.run
 
 
-def finish(trainer: Trainer, *, quiet: bool = False) -> dict[str, Any]:
+def finish(
+    trainer: Trainer, changes: Mapping[str, Any] | None = None, *, quiet: bool = False
+) -> dict[str, Any]:
     """What follows the last stage: baseline, evaluation, ONNX, report. Process 0 does it all but the training."""
     run, recipe = trainer.context.run, trainer.context.recipe
     if recipe.baseline:
-        _baseline(run, recipe, quiet=quiet)
+        _baseline(run, recipe, changes or {}, quiet=quiet)
     if distributed.rank() > 0:
         return {}
     result = evaluate(run)
@@ -99,10 +108,12 @@ def finish(trainer: Trainer, *, quiet: bool = False) -> dict[str, Any]:
     return result
 
 
-def _baseline(run: Run, recipe: Recipe, *, quiet: bool) -> None:
+def _baseline(run: Run, recipe: Recipe, changes: Mapping[str, Any], *, quiet: bool) -> None:
     base = Run(run.folder / "baseline")
     if base.recipe_file.is_file():
-        trainer = Trainer.proceed(base, owner=run.folder, quiet=quiet)
+        # It has a recipe of its own, which changes of the run's recipe do not reach by themselves.
+        shared = {key: value for key, value in changes.items() if key.startswith(SHARED)}
+        trainer = Trainer.proceed(base, sets=shared, owner=run.folder, quiet=quiet)
     else:
         rounds = len({event["round"] for event in run.read_log() if event["event"] == "round"})
         trainer = Trainer.start(baseline_recipe(recipe, rounds), base.folder, owner=run.folder, quiet=quiet)

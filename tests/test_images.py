@@ -423,26 +423,20 @@ def test_a_file_that_is_lost_in_mid_run_is_one_clear_error(items, workers):
     batch=st.integers(1, 9),
     world=st.integers(1, 5),
     epoch=st.integers(0, 3),
-    drop=st.booleans(),
 )
-def test_the_order_of_an_epoch(count, batch, world, epoch, drop):
-    def shares(shuffle: bool, drop_last: bool = False) -> list[list[list[int]]]:
-        options = {"batch": batch, "epoch": epoch, "seed": 1, "shuffle": shuffle, "drop_last": drop_last}
+def test_the_order_of_an_epoch(count, batch, world, epoch):
+    def shares(shuffle: bool) -> list[list[list[int]]]:
+        options = {"batch": batch, "epoch": epoch, "seed": 1, "shuffle": shuffle}
         return [plan(count, rank=rank, world=world, **options) for rank in range(world)]
 
     evaluated = [position for rank in shares(False) for step in rank for position in step]
     assert sorted(evaluated) == list(range(count))
-    trained = shares(True, drop)
+    trained = shares(True)
     assert len({len(rank) for rank in trained}) == 1
     assert all(1 <= len(step) <= batch for rank in trained for step in rank)
     seen = [position for rank in trained for step in rank for position in step]
-    if not drop:
-        assert set(seen) == set(range(count))
-        assert len(seen) - count < world
-    elif count >= batch * world:
-        assert len(seen) == len(set(seen)) == count - count % (batch * world)
-    else:
-        assert seen
+    assert set(seen) == set(range(count))
+    assert len(seen) - count < world
 
 
 def test_processes_share_the_order_of_one(items):

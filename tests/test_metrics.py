@@ -76,6 +76,14 @@ def test_boxes_against_torchvision_and_by_hand() -> None:
     assert metrics.iou(box, low).item() == 0.0
 
 
+def test_within_two_percent_of_a_bound_is_at_it() -> None:
+    at_floor, at_ceiling = metrics.at_bounds(
+        torch.tensor([0.50, 0.509, 0.511, 0.783, 0.785, 0.80]), floor=0.5, ceiling=0.8
+    )
+    assert at_floor.tolist() == [True, True, False, False, False, False]
+    assert at_ceiling.tolist() == [False, False, False, False, True, True]
+
+
 def test_wilson_interval_of_known_counts() -> None:
     assert metrics.wilson(0.9, 20) == pytest.approx((0.6990, 0.9721), abs=1e-4)
     low, high = metrics.wilson(1.0, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from racnn_cli.run import Run
 from racnn_cli.training import stages
 from racnn_cli.training.console import Console
 from racnn_cli.training.loop import Interrupted
+from racnn_cli.training.trainer import asdict_flat
 
 # Where a run is stopped: the stage as the loop names it, and how many steps of it in this process are made
 # before. 24 pictures in batches of 6 are 4 steps an epoch; the fourth is the last of its epoch.
@@ -202,6 +204,47 @@ def test_the_baseline_that_was_stopped_goes_on_with_its_run(here, data, stop_at)
     result = api.resume(run, quiet=True)
     assert result["baseline"] is not None
     assert len(run.read_log()) >= steps
+
+
+def no_memory(loss: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("no memory left")
+
+
+@pytest.mark.parametrize(
+    ("fault", "before", "after"),
+    [
+        (no_memory, {"train.batch": 6, "train.accumulate": 1}, {"train.batch": 3, "train.accumulate": 2}),
+        (lambda loss: loss / 0, {"pretrain_cnn.lr": 3e-4}, {"pretrain_cnn.lr": 3e-5}),
+    ],
+)
+def test_what_a_failed_baseline_says_to_type_reaches_it(
+    here, data, monkeypatch, fault, before, after
+) -> None:
+    real = api.baseline_recipe
+
+    def begun(*args: Any) -> Recipe:  # the next loss is the baseline's first
+        explode(monkeypatch, "classification_loss", 1, fault)
+        return real(*args)
+
+    monkeypatch.setattr(api, "baseline_recipe", begun)
+    with pytest.raises(RacnnError) as caught:
+        api.train(tiny(data, baseline=True, alternate__rounds=1), out=here / "mine", quiet=True)
+    assert caught.value.exit_code == 1
+    run, base = Run.open(here / "mine"), Run.open(here / "mine" / "baseline")
+    began = asdict_flat(base.recipe())
+    assert before.items() <= began.items()
+    said = caught.value.hint.split("`")[1]
+    # Keys of which a baseline has values of its own stay as they are, also where the run's are repeated.
+    monkeypatch.setattr(
+        sys, "argv", [*shlex.split(said), "--set", "pretrain_cnn.epochs=1", "--set", "name=blobs"]
+    )
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert asdict_flat(base.recipe()) == {**began, **after}
+    assert base.eval.is_file()
+    # The run itself was trained with the old values, and says so.
+    assert before.items() <= asdict_flat(run.recipe()).items()
 
 
 def test_resume_with_more_epochs_goes_further(here, data, stop_at) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 BINS = 15  # of the calibration error, as in Guo et al., ICML 2017
+NEAR = 0.02  # a bound is only ever approached: a side within 2 % of it counts as being at it
 
 
 class Tally:
@@ -97,6 +98,11 @@ def hit(proposals: Tensor, truth: Tensor) -> Tensor:
     """Does the centre of the true box (B, 4) lie inside the proposal (B, 3)? Bool (B,)."""
     centre = (truth[:, :2] + truth[:, 2:]) / 2
     return ((centre - proposals[:, :2]).abs() <= proposals[:, 2:]).all(dim=1)
+
+
+def at_bounds(sides: Tensor, floor: float, ceiling: float) -> tuple[Tensor, Tensor]:
+    """Which boxes are as small, and which as large, as they may be? Sides (B,) to two of bool (B,)."""
+    return sides <= floor * (1 + NEAR), sides >= ceiling * (1 - NEAR)
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -137,7 +137,6 @@ def plan(
     epoch: int,
     seed: int,
     shuffle: bool,
-    drop_last: bool = False,
     rank: int = 0,
     world: int = 1,
 ) -> list[list[int]]:
@@ -145,17 +144,15 @@ def plan(
 
     The order of all `count` pictures is cut into global batches of `batch * world`; a process takes its
     strided share of each. With `shuffle` every process has the same number of steps: a last global batch with
-    fewer pictures than processes is filled up from the start of the order, so that each has one. With
-    `drop_last` an incomplete global batch is left out, unless it is the only one. Without `shuffle` every
-    picture is seen exactly once over all processes, and a process may have one step fewer than another.
+    fewer pictures than processes is filled up from the start of the order, so that each has one. Without
+    `shuffle` every picture is seen exactly once over all processes, and a process may have one step fewer
+    than another.
     """
     order = np.arange(count)
     if shuffle:
         order = np.random.default_rng((seed, epoch)).permutation(count)
     size = batch * world
     chunks = [order[start : start + size] for start in range(0, count, size)]
-    if drop_last and len(chunks) > 1 and len(chunks[-1]) < size:
-        chunks.pop()
     if shuffle and chunks and len(chunks[-1]) < world:
         chunks[-1] = np.concatenate([chunks[-1], np.resize(order, world - len(chunks[-1]))])
     shares = [[int(position) for position in chunk[rank::world]] for chunk in chunks]
@@ -170,7 +167,6 @@ def batches(
     seed: int,
     shuffle: bool,
     workers: int,
-    drop_last: bool = False,
     skip: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -185,7 +181,6 @@ def batches(
         seed: of the order.
         shuffle: True for training.
         workers: processes that read; 0 reads in this one. Their number never changes what is read.
-        drop_last: leave out an incomplete last batch.
         skip: batches that this epoch has seen already.
         rank: of this process.
         world: number of processes.
@@ -204,7 +199,6 @@ def batches(
         epoch=epoch,
         seed=seed,
         shuffle=shuffle,
-        drop_last=drop_last,
         rank=rank,
         world=world,
     )

@@ -21,8 +21,6 @@ from racnn_cli.data.index import SPLITS, Index, build_index, labelled
 from racnn_cli.errors import RacnnError
 from racnn_cli.run import Run, write_json
 
-NEAR = 0.02  # a side within 2 % of its bound counts as being at it
-
 
 def evaluate(
     run: Run,
@@ -173,12 +171,13 @@ class Sides:
         share of boxes within 2 % of the bound; with true boxes also `iou_mean`, `hit_rate`, `coverage_mean`.
         """
         sides, truth = torch.cat(self._sides), torch.cat(self._truth)
+        at_floor, at_ceiling = metrics.at_bounds(sides, self.floor, self.ceiling)
         result = {
             "side_mean": sides.mean().item(),
             "side_min": sides.min().item(),
             "side_max": sides.max().item(),
-            "at_floor": (sides <= self.floor * (1 + NEAR)).float().mean().item(),
-            "at_ceiling": (sides >= self.ceiling * (1 - NEAR)).float().mean().item(),
+            "at_floor": at_floor.float().mean().item(),
+            "at_ceiling": at_ceiling.float().mean().item(),
         }
         if len(truth):
             result |= dict(

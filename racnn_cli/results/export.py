@@ -30,6 +30,7 @@ from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run, write_atomic, write_json, write_text
 
+OPSET = 20  # version of the ONNX operator set
 BATCHES = (1, 5)  # sizes that the file is checked with
 TOLERANCE = 1e-3  # in probabilities, and in boxes as a share of the source's side
 HINT = "another model.backbone, or `racnn export --safetensors --out FOLDER`"
@@ -56,7 +57,7 @@ def outputs(scales: int) -> list[str]:
     return ["probabilities", *logits, *(["boxes"] if scales > 1 else [])]
 
 
-def export_onnx(run: Run, path: Path | None = None, *, opset: int = 20) -> dict[str, Any]:
+def export_onnx(run: Run, path: Path | None = None) -> dict[str, Any]:
     """Write the network as ONNX, and check it in ONNX Runtime before the file gets its name.
 
     Input `image` (B, 3, H, H), float32 in [0, 1], any B. Outputs `probabilities` (B, N), `logits_1` …
@@ -67,7 +68,6 @@ def export_onnx(run: Run, path: Path | None = None, *, opset: int = 20) -> dict[
     Args:
         run: a run whose network has weights.
         path: the file; None: model.onnx in the run folder.
-        opset: version of the ONNX operator set.
 
     Returns:
         `path`, `bytes`, `opset`, `inputs` and `outputs` (name to shape), `checked_on`, `batches`,
@@ -86,7 +86,7 @@ def export_onnx(run: Run, path: Path | None = None, *, opset: int = 20) -> dict[
         )
     recipe = run.recipe()
     names = outputs(len(model.sizes))
-    proto = _to_onnx(Plain(model).eval(), model.source, names, opset)
+    proto = _to_onnx(Plain(model).eval(), model.source, names)
     onnx.helper.set_model_props(
         proto,
         {
@@ -113,7 +113,7 @@ def export_onnx(run: Run, path: Path | None = None, *, opset: int = 20) -> dict[
     return {
         "path": str(path),
         "bytes": path.stat().st_size,
-        "opset": opset,
+        "opset": OPSET,
         "inputs": {value.name: _shape(value) for value in proto.graph.input},
         "outputs": {value.name: _shape(value) for value in proto.graph.output},
         "checked_on": kind,
@@ -200,7 +200,7 @@ def export_safetensors(run: Run, folder: Path) -> Path:
     return folder
 
 
-def _to_onnx(model: nn.Module, side: int, names: list[str], opset: int) -> onnx.ModelProto:
+def _to_onnx(model: nn.Module, side: int, names: list[str]) -> onnx.ModelProto:
     """The graph with a batch of any size; the exporter's own chatter is swallowed."""
     # Two images: the exporter takes a dimension of 1 for a constant.
     example = torch.zeros(2, 3, side, side)
@@ -217,14 +217,14 @@ def _to_onnx(model: nn.Module, side: int, names: list[str], opset: int) -> onnx.
                 input_names=["image"],
                 output_names=names,
                 dynamic_shapes={"image": {0: "batch"}},
-                opset_version=opset,
+                opset_version=OPSET,
                 external_data=False,
                 verbose=False,
             )
     except Exception as fault:
         first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise RacnnError(
-            f"the network cannot be exported to ONNX opset {opset}: {first}",
+            f"the network cannot be exported to ONNX opset {OPSET}: {first}",
             HINT,
             failure=True,
         ) from fault

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from racnn_cli.core import metrics
 from racnn_cli.core.losses import classification_loss, rank_loss
 from racnn_cli.core.model import RACNN
 from racnn_cli.training import distributed
@@ -89,11 +90,11 @@ def validate(
 
 
 def _add_boxes(sums: Sums, number: int, sides: Tensor, floor: float, ceiling: float) -> None:
-    # A bound is only ever approached, so "at" it means within 2 % of it.
+    at_floor, at_ceiling = metrics.at_bounds(sides, floor, ceiling)
     sums.add(f"{number} side", sides.sum())
     sums.add(f"{number} square", sides.square().sum())
-    sums.add(f"{number} at_floor", (sides < 1.02 * floor).sum())
-    sums.add(f"{number} at_ceiling", (sides > 0.98 * ceiling).sum())
+    sums.add(f"{number} at_floor", at_floor.sum())
+    sums.add(f"{number} at_ceiling", at_ceiling.sum())
 
 
 def _box_entry(means: dict[str, float], number: int) -> dict[str, float]:
