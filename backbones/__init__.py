@@ -7,6 +7,7 @@ import difflib
 import timm
 from torch import nn
 
+from backbones import small as _small  # noqa: F401  (registers itself with timm)
 from backbones import timm_model, timm_probe, vgg
 from backbones import weights as checkpoints
 from backbones.contract import Backbone

@@ -196,9 +196,25 @@ class Alternate(Section):
     )
     cnn_lr: Positive = 1e-4
     apn_lr: Positive = 1e-4
+    apn_gradient: Literal["backprop", "perturb"] = Field(
+        "backprop",
+        description="slope of the rank loss in the box: through the crop (the paper), or from boxes around it",
+    )
+    boxes: Annotated[int, Field(ge=2, le=1024, multiple_of=2)] = Field(
+        8, description="only for perturb: boxes that are tried around each proposal"
+    )
+    spread: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.2, description="only for perturb: how far, as a share of the box's side and of its logarithm"
+    )
     margin: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="of the pairwise rank loss")
     jitter: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.0, description="random shift and log-scale of the boxes in the CNN phase, as a share of the box"
+    )
+    tighten: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
+        0.0, description="how much smaller still boxes are drawn there, up to a factor of exp(-tighten)"
+    )
+    settle: bool = Field(
+        False, description="let jitter and tighten fall, round by round, to nothing in the last of `rounds`"
     )
     patience: Annotated[int, Field(ge=1)] = Field(2, description="rounds without change before the end")
     tolerance: Annotated[float, Field(ge=0.0)] = Field(

@@ -312,7 +312,7 @@ def one_step_of_every_stage(model: RACNN, options: recipe.Recipe, batch: int) ->
         moving = freeze_all_but(model, stage.moving(model))
         before = [p.detach().clone() for p in moving]
         optimizer = make_optimizer(options, stage, model)
-        for name, loss in stage.losses(model, images, labels):
+        for name, loss in stage.losses(model, {"image": images, "label": labels}):
             assert math.isfinite(loss.item()), name
             loss.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in moving), stage.name

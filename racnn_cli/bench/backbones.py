@@ -29,7 +29,7 @@ from racnn_cli.results.export import export_onnx
 from racnn_cli.run import Run
 from racnn_cli.training import stages
 from racnn_cli.training.loop import freeze_all_but, make_optimizer, seed_step
-from racnn_cli.training.stages import Stage
+from racnn_cli.training.stages import Batch, Stage
 
 SMALL = (96, 96, 96)
 OWN: tuple[int, ...] = ()
@@ -109,9 +109,9 @@ def one(name: str, sizes: Sequence[int]) -> dict[str, Any]:
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
             }
             images = torch.randint(256, (BATCH, 3, model.source, model.source), dtype=torch.uint8)
-            labels = torch.arange(BATCH) % len(CLASSES)
+            batch = {"image": images, "label": torch.arange(BATCH) % len(CLASSES)}
             for stage_name, make in STAGES.items():
-                entry["milliseconds"][stage_name] = 1000 * step(recipe, make(recipe), model, images, labels)
+                entry["milliseconds"][stage_name] = 1000 * step(recipe, make(recipe), model, batch)
             target = Run.create(recipe, CLASSES, Path(folder) / "run", latest=False)
             store.save_weights(target.weights, model)
             report = export_onnx(target)
@@ -122,7 +122,7 @@ def one(name: str, sizes: Sequence[int]) -> dict[str, Any]:
     return entry
 
 
-def step(recipe: Recipe, stage: Stage, model: RACNN, images: Tensor, labels: Tensor) -> float:
+def step(recipe: Recipe, stage: Stage, model: RACNN, batch: Batch) -> float:
     """One update of one stage; returns its seconds.
 
     Raises:
@@ -133,7 +133,7 @@ def step(recipe: Recipe, stage: Stage, model: RACNN, images: Tensor, labels: Ten
     optimizer = make_optimizer(recipe, stage, model)
     before = {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
     start = time.perf_counter()
-    for name, loss in stage.losses(model, images, labels):
+    for name, loss in stage.losses(model, batch):
         if not math.isfinite(loss.item()):
             raise _fault(stage, f"the loss `{name}` is {loss.item()}")
         loss.backward()

@@ -53,13 +53,15 @@ def bound(boxes: Tensor, floor: float, ceiling: float) -> Tensor:
     return torch.cat([centre, half], dim=1)
 
 
-def jitter(boxes: Tensor, amount: float, floor: float, ceiling: float) -> Tensor:
-    """Boxes (B, 3) shifted by up to ±`amount` half-sides and scaled by up to exp(±`amount`), within the bounds.
+def jitter(boxes: Tensor, amount: float, floor: float, ceiling: float, tighten: float = 0.0) -> Tensor:
+    """Boxes (B, 3) shifted by up to ±`amount` half-sides and scaled, within the bounds.
+
+    The factor of the scale lies between exp(-`amount` - `tighten`) and exp(`amount`).
 
     Draws from torch's global generator.
     """
     noise = torch.rand_like(boxes) * 2 - 1
-    half = boxes[:, 2:3] * torch.exp(amount * noise[:, 2:3])
+    half = boxes[:, 2:3] * torch.exp((amount + tighten / 2) * noise[:, 2:3] - tighten / 2)
     centre = boxes[:, :2] + amount * boxes[:, 2:3] * noise[:, :2]
     return bound(torch.cat([centre, half], dim=1), floor, ceiling)
 
@@ -150,7 +152,7 @@ def _before_softsign(share: Tensor) -> Tensor:
     return value / (1 - value.abs())
 
 
-def boxcar(centre: Tensor, half: Tensor, length: int, k: float) -> Tensor:
+def boxcar(centre: Tensor, half: Tensor, length: int, k: float, pixel: Tensor | None = None) -> Tensor:
     """The attention mask along one axis (paper, equations 3 to 5): about 1 inside the box, 0 outside.
 
     Args:
@@ -158,33 +160,39 @@ def boxcar(centre: Tensor, half: Tensor, length: int, k: float) -> Tensor:
         length: pixels of the axis.
         k: steepness per pixel: the mask rises over about 4 / k pixels. Its slope is sampled once a pixel, so
             that above about 1 it is aliased, and far from the border it vanishes.
+        pixel: (N,) or (B, N) centres of the pixels that are asked for; None: all of the axis.
 
     Returns:
-        (B, length) mask at the pixel centres.
+        (B, N) mask at the pixel centres.
     """
-    pixel = torch.arange(length, device=centre.device, dtype=centre.dtype) + 0.5
+    pixel = _centres(length, centre) if pixel is None else pixel
     low = ((centre - half) * length)[:, None]
     high = ((centre + half) * length)[:, None]
     return torch.sigmoid(k * (pixel - low)) - torch.sigmoid(k * (pixel - high))
 
 
-def interpolation(centre: Tensor, half: Tensor, length: int, size: int) -> Tensor:
+def interpolation(
+    centre: Tensor, half: Tensor, length: int, size: int, pixel: Tensor | None = None
+) -> Tensor:
     """Weights that resample the box's share of an axis to `size` pixels (paper, equation 6).
 
     Bilinear where the box is enlarged; where it is reduced, the triangle widens with the reduction, so that
     nothing is aliased. The weights of one output pixel sum to 1 (at the image's border the outermost pixel
     counts for what lies beyond).
 
+    Args:
+        centre, half, length, pixel: as in `boxcar`; `pixel` must hold all that the box touches.
+        size: pixels of the result.
+
     Returns:
-        (B, size, length).
+        (B, size, N).
     """
+    pixel = _centres(length, centre) if pixel is None else pixel
     low = (centre - half) * length
     step = 2 * half * length / size
-    index = torch.arange(size, device=centre.device, dtype=centre.dtype) + 0.5
-    pixel = torch.arange(length, device=centre.device, dtype=centre.dtype) + 0.5
-    position = low[:, None] + index * step[:, None]  # (B, size)
+    position = low[:, None] + _centres(size, centre) * step[:, None]  # (B, size)
     width = step.clamp_min(1.0)[:, None, None]
-    weight = F.relu(1 - (pixel - position[:, :, None]).abs() / width)  # (B, size, length)
+    weight = F.relu(1 - (pixel.unsqueeze(-2) - position[:, :, None]).abs() / width)  # (B, size, N)
     return weight / weight.sum(dim=2, keepdim=True)
 
 
@@ -225,12 +233,48 @@ def zoom(images: Tensor, boxes: Tensor, size: int, *, k: float = 0.5, gradient: 
         fixed = boxes.detach()
         moving = boxes if gradient in ("exact", "bilinear") else fixed
         masking = boxes if gradient in ("exact", "boxcar") else fixed
+        lengths = images.shape[3], images.shape[2]
+        places = [_touched(fixed[:, axis], fixed[:, 2], lengths[axis], size) for axis in (0, 1)]
+        if places[0].ndim == 2 or places[1].ndim == 2:
+            images = _window(images, *places)
         axes = []
-        for axis, length in ((0, images.shape[3]), (1, images.shape[2])):
-            weights = interpolation(moving[:, axis], moving[:, 2], length, size)
+        for axis, (length, place) in enumerate(zip(lengths, places, strict=True)):
+            pixel = place + 0.5
+            weights = interpolation(moving[:, axis], moving[:, 2], length, size, pixel)
             if k != math.inf:
-                weights = weights * boxcar(masking[:, axis], masking[:, 2], length, k)[:, None, :]
+                weights = weights * boxcar(masking[:, axis], masking[:, 2], length, k, pixel).unsqueeze(1)
             axes.append(weights)
-        across, down = axes  # (B, size, W), (B, size, H)
-        columns = images @ across.transpose(1, 2)[:, None]  # (B, 3, H, size)
+        across, down = axes  # (B, size, W or less), (B, size, H or less)
+        columns = images @ across.transpose(1, 2)[:, None]  # (B, 3, H or less, size)
         return down[:, None] @ columns  # (B, 3, size, size)
+
+
+def _centres(length: int, like: Tensor) -> Tensor:
+    return torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
+
+
+def _touched(centre: Tensor, half: Tensor, length: int, size: int) -> Tensor:
+    """Numbers of the pixels of an axis that a crop reads: (length,), or (B, N) where that is much less.
+
+    As many for each image as the largest box needs. An exported graph has no such shortcut: its shapes must not
+    depend on the boxes.
+    """
+    pixel = _centres(length, centre) - 0.5
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not len(centre):
+        return pixel
+    reach = (2 * half * length / size).clamp_min(1.0)
+    low = ((centre - half) * length - reach).floor()
+    count = min(math.ceil((2 * (half * length + reach)).max().item()) + 2, length)
+    if count > 0.7 * length:  # the copy would cost more than it saves
+        return pixel
+    return low.clamp(0, length - count)[:, None] + pixel[:count]  # (B, N)
+
+
+def _window(images: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """The given columns (W',) or (B, W') and rows (H',) or (B, H') of each image (B, 3, H, W): (B, 3, H', W')."""
+    batch, channels, height, width = images.shape
+    first = torch.arange(batch * channels, device=images.device).view(batch, channels, 1) * height
+    down = (first + rows.long().expand(batch, -1)[:, None]).flatten()
+    lines = images.reshape(-1, width).index_select(0, down).view(batch, channels, -1, width)
+    across = columns.long().expand(batch, -1)[:, None, None]  # (B, 1, 1, W')
+    return lines.gather(3, across.expand(-1, channels, lines.shape[2], -1))

@@ -97,8 +97,8 @@ class RACNN(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, H) in [0, 1], or uint8 in 0..255, to the backbone's own range."""
-        if images.dtype == torch.uint8:
-            images = images.to(self.mean.dtype) / 255
+        if images.dtype == torch.uint8:  # in place: these are the largest tensors of a step
+            return images.to(self.mean.dtype).mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
         return (images - self.mean) / self.std
 
     def first_view(self, source: Tensor) -> Tensor:
@@ -134,8 +134,13 @@ class RACNN(nn.Module):
         assert self.fusion is not None
         return self.fusion(torch.cat([F.normalize(d, dim=1) for d in descriptors], dim=1))
 
-    def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, H, H) in [0, 1] (or uint8) through all scales."""
+    def forward(self, images: Tensor, given: Sequence[Tensor] | None = None) -> Output:
+        """Images (B, 3, H, H) in [0, 1] (or uint8) through all scales.
+
+        Args:
+            images: as above.
+            given: S - 1 proposals (B, 3) to use in the place of the APNs' own, such as true boxes.
+        """
         source = self.normalise(images)
         view, box = self.first_view(source), attention.whole(source)
         logits, descriptors, boxes, proposals, views = [], [], [], [], [view]
@@ -145,7 +150,7 @@ class RACNN(nn.Module):
             descriptors.append(scale.backbone.descriptor(features))
             logits.append(scale.classifier(scale.dropout(descriptors[-1])))
             if scale.apn is not None:
-                proposal = scale.apn(features)
+                proposal = scale.apn(features) if given is None else given[number]
                 view, box = self.next_view(number + 1, source, view, box, proposal)
                 proposals.append(proposal)
                 boxes.append(box)

@@ -20,7 +20,7 @@ from racnn_cli.data.images import Pictures, batches
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
-from racnn_cli.training import checkpoint, distributed
+from racnn_cli.training import checkpoint, distributed, stages
 from racnn_cli.training.checkpoint import Progress, Saved
 from racnn_cli.training.console import Console
 from racnn_cli.training.stages import Stage
@@ -52,6 +52,7 @@ class Context:
     device: torch.device
     console: Console
     progress: Progress
+    guide: stages.Guide | None  # boxes in the place of the APNs'
     resume: Path  # the folder that `--resume --run` names: for a baseline, that of the run it belongs to
 
 
@@ -218,7 +219,8 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
         averaged.swap()
         try:
             plain = loader(context, context.val, shuffle=False)
-            return validate(model, plain, device, scales=watched, margin=recipe.alternate.margin)
+            margin = recipe.alternate.margin
+            return validate(model, plain, device, scales=watched, margin=margin, guide=context.guide)
         finally:
             averaged.swap()
 
@@ -285,12 +287,11 @@ def _epoch(
     optimizer.zero_grad(set_to_none=True)
     for step, batch in enumerate(loader(context, context.train, shuffle=True, skip=first), start=first):
         seed_step(recipe.seed, progress.views, step, distributed.rank())
-        images = batch["image"].to(device, non_blocking=True)
-        labels = batch["label"].to(device, non_blocking=True)
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         # The batches of the last, shorter, update share its gradient evenly too.
         group = min(accumulate, steps - step // accumulate * accumulate)
         figures: dict[str, float] = {}
-        losses = stage.losses(context.model, images, labels)
+        losses = stage.losses(context.model, batch)
         while True:
             with torch.autocast(
                 device.type, torch.bfloat16, enabled=recipe.train.amp and device.type == "cuda"
@@ -312,7 +313,7 @@ def _epoch(
                 raise Interrupted(context.resume, signals.number or signal.SIGTERM)
         for name, value in figures.items():
             sums[name] = sums.get(name, 0.0) + value
-        images_seen += len(labels)
+        images_seen += len(batch["label"])
         context.console.step(
             progress.epoch, stage.epochs, figures, images_seen / (time.perf_counter() - began)
         )

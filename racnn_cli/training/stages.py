@@ -9,7 +9,7 @@ Sources: Fu et al. 2017, section 3.4 (training in three steps) and equations 8 a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,14 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from racnn_cli.core import attention
+from racnn_cli.core import attention, perturb
 from racnn_cli.core.losses import classification_loss, rank_loss
 from racnn_cli.core.model import RACNN
 from racnn_cli.recipe import Recipe
 
 NAMES = ("pretrain-cnn", "pretrain-apn", "alternate")
 
-Losses = Callable[[RACNN, Tensor, Tensor], Iterator[tuple[str, Tensor]]]
+Batch = Mapping[str, Tensor]
+Losses = Callable[[RACNN, Batch], Iterator[tuple[str, Tensor]]]
+Guide = Callable[[Batch], Sequence[Tensor]]
+"""S - 1 proposals (B, 3) for a batch, to use in the place of the APNs': true boxes, or any other."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Stage:
         name: as a person reads it and as the log names it.
         part: which half moves; the other is frozen, parameters and buffers.
         scales: the scales, counted from 0, whose half moves.
-        losses: (network, images (B, 3, H, H), labels (B,)) to (name, loss) pairs.
+        losses: (network, batch with `image` (B, 3, H, H) and `label` (B,)) to (name, loss) pairs.
         epochs, lr, lr_key: how long, how fast, and the recipe key that says so.
         head_lr: learning rate of the classifiers as a multiple of `lr`.
         keep_best: at the end, go back to the epoch with the lowest validation loss (the start counts too
@@ -74,10 +77,10 @@ def pretrain_cnn(recipe: Recipe) -> Stage:
     """Fine-tune scale 1 on the labels."""
     section = recipe.pretrain_cnn
 
-    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         scale = model.scale(0)
-        logits = scale.classify(scale.backbone(model.first_view(model.normalise(images))))
-        yield "classification 1", classification_loss(logits, labels, recipe.train.label_smoothing)
+        logits = scale.classify(scale.backbone(model.first_view(model.normalise(batch["image"]))))
+        yield "classification 1", classification_loss(logits, batch["label"], recipe.train.label_smoothing)
 
     return Stage(
         "pretrain-cnn",
@@ -97,8 +100,8 @@ def pretrain_apn(recipe: Recipe) -> Stage:
     """Teach every APN the square around the highest response of its scale's features."""
     section = recipe.pretrain_apn
 
-    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
-        source = model.normalise(images)
+    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        source = model.normalise(batch["image"])
         view, box = model.first_view(source), attention.whole(source)
         for number in range(recipe.model.scales - 1):
             scale = model.scale(number)
@@ -123,23 +126,32 @@ def pretrain_apn(recipe: Recipe) -> Stage:
     )
 
 
-def cnn_phase(recipe: Recipe) -> Stage:
-    """APNs fixed: train every scale's CNN on its own classification loss."""
-    section, bounds = recipe.alternate, (recipe.model.floor, recipe.model.ceiling)
+def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> Stage:
+    """APNs fixed: train every scale's CNN on its own classification loss.
 
-    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
-        source = model.normalise(images)
+    Args:
+        recipe: of the run.
+        guide: boxes in the place of the APNs'.
+        round_: of `alternate`, counted from 0.
+    """
+    section, bounds = recipe.alternate, (recipe.model.floor, recipe.model.ceiling)
+    left = 1 - round_ / max(section.rounds - 1, 1) if section.settle else 1.0
+    shake, tighten = section.jitter * left, section.tighten * left
+
+    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        source = model.normalise(batch["image"])
         view, box = model.first_view(source), attention.whole(source)
+        given = guide(batch) if guide else None
         for number in range(recipe.model.scales):
             scale = model.scale(number)
             features = scale.backbone(view)
-            loss = classification_loss(scale.classify(features), labels, recipe.train.label_smoothing)
+            loss = classification_loss(scale.classify(features), batch["label"], recipe.train.label_smoothing)
             yield f"classification {number + 1}", loss
             if scale.apn is not None:
                 with torch.no_grad():
-                    proposal = scale.apn(features.detach())
-                    if section.jitter > 0:
-                        proposal = attention.jitter(proposal, section.jitter, *bounds)
+                    proposal = scale.apn(features.detach()) if given is None else given[number]
+                    if shake > 0 or tighten > 0:
+                        proposal = attention.jitter(proposal, shake, *bounds, tighten)
                     view, box = model.next_view(number + 1, source, view, box, proposal)
 
     scales = range(recipe.model.scales)
@@ -150,10 +162,10 @@ def cnn_phase(recipe: Recipe) -> Stage:
 
 def apn_phase(recipe: Recipe) -> Stage:
     """CNNs fixed: train every APN on the pairwise rank loss between its scale and the next."""
-    section = recipe.alternate
+    section, bounds = recipe.alternate, (recipe.model.floor, recipe.model.ceiling)
 
-    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
-        source = model.normalise(images)
+    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        source = model.normalise(batch["image"])
         view, box = model.first_view(source), attention.whole(source)
         with torch.no_grad():
             features = model.scale(0).backbone(view)
@@ -161,10 +173,29 @@ def apn_phase(recipe: Recipe) -> Stage:
         for number in range(1, recipe.model.scales):
             apn, scale = model.scale(number - 1).apn, model.scale(number)
             assert apn is not None
-            view, box = model.next_view(number, source, view, box, apn(features))
-            features = scale.backbone(view)
-            fine = scale.classify(features)
-            yield f"rank {number}-{number + 1}", rank_loss(coarse, fine, labels, section.margin)
+            proposal = apn(features)
+
+            def rank(fine: Tensor, coarse: Tensor = coarse) -> Tensor:
+                return rank_loss(coarse, fine, batch["label"], section.margin, "none")  # (B,)
+
+            if section.apn_gradient == "perturb":
+                with torch.no_grad():
+                    tried = perturb.neighbours(proposal, section.boxes, section.spread, *bounds)
+                    seen = (model.next_view(number, source, view, box, one)[0] for one in tried)
+                    ranks = torch.stack([rank(scale.classify(scale.backbone(one))) for one in seen])
+                yield (
+                    f"rank {number}-{number + 1}",
+                    perturb.perturbed_loss(proposal, tried, ranks, section.spread),
+                )
+                if number + 1 == recipe.model.scales:
+                    return
+                proposal = proposal.detach()
+            with torch.set_grad_enabled(proposal.requires_grad):
+                view, box = model.next_view(number, source, view, box, proposal)
+                features = scale.backbone(view)
+                fine = scale.classify(features)
+            if proposal.requires_grad:
+                yield f"rank {number}-{number + 1}", rank(fine).mean()
             view, box, features, coarse = view.detach(), box.detach(), features.detach(), fine.detach()
 
     scales = range(recipe.model.scales - 1)
@@ -173,17 +204,15 @@ def apn_phase(recipe: Recipe) -> Stage:
     )
 
 
-def fusion(recipe: Recipe) -> Stage:
+def fusion(recipe: Recipe, guide: Guide | None = None) -> Stage:
     """Everything fixed but the fully connected layer over the normalised descriptors."""
     section = recipe.fusion
 
-    def losses(model: RACNN, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         with torch.no_grad():
-            descriptors = model(images).descriptors
-        yield (
-            "classification fused",
-            classification_loss(model.fuse(descriptors), labels, recipe.train.label_smoothing),
-        )
+            descriptors = model(batch["image"], guide and guide(batch)).descriptors
+        loss = classification_loss(model.fuse(descriptors), batch["label"], recipe.train.label_smoothing)
+        yield "classification fused", loss
 
     return Stage(
         "alternate: fusion head",

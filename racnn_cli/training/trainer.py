@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from racnn_cli import recipe as recipes
 from racnn_cli.core import store
 from racnn_cli.core.device import pick
 from racnn_cli.core.model import RACNN, build, resolve
-from racnn_cli.data.images import Pictures
-from racnn_cli.data.index import Index, build_index
+from racnn_cli.data.index import build_index
+from racnn_cli.data.source import Files, Source
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run, write_text
@@ -21,7 +22,7 @@ from racnn_cli.training import checkpoint, distributed, stages
 from racnn_cli.training.checkpoint import Progress, Saved
 from racnn_cli.training.console import Console
 from racnn_cli.training.loop import Context, fit, freeze_all_but, loader, seed_step
-from racnn_cli.training.stages import Stage
+from racnn_cli.training.stages import Guide, Stage
 from racnn_cli.training.validate import validate
 
 SMOOTHING = 0.5  # weight of the newest round in the smoothed losses that end `alternate`
@@ -38,10 +39,11 @@ class Trainer:
         run: Run,
         recipe: Recipe,
         model: RACNN,
-        index: Index,
+        source: Source,
         console: Console,
         saved: Saved | None,
         owner: Path | None,
+        guide: Guide | None = None,
     ) -> None:
         device = distributed.local_device(pick(recipe.train.device))
         model.to(device)
@@ -52,18 +54,27 @@ class Trainer:
             run=run,
             recipe=recipe,
             model=model,
-            train=_pictures(recipe, model, index, "train", augment=True),
-            val=_pictures(recipe, model, index, "val", augment=False),
+            train=source.pictures("train", model.source, augment=True),
+            val=source.pictures("val", model.source, augment=False),
             device=device,
             console=console,
             progress=saved.progress if saved else Progress(),
+            guide=guide,
             resume=owner or run.folder,
         )
-        self.index = index
+        self.source = source
+        self.watch: Callable[[str], None] = lambda moment: None
 
     @classmethod
     def start(
-        cls, recipe: Recipe, out: Path | None, *, owner: Path | None = None, quiet: bool = False
+        cls,
+        recipe: Recipe,
+        out: Path | None,
+        *,
+        owner: Path | None = None,
+        quiet: bool = False,
+        source: Source | None = None,
+        guide: Guide | None = None,
     ) -> Trainer:
         """A new run. Its folder is made last, so that a wrong request leaves nothing behind.
 
@@ -72,13 +83,16 @@ class Trainer:
             out: the run's folder; None for the next free one in `runs/`.
             owner: the run that this one is the baseline of; `runs/latest` names a run without an owner.
             quiet: print nothing.
+            source: pictures in the place of those that the recipe names.
+            guide: boxes in the place of those that the APNs propose.
 
         Raises:
             RacnnError: faults in the data, a backbone or weights that cannot be had, `out` in use.
         """
         distributed.start(pick(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
-        index = build_index(recipe.data, seed=recipe.seed)
+        source = source or Files(build_index(recipe.data, seed=recipe.seed), recipe.data, recipe.seed)
+        index = source.index
         recipe = resolve(recipe)
         seed_step(recipe.seed)
         model = build(recipe.model, len(index.classes), source=recipe.data.source)
@@ -88,7 +102,7 @@ class Trainer:
             write_text(created.data, index.fingerprint)
             folder = str(created.folder)
         run = Run(Path(distributed.from_first(folder)))
-        trainer = cls(run, recipe, model, index, console, None, owner)
+        trainer = cls(run, recipe, model, source, console, None, owner, guide)
         trainer._introduce()
         return trainer
 
@@ -100,6 +114,8 @@ class Trainer:
         sets: dict[str, object] | None = None,
         owner: Path | None = None,
         quiet: bool = False,
+        source: Source | None = None,
+        guide: Guide | None = None,
     ) -> Trainer:
         """A run that exists, from where it stands.
 
@@ -108,6 +124,7 @@ class Trainer:
             sets: changes of the recipe for what comes; the network and the data cannot change.
             owner: the run that this one is the baseline of.
             quiet: print nothing.
+            source, guide: as in `start`.
 
         Raises:
             RacnnError: the run folder is damaged, the data are not what they were, `sets` would change the network.
@@ -117,28 +134,32 @@ class Trainer:
             recipe = _changed(run, recipe, sets, checkpoint.peek(run))
         distributed.start(pick(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
-        index = build_index(recipe.data, seed=recipe.seed, classes=run.classes())
+        if source is None:
+            index = build_index(recipe.data, seed=recipe.seed, classes=run.classes())
+            source = Files(index, recipe.data, recipe.seed)
+        index = source.index
         run.check_data(index.fingerprint)
         seed_step(recipe.seed)
         unsaved = not checkpoint.exists(run, "last")
         weights = recipe.model.weights if unsaved else "none"
         model = build(recipe.model, len(index.classes), source=recipe.data.source, weights=weights)
         saved = None if unsaved else checkpoint.load(run, "last", model)
-        return cls(run, recipe, model, index, console, saved, owner)
+        return cls(run, recipe, model, source, console, saved, owner, guide)
 
     def _introduce(self) -> None:
-        recipe, console, splits = self.context.recipe, self.context.console, self.index.splits
+        index = self.source.index
+        recipe, console, splits = self.context.recipe, self.context.console, index.splits
         counts = ", ".join(f"{len(items)} {name}" for name, items in splits.items())
         console.title(
             f"{recipe.name}: {recipe.model.backbone}, {recipe.model.scales} scale(s) at {list(recipe.model.sizes)} px"
         )
         console.say(
-            f"{recipe.data.path}: {len(self.index.classes)} classes, {counts} images; source {recipe.data.source} px"
+            f"{recipe.data.path}: {len(index.classes)} classes, {counts} images; source {recipe.data.source} px"
         )
         console.say(f"run folder {self.context.run.folder}, device {self.context.device}, seed {recipe.seed}")
-        for note in self.index.notes:
+        for note in index.notes:
             console.say(f"note: {note}")
-        if skipped := self.index.skipped:
+        if skipped := index.skipped:
             console.say(f"left out, as --skip-bad asks: {len(skipped)} file(s)")
             for fault in skipped[:20]:
                 console.say(f"  {fault}")
@@ -182,6 +203,7 @@ class Trainer:
                 {"event": "stage", "stage": name, "views": self.context.progress.views}
             )
         self._save()
+        self.watch(name)
         distributed.barrier()  # another process may still be reading the best weights
         if distributed.rank() == 0:
             for file in ("best", "best-round"):
@@ -237,7 +259,10 @@ class Trainer:
         while progress.phase != "fusion":
             if progress.phase == "cnn":
                 self._say_round("CNN phase")
-                self._phase(stages.cnn_phase(recipe), then="apn" if section.apn_epochs else "judge")
+                self._phase(
+                    stages.cnn_phase(recipe, context.guide, progress.round),
+                    then="apn" if section.apn_epochs else "judge",
+                )
             if progress.phase == "apn":
                 self._say_round("APN phase")
                 self._phase(stages.apn_phase(recipe), then="judge")
@@ -250,7 +275,7 @@ class Trainer:
             checkpoint.load(context.run, "best-round", context.model)
             context.console.say(f"  round {progress.best_round} had the lowest validation loss and is kept")
             self._start_fusion()
-        fit(context, stages.fusion(recipe), self._resumed())
+        fit(context, stages.fusion(recipe, context.guide), self._resumed())
 
     def _say_round(self, phase: str) -> None:
         progress, section = self.context.progress, self.context.recipe.alternate
@@ -260,6 +285,7 @@ class Trainer:
         fit(self.context, stage, self._resumed())
         self.context.progress.phase = then
         self._save()
+        self.watch(f"{stage.name}, round {self.context.progress.round + 1}")
 
     def _judge(self) -> bool:
         """Measure a finished round; keep it if it is the best; true if `alternate` is at its end.
@@ -306,7 +332,9 @@ class Trainer:
         context = self.context
         plain = loader(context, context.val, shuffle=False)
         scales, margin = context.recipe.model.scales, context.recipe.alternate.margin
-        return validate(context.model, plain, context.device, scales=scales, margin=margin)
+        return validate(
+            context.model, plain, context.device, scales=scales, margin=margin, guide=context.guide
+        )
 
     @torch.no_grad()
     def _start_fusion(self) -> None:
@@ -314,11 +342,12 @@ class Trainer:
         context = self.context
         model = context.model.eval()
         freeze_all_but(model, [])
-        plain = _pictures(context.recipe, model, self.index, "train", augment=False)
+        plain = self.source.pictures("train", model.source, augment=False)
         plain.items = plain.items[:: math.ceil(len(plain.items) / 512)]
         sums = torch.zeros(len(model.sizes), device=context.device)
         for batch in loader(context, plain, shuffle=False):
-            output = model(batch["image"].to(context.device))
+            batch = {name: value.to(context.device) for name, value in batch.items()}
+            output = model(batch["image"], context.guide and context.guide(batch))
             sums += torch.stack([d.float().norm(dim=1).sum() for d in output.descriptors])
         stages.start_fusion(model, (distributed.total(sums) / len(plain)).tolist())
 
@@ -357,10 +386,6 @@ def baseline_recipe(recipe: Recipe, rounds: int) -> Recipe:
             "pretrain_cnn.patience": epochs,
         }
     )
-
-
-def _pictures(recipe: Recipe, model: RACNN, index: Index, split: str, *, augment: bool) -> Pictures:
-    return Pictures(index.splits[split], recipe.data, model.source, seed=recipe.seed, augment=augment)
 
 
 def _changed(run: Run, recipe: Recipe, sets: dict[str, object], progress: Progress) -> Recipe:

@@ -12,8 +12,9 @@ from racnn_cli.core import metrics
 from racnn_cli.core.losses import classification_loss, rank_loss
 from racnn_cli.core.model import RACNN
 from racnn_cli.training import distributed
+from racnn_cli.training.stages import Guide
 
-BOX = ("side", "square", "at_floor", "at_ceiling")
+BOX = ("side", "square", "at_floor", "at_ceiling", "truth", "iou", "hit", "coverage")
 
 
 class Sums:
@@ -41,14 +42,21 @@ class Sums:
 
 @torch.no_grad()
 def validate(
-    model: RACNN, loader: Iterable[dict[str, Tensor]], device: torch.device, *, scales: int, margin: float
+    model: RACNN,
+    loader: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    *,
+    scales: int,
+    margin: float,
+    guide: Guide | None = None,
 ) -> dict[str, Any]:
     """Run the first `scales` scales over images that they were not trained on, in eval mode.
 
     Returns:
         `scales` (a list of `top1` and `nll`), and with more than one scale `average` and `fused` (the same),
         `rank` (mean rank loss over the pairs of scales) and `boxes` (a list of `side_mean`, `side_std`,
-        `at_floor`, `at_ceiling`, relative to the scale before).
+        `at_floor`, `at_ceiling`, relative to the scale before, and where the data has true boxes `iou_mean`,
+        `hit_rate`, `coverage_mean`).
     """
     model.eval()
     names = [f"scale {number}" for number in range(scales)]
@@ -59,21 +67,23 @@ def validate(
         + [f"{number} {figure}" for number in range(scales - 1) for figure in BOX]
     )
     for batch in loader:
-        images, labels = batch["image"].to(device), batch["label"].to(device)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        images, labels = batch["image"], batch["label"]
         count = len(labels)
         sums.add("images", count)
         if scales == 1:
             scale = model.scale(0)
             answers = {names[0]: scale.classify(scale.backbone(model.first_view(model.normalise(images))))}
         else:
-            output = model(images)
+            output = model(images, guide and guide(batch))
             mean = torch.stack([logits.softmax(1) for logits in output.logits]).mean(0)
             answers = dict(zip(names, output.logits, strict=True))
             answers |= {"average": mean.clamp_min(1e-12).log(), "fused": output.fused}
             for coarse, fine in zip(output.logits, output.logits[1:], strict=False):
                 sums.add("rank", rank_loss(coarse, fine, labels, margin) * count / (scales - 1))
-            for number, proposal in enumerate(output.proposals):
+            for number, (proposal, found) in enumerate(zip(output.proposals, output.boxes, strict=True)):
                 _add_boxes(sums, number, 2 * proposal[:, 2], model.options.floor, model.options.ceiling)
+                _add_truth(sums, number, found, batch["box"])
         for name, logits in answers.items():
             sums.add(f"{name} top1", (logits.argmax(1) == labels).sum())
             sums.add(f"{name} nll", classification_loss(logits, labels) * count)
@@ -97,10 +107,22 @@ def _add_boxes(sums: Sums, number: int, sides: Tensor, floor: float, ceiling: fl
     sums.add(f"{number} at_ceiling", at_ceiling.sum())
 
 
+def _add_truth(sums: Sums, number: int, boxes: Tensor, truth: Tensor) -> None:
+    """Boxes (B, 3) on the source against the true ones (B, 4), where there are any."""
+    there = ((truth[:, 2:] - truth[:, :2]) > 0).all(dim=1)
+    boxes, truth = boxes[there], truth[there]
+    sums.add(f"{number} truth", there.sum())
+    sums.add(f"{number} iou", metrics.iou(boxes, truth).sum())
+    sums.add(f"{number} hit", metrics.hit(boxes, truth).sum())
+    sums.add(f"{number} coverage", metrics.coverage(boxes, truth).sum())
+
+
 def _box_entry(means: dict[str, float], number: int) -> dict[str, float]:
     side = means[f"{number} side"]
     spread = max(means[f"{number} square"] - side * side, 0.0) ** 0.5
-    return {
+    truth = means[f"{number} truth"]
+    found = {"iou_mean": "iou", "hit_rate": "hit", "coverage_mean": "coverage"} if truth else {}
+    return {name: means[f"{number} {figure}"] / truth for name, figure in found.items()} | {
         "side_mean": side,
         "side_std": spread,
         "at_floor": means[f"{number} at_floor"],
