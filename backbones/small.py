@@ -53,7 +53,13 @@ class SmallCNN(nn.Module):
 
 @register_model
 def small_cnn(pretrained: bool = False, **options: Any) -> SmallCNN:
-    """A `SmallCNN`; timm's entry point."""
+    """A `SmallCNN`; timm's entry point.
+
+    Raises:
+        RuntimeError: pretrained weights are asked for, as timm itself does where it has none.
+    """
+    if pretrained:
+        raise RuntimeError("small_cnn has no pretrained weights")
     config = options.pop("pretrained_cfg", None) or default_cfgs["small_cnn"].default
     options.pop("pretrained_cfg_overlay", None)
     options.pop("cache_dir", None)

@@ -355,13 +355,13 @@ def report(run: RunFolder = None) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="seeds, gradient, backbones or crop")],
+    name: Annotated[str, typer.Argument(help="seeds, attention, ablation, gradient, backbones or crop")],
     json: Annotated[Path | None, typer.Option("--json", help="write the figures to this file too")] = None,
     seeds: Annotated[
         str | None,
         typer.Option(
             "--seeds",
-            help="for seeds and gradient: such as 0-4 or 0,3,7  [default: 0-4]",
+            help="not for backbones and crop: such as 0-4 or 0,3,7  [default: 0-4]",
             show_default=False,
         ),
     ] = None,
@@ -369,17 +369,27 @@ def bench(
         str | None,
         typer.Option(
             "--recipe",
-            help="for seeds: what is trained  [default: demo]",
+            help="for seeds, attention and ablation: what is trained  [default: demo, clutter, clutter]",
             autocompletion=_complete_recipe,
             show_default=False,
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="for seeds: a small share of the data")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="for seeds, attention and ablation: a small share of the data")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="for attention and ablation: other data than the recipe's, with true boxes; "
+            "of clutter, the folder of the four Fashion-MNIST files",
+        ),
+    ] = None,
 ) -> None:
     """Print the figures that README quotes."""
     from racnn_cli.bench import run_bench
 
-    run_bench(name, json, seeds, recipe, quick)
+    run_bench(name, json, seeds, recipe, quick, data)
 
 
 @app.command()

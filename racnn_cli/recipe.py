@@ -182,7 +182,9 @@ class PretrainCnn(Phase):
 
 
 class PretrainApn(Phase):
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 5
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        5, description="0: the boxes start in the image's centre"
+    )
     lr: Positive = 3e-3
 
 
@@ -195,26 +197,27 @@ class Alternate(Section):
         1, description="0: the boxes stay as pretrain-apn left them"
     )
     cnn_lr: Positive = 1e-4
-    apn_lr: Positive = 1e-4
-    apn_gradient: Literal["backprop", "perturb"] = Field(
-        "backprop",
-        description="slope of the rank loss in the box: through the crop (the paper), or from boxes around it",
+    apn_lr: Positive = 5e-3
+    margin: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="of the pairwise rank loss")
+    apn_gradient: Literal["perturb", "backprop"] = Field(
+        "perturb",
+        description="slope of the rank loss in a box: from boxes tried around it, or through the crop (the paper)",
     )
     boxes: Annotated[int, Field(ge=2, le=1024, multiple_of=2)] = Field(
-        8, description="only for perturb: boxes that are tried around each proposal"
+        4, description="only for perturb: boxes that are tried around each proposal"
     )
     spread: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.2, description="only for perturb: how far, as a share of the box's side and of its logarithm"
+        0.2, description="only for perturb: how far off they are, as a share of the side and of its logarithm"
     )
-    margin: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="of the pairwise rank loss")
     jitter: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.0, description="random shift and log-scale of the boxes in the CNN phase, as a share of the box"
+        0.2, description="random shift and log-scale of the boxes in the CNN phase, as a share of the box"
     )
     tighten: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
-        0.0, description="how much smaller still boxes are drawn there, up to a factor of exp(-tighten)"
+        0.4, description="how much smaller still boxes are drawn there, up to a factor of exp(-tighten)"
     )
     settle: bool = Field(
-        False, description="let jitter and tighten fall, round by round, to nothing in the last of `rounds`"
+        True,
+        description="let jitter and tighten fall, round by round, to nothing in the last of several `rounds`",
     )
     patience: Annotated[int, Field(ge=1)] = Field(2, description="rounds without change before the end")
     tolerance: Annotated[float, Field(ge=0.0)] = Field(
@@ -244,10 +247,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _learnable(self) -> Recipe:
-        if self.model.scales > 1 and self.alternate.apn_epochs:
+        if self.model.scales > 1 and self.alternate.apn_epochs and self.alternate.apn_gradient == "backprop":
             if self.model.gradient == "none":
                 raise ValueError(
-                    "model.gradient = none leaves the APNs nothing to learn from; alternate.apn_epochs = 0"
+                    "model.gradient = none leaves the APNs nothing to learn from; alternate.apn_epochs = 0, or "
+                    "alternate.apn_gradient = perturb"
                 )
             if self.model.gradient == "boxcar" and self.model.k == float("inf"):
                 raise ValueError(

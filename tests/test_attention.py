@@ -40,6 +40,108 @@ def test_gradcheck_where_the_gradient_is_the_true_derivative(gradient, k, size) 
     assert torch.autograd.gradcheck(lambda b: zoom(images, b, size, k=k, gradient=gradient), (boxes,))
 
 
+def plain_crop(images: Tensor, boxes: Tensor, size: int, k: float) -> Tensor:
+    """What `zoom` promises, written down a second time: every pixel of both axes, one output pixel at a time."""
+    crops = []
+    for image, (x, y, half) in zip(images, boxes, strict=True):
+        axes = []
+        for centre, length in ((x, image.shape[2]), (y, image.shape[1])):
+            low, high = (centre - half) * length, (centre + half) * length
+            step = (high - low) / size
+            width = step if step > 1 else torch.ones_like(step)
+            pixel = torch.arange(length, dtype=image.dtype) + 0.5
+            rows = []
+            for number in range(size):
+                away = (pixel - (low + (number + 0.5) * step)).abs() / width
+                weight = torch.where(away < 1, 1 - away, torch.zeros_like(away))
+                rows.append(weight / weight.sum())
+            weights = torch.stack(rows)  # (size, length)
+            if k != math.inf:
+                weights = weights * (
+                    1 / (1 + (-k * (pixel - low)).exp()) - 1 / (1 + (-k * (pixel - high)).exp())
+                )
+            axes.append(weights)
+        crops.append(torch.einsum("chw,ih,jw->cij", image, axes[1], axes[0]))
+    return torch.stack(crops)
+
+
+CORNERS = [[0.1, 0.1, 0.1], [0.9, 0.1, 0.1], [0.1, 0.9, 0.1], [0.9, 0.9, 0.1]]
+SMALL_BOXES = {
+    "inside": [[0.413, 0.587, 0.071], [0.62, 0.31, 0.093]],
+    "in the corners": CORNERS,
+    "less than a pixel": [[0.51, 0.49, 0.004], [0.003, 0.997, 0.003]],
+    "of many sizes": [[0.513, 0.488, 0.021], [0.303, 0.701, 0.203], [0.951, 0.049, 0.049]],
+    "on pixel borders": [[0.25, 0.25, 0.125], [0.5, 0.5, 0.25]],
+    "almost all": [[0.5, 0.5, 0.45], [0.5, 0.5, 0.5]],
+}
+
+
+@pytest.mark.parametrize("k", [0.5, 3.0, math.inf])
+@pytest.mark.parametrize("size", [3, 9, 31])  # reduced, about as it is, enlarged
+@pytest.mark.parametrize("shape", [(40, 40), (24, 56), (56, 24), (5, 64)])
+@pytest.mark.parametrize("kind", SMALL_BOXES)
+def test_a_crop_is_what_all_pixels_of_the_image_say(kind, shape, size, k) -> None:
+    """Values, and gradients with respect to the image and the box, whatever part of the image is read."""
+    generator = torch.Generator().manual_seed(7)
+    boxes = torch.tensor(SMALL_BOXES[kind], dtype=torch.float64).requires_grad_()
+    images = torch.randn(len(boxes), 3, *shape, generator=generator, dtype=torch.float64).requires_grad_()
+    pull = torch.randn(len(boxes), 3, size, size, generator=generator, dtype=torch.float64)
+    found, wanted = zoom(images, boxes, size, k=k), plain_crop(images, boxes, size, k)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    slopes = [torch.autograd.grad((crop * pull).sum(), (images, boxes)) for crop in (found, wanted)]
+    torch.testing.assert_close(slopes[0][0], slopes[1][0], rtol=0, atol=1e-12)
+    if kind != "on pixel borders":  # where |x| has two slopes
+        torch.testing.assert_close(slopes[0][1], slopes[1][1], rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10_000), st.floats(0.005, 0.3), st.integers(8, 60), st.integers(8, 60), st.integers(1, 24)
+)
+def test_any_small_box_is_cut_as_all_pixels_say(seed, half, rows, columns, size) -> None:
+    images = torch.randn(
+        2, 3, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    boxes = boxes_in(2, seed, half / 3, half)
+    for k in (0.5, math.inf):
+        torch.testing.assert_close(
+            zoom(images, boxes, size, k=k), plain_crop(images, boxes, size, k), rtol=0, atol=1e-12
+        )
+
+
+def test_a_crop_reads_only_what_it_touches() -> None:
+    """The box, a margin, and what the largest box of the batch needs: what is far away may be anything."""
+    image = torch.full((2, 3, 60, 90), math.nan)
+    image[0, :, 10:40, 20:60] = 1.0  # (rows, columns) around the first box
+    image[1, :, 35:60, 55:90] = 2.0
+    boxes = torch.tensor([[35 / 90, 20 / 60, 0.1], [78 / 90, 52 / 60, 0.13]], requires_grad=True)
+    crop = zoom(image, boxes, 16, k=math.inf)
+    torch.testing.assert_close(crop, torch.tensor([1.0, 2.0])[:, None, None, None].expand(2, 3, 16, 16))
+    (slope,) = torch.autograd.grad(crop.sum(), boxes)
+    assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("gradient", "k"), [("exact", 0.5), ("exact", 2.0), ("exact", math.inf), ("bilinear", math.inf)]
+)
+@pytest.mark.parametrize("size", [4, 13])  # smaller and larger than the cut region
+def test_gradcheck_where_little_of_the_image_is_read(gradient, k, size) -> None:
+    images = smooth_pictures(2, 36, 48)
+    boxes = boxes_in(2, seed=8, low=0.05, high=0.11)  # at most 11 of 48 columns and the margin
+    boxes[1, 0] = boxes[1, 2] + 1e-3  # at the image's border
+    boxes.requires_grad_()
+    assert torch.autograd.gradcheck(lambda b: zoom(images, b, size, k=k, gradient=gradient), (boxes,))
+
+
+@pytest.mark.parametrize("half", [0.1, 0.45])
+def test_a_box_that_is_no_number_makes_no_picture(half) -> None:
+    """The loop says which loss was not finite, and what to do; a crop that stops on its own cannot."""
+    boxes = torch.tensor([[0.5, 0.5, half], [math.nan, math.nan, math.nan]])
+    crop = zoom(torch.ones(2, 3, 64, 64), boxes, 8, k=math.inf)
+    torch.testing.assert_close(crop[0], torch.ones(3, 8, 8))
+    assert crop[1].isnan().all()
+
+
 def test_gradient_reaches_the_image() -> None:
     images = smooth_pictures(1, 18, 24).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: zoom(x, boxes_in(1, seed=2), 9, k=0.5), (images,))
@@ -229,6 +331,29 @@ def test_jittered_and_bounded_boxes_are_valid(x, y, half, amount) -> None:
     box = torch.tensor([[x, y, half]])
     check_boxes(attention.bound(box, 1 / 3, 0.9), 1 / 3, 0.9)
     check_boxes(attention.jitter(box, amount, 1 / 3, 0.9), 1 / 3, 0.9)
+
+
+@pytest.mark.parametrize(("amount", "tighten"), [(0.2, 0.6), (0.0, 1.0), (0.3, 0.0)])
+def test_tighter_boxes_are_smaller_by_as_much_as_is_said(amount, tighten) -> None:
+    torch.manual_seed(5)
+    box = torch.tensor([[0.5, 0.5, 0.15]], dtype=torch.float64)
+    moved = attention.jitter(box.expand(4000, 3), amount, 0.01, 0.99, tighten)
+    scale = (moved[:, 2] / 0.15).log()  # even between -amount - tighten and amount
+    low, high = -amount - tighten, amount
+    assert scale.min() >= low - 1e-9
+    assert scale.max() <= high + 1e-9
+    assert scale.min() < low + 0.01
+    assert scale.max() > high - 0.01
+    assert scale.mean().item() == pytest.approx(-tighten / 2, abs=0.02)
+    shift = (moved[:, :2] - 0.5) / 0.15  # in half-sides of the box as it was
+    assert shift.abs().max() <= amount + 1e-9
+    assert shift.abs().max() >= 0.98 * amount
+
+
+@settings(max_examples=50, deadline=None)
+@given(SHARES, SHARES, st.floats(0.01, 0.9), st.floats(0.0, 1.0), st.floats(0.0, 2.0))
+def test_tightened_boxes_are_valid(x, y, half, amount, tighten) -> None:
+    check_boxes(attention.jitter(torch.tensor([[x, y, half]]), amount, 1 / 3, 0.9, tighten), 1 / 3, 0.9)
 
 
 def test_zoom_refuses_shapes_and_words_that_do_not_fit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -22,6 +23,7 @@ from racnn_cli.errors import RacnnError
 FAMILIES = {
     "vgg11": (64, (512, 4, 4), 512),
     "vgg11_bn": (48, (512, 3, 3), 512),
+    "small_cnn": (32, (96, 8, 8), 96),  # this package's own
     "test_resnet": (64, (96, 2, 2), 96),
     "test_convnext": (64, (64, 2, 2), 64),  # trained norm in its head
     "test_efficientnet": (64, (256, 2, 2), 256),
@@ -45,6 +47,7 @@ AS_TIMM = (
 )
 EXPORTED = (
     "vgg11",
+    "small_cnn",
     "test_resnet",
     "test_convnext",
     "test_efficientnet",
@@ -233,6 +236,40 @@ class TestVgg:
     def test_a_size_below_one_place_of_the_map(self) -> None:
         with pytest.raises(RacnnError, match="does not take images of 8 px"):
             backbones.build("vgg11", size=8)
+
+
+class TestSmall:
+    @pytest.mark.parametrize("size", [16, 32, 36, 100])
+    def test_the_map_is_a_quarter_of_the_image(self, size: int) -> None:
+        model = backbones.build("small_cnn", size=size).eval()
+        with torch.no_grad():
+            assert model(images(model)).shape == (2, 96, size // 4, size // 4)
+        assert model.map_size == (size // 4, size // 4)
+
+    def test_timm_makes_it_by_its_name(self) -> None:
+        net: Any = timm.create_model("small_cnn", num_classes=3).eval()
+        torch.manual_seed(5)
+        pictures = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            features = net.forward_features(pictures)
+            assert net(pictures).shape == (2, 3)
+            torch.testing.assert_close(net(pictures), net.head(features.mean((2, 3))))
+        assert timm.create_model("small_cnn", num_classes=0)(pictures).shape == (2, 96)
+        assert backbones.native_sizes("small_cnn", 2) == (32, 32)
+
+    def test_a_file_with_its_classifier_fits(self, tmp_path: Path) -> None:
+        torch.manual_seed(6)
+        theirs: Any = timm.create_model("small_cnn", num_classes=7)
+        safetensors.torch.save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+        model = backbones.build("small_cnn", weights=str(tmp_path / "w.safetensors")).eval()
+        pictures = images(model)
+        with torch.no_grad():
+            assert torch.equal(model(pictures), theirs.eval().forward_features(pictures))
+
+    def test_it_never_claims_to_be_pretrained(self) -> None:
+        with pytest.raises(RacnnError, match="no pretrained weights for 'small_cnn'") as caught:
+            backbones.build("small_cnn", weights="pretrained")
+        assert "--weights none" in caught.value.hint
 
 
 class TestNames:

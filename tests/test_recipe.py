@@ -190,7 +190,16 @@ def test_all_faults_are_said_at_once(tmp_path) -> None:
         ("model.sizes=[64]", "1 entries for model.scales = 3"),
         ("model.floor=0.97", "model.ceiling = 0.95 must rise in this order"),
         ("model.side=0.2", "model.side = 0.2 and"),
-        ("model.gradient='none'", "alternate.apn_epochs = 0"),
+        ("alternate.apn_gradient='es'", "alternate.apn_gradient: Input should be"),
+        ("alternate.boxes=7", "alternate.boxes: Input should be a multiple of 2 (found 7)"),
+        ("alternate.boxes=0", "alternate.boxes: Input should be greater than or equal to 2 (found 0)"),
+        ("alternate.boxes=8.0", "alternate.boxes"),
+        ("alternate.spread=0.0", "alternate.spread: Input should be greater than 0 (found 0.0)"),
+        ("alternate.spread=1.5", "alternate.spread: Input should be less than or equal to 1 (found 1.5)"),
+        ("alternate.spread=nan", "alternate.spread"),
+        ("alternate.tighten=-0.1", "alternate.tighten: Input should be greater than or equal to 0"),
+        ("alternate.tighten=2.5", "alternate.tighten: Input should be less than or equal to 2"),
+        ("alternate.settle=1", "alternate.settle"),
         ("name='a/b'", "name"),
         ("data=3", "no recipe key 'data'"),
     ],
@@ -210,11 +219,31 @@ def test_sizes_that_are_no_list_with_fewer_scales(tmp_path) -> None:
     assert "model.sizes" in wrong.message
 
 
-def test_boxcar_without_a_mask_has_nothing_to_learn_from() -> None:
-    wrong = fault("tiny", ["model.gradient='boxcar'", "model.k=inf"])
-    assert "finite model.k" in wrong.message
-    fixed = recipes.load("tiny", ["model.gradient='boxcar'", "model.k=inf", "alternate.apn_epochs=0"])
-    assert fixed.model.k == math.inf
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["model.gradient='boxcar'", "model.k=inf"], "finite model.k"),
+        (["model.gradient='none'"], "nothing to learn from"),
+    ],
+)
+def test_a_crop_without_a_slope_cannot_teach_through_it(sets, words) -> None:
+    through = [*sets, "alternate.apn_gradient='backprop'"]
+    assert words in fault("tiny", through).message
+    for fixed in ([*through, "alternate.apn_epochs=0"], sets):  # boxes that are tried need no slope
+        assert recipes.load("tiny", fixed).model.gradient == sets[0].split("'")[1]
+
+
+def test_the_ends_of_what_perturbed_and_tighter_boxes_may_be(tmp_path) -> None:
+    ends = (
+        {"apn_gradient": "perturb", "boxes": 2, "spread": 1.0, "tighten": 2.0, "settle": True},
+        {"apn_gradient": "backprop", "boxes": 1024, "spread": 0.001, "tighten": 0.0, "settle": False},
+    )
+    for number, end in enumerate(ends):
+        lines = "".join(
+            f"{key} = {str(v).lower() if isinstance(v, bool) else repr(v)}\n" for key, v in end.items()
+        )
+        section = recipes.load(toml(tmp_path, f"{MINIMAL}[alternate]\n{lines}", f"{number}.toml")).alternate
+        assert {key: getattr(section, key) for key in end} == end
 
 
 def test_weights_are_asked_for_in_so_many_words(tmp_path) -> None:

@@ -131,7 +131,16 @@ def test_every_epoch_is_one_line_of_the_log(here, data) -> None:
         assert event["images_per_second"] > 0
     for event in epochs[2:]:
         assert len(event["val"]["scales"]) == 2
-        assert set(event["val"]["boxes"][0]) == {"side_mean", "side_std", "at_floor", "at_ceiling"}
+        assert set(event["val"]["boxes"][0]) == {
+            "side_mean",
+            "side_std",
+            "centre_std",
+            "at_floor",
+            "at_ceiling",
+        }
+    for event in (e for e in events if e["event"] == "stage"):
+        assert len(event["val"]["scales"]) == 2
+        assert event["val"]["rank"] >= 0
     assert result["images"] == 12
 
 
@@ -228,10 +237,11 @@ def test_colours_are_learned_in_seconds(here, tmp_path_factory, backbone) -> Non
     recipe = tiny(easy, model__backbone=backbone, alternate__cnn_lr=5e-4, **EASY)
     _, result = api.train(recipe, out=here / "mine", quiet=True)
     assert result["fused"]["top1"] >= 0.95
-    assert all(scale["top1"] >= 0.95 for scale in result["scales"])
+    assert all(scale["top1"] >= 0.9 for scale in result["scales"])
 
 
-def test_the_apns_learn_where_to_look(here, tmp_path_factory) -> None:
+@pytest.mark.parametrize("slope", ["perturb", "backprop"])
+def test_the_apns_learn_where_to_look(here, tmp_path_factory, slope) -> None:
     """Discs that are always up and left of the centre: peak pre-training and rank loss both go there."""
     place = tmp_path_factory.mktemp("corner") / "data"
     corner = write_blobs(place, {"train": 16, "val": 4, "test": 4}, centre=(0.28, 0.3), radius=9, noise=60)
@@ -245,7 +255,8 @@ def test_the_apns_learn_where_to_look(here, tmp_path_factory) -> None:
         alternate__cnn_epochs=4,
         alternate__cnn_lr=1e-3,
         alternate__apn_epochs=8,
-        alternate__apn_lr=2e-3,
+        alternate__apn_lr=5e-3,
+        alternate__apn_gradient=slope,
         **EASY,
     )
     started = Trainer.start(recipe, here / "mine", quiet=True)
@@ -286,5 +297,5 @@ def test_the_apns_learn_where_to_look(here, tmp_path_factory) -> None:
     ]
     excess = [loss - recipe.alternate.margin for loss in log]
     assert excess[0] > 0.02
-    assert excess[-1] < 0.2 * excess[0]
+    assert excess[-1] < 0.3 * excess[0]
     assert (after_rank[:2] < away[:2] - 0.02).all()

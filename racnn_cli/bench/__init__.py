@@ -16,61 +16,74 @@ from rich.markup import escape
 from rich.table import Table
 
 from racnn_cli.errors import RacnnError
-from racnn_cli.run import write_json
+from racnn_cli.run import write_json, write_text
 
-NAMES = ("seeds", "gradient", "backbones", "crop")
+NAMES = ("seeds", "attention", "ablation", "gradient", "backbones", "crop")
 """Each is a module of this package with `run(Options) -> Figures`."""
 
-SEEDED = ("seeds", "gradient")
+SEEDED = ("seeds", "attention", "ablation", "gradient")
+RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter"}
+"""Those that train, and the recipe that each trains unless told."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a bench is asked for; `recipe` and `quick` are for `seeds` alone."""
+    """What a bench is asked for; `recipe` and `quick` are for those that train, `data` for two of these."""
 
     seeds: tuple[int, ...] = (0,)
     recipe: str = "demo"
     quick: bool = False
+    data: str | None = None
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a bench found: tables for a person, and the same as plain values."""
+    """What a bench found: tables for a person, the same as plain values, and, of some, as an HTML page."""
 
     tables: list[Table]
     values: dict[str, Any] = field(default_factory=dict)
+    page: str = ""
 
 
 def run_bench(
-    name: str, json_path: Path | None, seeds: str | None, recipe: str | None = None, quick: bool = False
+    name: str,
+    json_path: Path | None,
+    seeds: str | None,
+    recipe: str | None = None,
+    quick: bool = False,
+    data: str | None = None,
 ) -> None:
-    """Measure, print, and write the same figures as JSON if asked.
+    """Measure, print, and write the same figures as JSON if asked (and a page beside it, where there is one).
 
     Args:
         name: one of `NAMES`.
         json_path: file for the figures.
-        seeds: such as `0-4` or `0,3,7`; None: 0-4. Only `seeds` and `gradient` take it.
-        recipe: what `seeds` trains; None: demo.
+        seeds: such as `0-4` or `0,3,7`; None: 0-4. Only those of `SEEDED` take it.
+        recipe: what is trained; None: as `RECIPES` says. Only these benches take it.
         quick: train on a small share of the data with few epochs.
+        data: for attention and ablation: the data in the place of the recipe's; of `clutter`, the folder of
+            the Fashion-MNIST files.
 
     Raises:
         RacnnError: no such bench, an option that it does not take, or what the measured thing itself raises.
     """
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.4)
+        near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.55)
         raise RacnnError(
             f"there is no bench {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
             f"one of {', '.join(NAMES)}",
         )
     takes = {
         "--seeds": (seeds is not None, SEEDED),
-        "--recipe": (recipe is not None, ("seeds",)),
-        "--quick": (quick, ("seeds",)),
+        "--recipe": (recipe is not None, RECIPES),
+        "--quick": (quick, RECIPES),
+        "--data": (data is not None, ("attention", "ablation")),
     }
     extra = [flag for flag, (given, benches) in takes.items() if given and name not in benches]
     if extra:
         raise RacnnError(f"the bench {name} takes no {' and no '.join(extra)}", f"`racnn bench {name}`")
-    options = Options(parse_seeds(seeds or "0-4") if name in SEEDED else (0,), recipe or "demo", quick)
+    chosen = parse_seeds(seeds or "0-4") if name in SEEDED else (0,)
+    options = Options(chosen, recipe or RECIPES.get(name, ""), quick, data)
     figures = importlib.import_module(f"{__name__}.{name}").run(options)
     on, console = machine(), Console(highlight=False)
     for table in figures.tables:
@@ -81,6 +94,8 @@ def run_bench(
     console.print(escape(f"{describe(on)}; {many} {used}"), soft_wrap=True)
     if json_path is not None:
         write_json(json_path, {"bench": name, "machine": on, "seeds": list(options.seeds), **figures.values})
+        if figures.page:
+            write_text(json_path.with_suffix(".html"), figures.page)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

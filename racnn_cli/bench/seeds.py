@@ -64,8 +64,18 @@ def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         RacnnError: the folder holds a run of another recipe, whose figures would be passed off as this one's.
     """
     run = Run(folder)
+    return read(run) if same_recipe(folder, recipe) and run.eval.is_file() else None
+
+
+def same_recipe(folder: Path, recipe: Recipe) -> bool:
+    """Does the folder hold a run of this recipe? False: it holds no run.
+
+    Raises:
+        RacnnError: it holds a run of another recipe.
+    """
+    run = Run(folder)
     if not run.recipe_file.is_file():
-        return None
+        return False
     old, new = asdict_flat(run.recipe()), asdict_flat(resolve(recipe))
     differ = [f"{key} is {old[key]!r} there and {new[key]!r} here" for key in new if old[key] != new[key]]
     if differ:
@@ -73,7 +83,7 @@ def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differ),
             f"move {folder.parent} out of the way; nothing in it was changed",
         )
-    return read(run) if run.eval.is_file() else None
+    return True
 
 
 def _train(folder: Path, recipe: Recipe) -> dict[str, Any]:

@@ -264,9 +264,10 @@ def _touched(centre: Tensor, half: Tensor, length: int, size: int) -> Tensor:
         return pixel
     reach = (2 * half * length / size).clamp_min(1.0)
     low = ((centre - half) * length - reach).floor()
-    count = min(math.ceil((2 * (half * length + reach)).max().item()) + 2, length)
-    if count > 0.7 * length:  # the copy would cost more than it saves
+    most = (2 * (half * length + reach)).max().item() + 2
+    if not most < 0.7 * length:  # the copy would cost more than it saves; also where a box is no number
         return pixel
+    count = math.ceil(most)
     return low.clamp(0, length - count)[:, None] + pixel[:count]  # (B, N)
 
 

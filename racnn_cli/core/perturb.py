@@ -15,26 +15,40 @@ from torch import Tensor
 from racnn_cli.core import attention
 
 
-def neighbours(proposals: Tensor, count: int, spread: float, floor: float, ceiling: float) -> Tensor:
-    """Boxes around each proposal, in pairs on opposite sides, brought within the bounds.
+def neighbours(proposals: Tensor, count: int, spread: float) -> Tensor:
+    """Boxes around each proposal, in pairs on opposite sides, inside the image.
 
-    The centre moves by `spread` sides (standard deviation), the side by a factor of exp(`spread`). Draws from
-    torch's global generator.
+    The centre moves by `spread` sides (standard deviation), the side by a factor of exp(`spread`). The bounds of
+    a proposal's side do not hold for them: at a bound, too, the slope needs both directions. Draws from torch's
+    global generator.
 
     Args:
         proposals: (B, 3).
         count: boxes a proposal, even.
-        spread, floor, ceiling: see above and `attention.bound`.
+        spread: see above.
 
     Returns:
         (count, B, 3).
     """
-    noise = torch.randn(count // 2, *proposals.shape, device=proposals.device, dtype=proposals.dtype)
-    noise = spread * torch.cat([noise, -noise])  # (count, B, 3)
+    move = spread * torch.randn(count // 2, *proposals.shape, device=proposals.device, dtype=proposals.dtype)
+    # What the image's border takes from one box of a pair, its opposite gives up too: a lopsided pair would turn
+    # the curvature of the loss into a slope towards the border.
+    for sign in (1, -1, 1):
+        move = sign * moved(proposals, _inside(proposals, sign * move))
+    return torch.cat([_inside(proposals, move), _inside(proposals, -move)])
+
+
+def moved(proposals: Tensor, boxes: Tensor) -> Tensor:
+    """Boxes (N, B, 3) from proposals (B, 3): centres in sides of the proposal, logarithm of the side's factor."""
     half = proposals[:, 2:]
-    centre = proposals[:, :2] + 2 * half * noise[..., :2]
-    boxes = torch.cat([centre, half * noise[..., 2:].exp()], dim=2)
-    return attention.bound(boxes.flatten(0, 1), floor, ceiling).view(boxes.shape)
+    return torch.cat([(boxes[..., :2] - proposals[:, :2]) / (2 * half), (boxes[..., 2:] / half).log()], dim=2)
+
+
+def _inside(proposals: Tensor, move: Tensor) -> Tensor:
+    """The boxes (N, B, 3) that are so far from proposals (B, 3), brought inside the image."""
+    half = proposals[:, 2:]
+    boxes = torch.cat([proposals[:, :2] + 2 * half * move[..., :2], half * move[..., 2:].exp()], dim=2)
+    return attention.bound(boxes.flatten(0, 1), 0.0, 1.0).view(boxes.shape)
 
 
 def perturbed_loss(proposals: Tensor, tried: Tensor, losses: Tensor, spread: float) -> Tensor:
@@ -52,13 +66,10 @@ def perturbed_loss(proposals: Tensor, tried: Tensor, losses: Tensor, spread: flo
     Returns:
         a scalar.
     """
-    here, half = proposals.detach(), proposals.detach()[:, 2:]
-    moves = torch.cat(
-        [(tried[..., :2] - here[:, :2]) / (2 * half), (tried[..., 2:] / half).log()], dim=2
-    )  # (count, B, 3)
-    moves = moves - moves.mean(dim=0)
+    here, losses = proposals.detach(), losses.detach()
+    moves = moved(here, tried.detach())  # (count, B, 3)
     excess = losses - losses.mean(dim=0)  # (count, B)
     slope = (excess[..., None] * moves).mean(dim=0) / spread**2  # (B, 3)
-    coordinates = torch.cat([proposals[:, :2] / (2 * half), proposals[:, 2:].log()], dim=1)
+    coordinates = torch.cat([proposals[:, :2] / (2 * here[:, 2:]), proposals[:, 2:].log()], dim=1)
     carrier = (slope * coordinates).sum(dim=1).mean()
     return losses.mean() + carrier - carrier.detach()

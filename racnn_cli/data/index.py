@@ -142,6 +142,11 @@ def locate(data: recipe.Data, seed: int) -> Path:
             "no data are named: data.path is empty",
             f"--data FOLDER with a folder a class, --data FILE.csv, or --data {' or '.join(samples.NAMES)}",
         )
+    if data.path == "clutter":
+        raise RacnnError(
+            "the pictures of data.path = 'clutter' are made as they are read, and only the benches read them",
+            "`racnn bench attention`",
+        )
     if data.path in samples.NAMES:
         return samples.materialise(data.path, data.sample, seed)
     path = Path(data.path).expanduser()

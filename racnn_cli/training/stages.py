@@ -162,7 +162,7 @@ def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> St
 
 def apn_phase(recipe: Recipe) -> Stage:
     """CNNs fixed: train every APN on the pairwise rank loss between its scale and the next."""
-    section, bounds = recipe.alternate, (recipe.model.floor, recipe.model.ceiling)
+    section = recipe.alternate
 
     def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         source = model.normalise(batch["image"])
@@ -180,7 +180,7 @@ def apn_phase(recipe: Recipe) -> Stage:
 
             if section.apn_gradient == "perturb":
                 with torch.no_grad():
-                    tried = perturb.neighbours(proposal, section.boxes, section.spread, *bounds)
+                    tried = perturb.neighbours(proposal, section.boxes, section.spread)
                     seen = (model.next_view(number, source, view, box, one)[0] for one in tried)
                     ranks = torch.stack([rank(scale.classify(scale.backbone(one))) for one in seen])
                 yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from racnn_cli.run import Run, write_text
 from racnn_cli.training import checkpoint, distributed, stages
 from racnn_cli.training.checkpoint import Progress, Saved
 from racnn_cli.training.console import Console
+from racnn_cli.training.health import warnings
 from racnn_cli.training.loop import Context, fit, freeze_all_but, loader, seed_step
 from racnn_cli.training.stages import Guide, Stage
 from racnn_cli.training.validate import validate
@@ -63,6 +65,7 @@ class Trainer:
             resume=owner or run.folder,
         )
         self.source = source
+        self.warned = {event["kind"] for event in run.read_log() if event["event"] == "warning"}
         self.watch: Callable[[str], None] = lambda moment: None
 
     @classmethod
@@ -195,12 +198,15 @@ class Trainer:
             "pretrain-apn": self._pretrain_apn,
             "alternate": self._alternate,
         }[name]()
+        val = self.validate()
+        if name != stages.NAMES[0]:  # before that, the finer scales are copies of scale 1 that saw no crop
+            self._warn(val)
         done = [*self.context.progress.done, name]
         self.context.progress = Progress(done=done, views=self.context.progress.views)
         if distributed.rank() == 0:
             store.save_weights(self.context.run.weights, self.context.model)
             self.context.run.append_log(
-                {"event": "stage", "stage": name, "views": self.context.progress.views}
+                {"event": "stage", "stage": name, "views": self.context.progress.views, "val": val}
             )
         self._save()
         self.watch(name)
@@ -322,10 +328,30 @@ class Trainer:
         }
         if distributed.rank() == 0:
             context.run.append_log(event)
+        self._warn(val)
         if progress.still >= section.patience:
             context.console.say(f"  neither loss changed for {progress.still} rounds: the end")
             return True
         return progress.round >= section.rounds
+
+    def _warn(self, val: dict[str, Any]) -> None:
+        """Say, and log, what the validation figures give cause to worry about, each kind once."""
+        context, progress = self.context, self.context.progress
+        for kind, text in warnings(val, context.recipe, len(context.val)).items():
+            if kind in self.warned:
+                continue
+            self.warned.add(kind)
+            context.console.say(f"  warning: {text}")
+            if distributed.rank() == 0:
+                context.run.append_log(
+                    {
+                        "event": "warning",
+                        "stage": progress.stage,
+                        "round": progress.round,
+                        "kind": kind,
+                        "text": text,
+                    }
+                )
 
     def validate(self) -> dict:
         """The validation figures of all scales as the network stands."""
@@ -352,7 +378,7 @@ class Trainer:
         stages.start_fusion(model, (distributed.total(sums) / len(plain)).tolist())
 
 
-def baseline_recipe(recipe: Recipe, rounds: int) -> Recipe:
+def baseline_recipe(recipe: Recipe, rounds: int, size: int | None = None) -> Recipe:
     """The plain backbone under the same budget, counted in multiply-adds of the convolutions.
 
     One scale whose input has as many pixels as all scales together (rounded to a multiple of 32, or scale 1's
@@ -362,13 +388,15 @@ def baseline_recipe(recipe: Recipe, rounds: int) -> Recipe:
     Args:
         recipe: as used by the run, with its sizes resolved.
         rounds: rounds that `alternate` really ran.
+        size: of the input, in the place of that size.
     """
     sizes = recipe.model.sizes
-    size = max(round(math.sqrt(sum(s * s for s in sizes)) / 32) * 32, sizes[0])
-    try:
-        backbones.build(recipe.model.backbone, size=size, weights="none")
-    except RacnnError:
-        size = sizes[0]
+    if size is None:
+        size = max(round(math.sqrt(sum(s * s for s in sizes)) / 32) * 32, sizes[0])
+        try:
+            backbones.build(recipe.model.backbone, size=size, weights="none")
+        except RacnnError:
+            size = sizes[0]
     phases = rounds * (recipe.alternate.cnn_epochs + recipe.alternate.apn_epochs)
     cost = recipe.pretrain_cnn.epochs * sizes[0] ** 2 + phases * sum(s * s for s in sizes)
     epochs = max(math.ceil(cost / size**2), 1)

@@ -14,7 +14,7 @@ from racnn_cli.core.model import RACNN
 from racnn_cli.training import distributed
 from racnn_cli.training.stages import Guide
 
-BOX = ("side", "square", "at_floor", "at_ceiling", "truth", "iou", "hit", "coverage")
+BOX = ("side", "square", "at_floor", "at_ceiling", "truth", "iou", "hit", "coverage", "x", "xx", "y", "yy")
 
 
 class Sums:
@@ -55,8 +55,8 @@ def validate(
     Returns:
         `scales` (a list of `top1` and `nll`), and with more than one scale `average` and `fused` (the same),
         `rank` (mean rank loss over the pairs of scales) and `boxes` (a list of `side_mean`, `side_std`,
-        `at_floor`, `at_ceiling`, relative to the scale before, and where the data has true boxes `iou_mean`,
-        `hit_rate`, `coverage_mean`).
+        `centre_std`, `at_floor`, `at_ceiling`, relative to the scale before, and where the data has true boxes
+        `iou_mean`, `hit_rate`, `coverage_mean`).
     """
     model.eval()
     names = [f"scale {number}" for number in range(scales)]
@@ -82,7 +82,7 @@ def validate(
             for coarse, fine in zip(output.logits, output.logits[1:], strict=False):
                 sums.add("rank", rank_loss(coarse, fine, labels, margin) * count / (scales - 1))
             for number, (proposal, found) in enumerate(zip(output.proposals, output.boxes, strict=True)):
-                _add_boxes(sums, number, 2 * proposal[:, 2], model.options.floor, model.options.ceiling)
+                _add_boxes(sums, number, proposal, model.options.floor, model.options.ceiling)
                 _add_truth(sums, number, found, batch["box"])
         for name, logits in answers.items():
             sums.add(f"{name} top1", (logits.argmax(1) == labels).sum())
@@ -99,10 +99,14 @@ def validate(
     return result
 
 
-def _add_boxes(sums: Sums, number: int, sides: Tensor, floor: float, ceiling: float) -> None:
+def _add_boxes(sums: Sums, number: int, proposals: Tensor, floor: float, ceiling: float) -> None:
+    sides = 2 * proposals[:, 2]
     at_floor, at_ceiling = metrics.at_bounds(sides, floor, ceiling)
     sums.add(f"{number} side", sides.sum())
     sums.add(f"{number} square", sides.square().sum())
+    for axis, name in enumerate("xy"):
+        sums.add(f"{number} {name}", proposals[:, axis].sum())
+        sums.add(f"{number} {name * 2}", proposals[:, axis].square().sum())
     sums.add(f"{number} at_floor", at_floor.sum())
     sums.add(f"{number} at_ceiling", at_ceiling.sum())
 
@@ -120,11 +124,13 @@ def _add_truth(sums: Sums, number: int, boxes: Tensor, truth: Tensor) -> None:
 def _box_entry(means: dict[str, float], number: int) -> dict[str, float]:
     side = means[f"{number} side"]
     spread = max(means[f"{number} square"] - side * side, 0.0) ** 0.5
+    apart = sum(max(means[f"{number} {name * 2}"] - means[f"{number} {name}"] ** 2, 0.0) for name in "xy")
     truth = means[f"{number} truth"]
     found = {"iou_mean": "iou", "hit_rate": "hit", "coverage_mean": "coverage"} if truth else {}
     return {name: means[f"{number} {figure}"] / truth for name, figure in found.items()} | {
         "side_mean": side,
         "side_std": spread,
+        "centre_std": (apart / 2) ** 0.5,
         "at_floor": means[f"{number} at_floor"],
         "at_ceiling": means[f"{number} at_ceiling"],
     }
