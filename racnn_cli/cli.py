@@ -45,13 +45,13 @@ RecipeName = Annotated[
     ),
 ]
 RunFolder = Annotated[
-    Path | None, typer.Option("--run", help="run folder  [default: runs/latest]", show_default=False)
+    Path | None, typer.Option("--run", help="run folder; by default runs/latest", show_default=False)
 ]
 DataPath = Annotated[
     str | None, typer.Option("--data", help="folder with a folder a class, CSV, plankton or fieldguide")
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="folder of a new run  [default: runs/NAME]", show_default=False)
+    Path | None, typer.Option("--out", help="folder of a new run; by default runs/NAME", show_default=False)
 ]
 Sets = Annotated[
     list[str] | None,
@@ -286,7 +286,7 @@ def alternate(
 def evaluate(
     run: RunFolder = None,
     split: Annotated[
-        str | None, typer.Option(help="train, val or test  [default: test]", show_default=False)
+        str | None, typer.Option(help="train, val or test; by default test", show_default=False)
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="measure on all pictures of this folder or CSV file instead")
@@ -361,7 +361,7 @@ def bench(
         str | None,
         typer.Option(
             "--seeds",
-            help="not for backbones and crop: such as 0-4 or 0,3,7  [default: 0-4]",
+            help="not for backbones and crop: such as 0-4 or 0,3,7; default 0-4",
             show_default=False,
         ),
     ] = None,
@@ -369,7 +369,7 @@ def bench(
         str | None,
         typer.Option(
             "--recipe",
-            help="for seeds, attention and ablation: what is trained  [default: demo, clutter, clutter]",
+            help="for seeds, attention and ablation: what is trained; default demo, clutter and clutter",
             autocompletion=_complete_recipe,
             show_default=False,
         ),

@@ -45,6 +45,7 @@ def test_a_finer_scale_that_is_worse_is_named_when_it_is_no_chance(recipe) -> No
     assert warnings(figures(0.8, 0.76), recipe, 200) == {}  # within what 200 images tell
     assert list(warnings(figures(0.8, 0.76), recipe, 20_000)) == ["worse 1"]
     assert warnings(figures(1.0, 0.5), recipe, 10) == {}
+    assert warnings(figures(0.8, 0.1), recipe, 200, finer=False) == {}  # it has not been trained yet
 
 
 def test_a_run_says_and_logs_a_trouble_once(tmp_path, monkeypatch, capfd) -> None:

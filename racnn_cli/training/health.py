@@ -13,13 +13,14 @@ ALIKE = 0.01  # standard deviation of the centres below which all boxes are one 
 BUSY = 20  # fewer validation images tell nothing about one scale being worse than another
 
 
-def warnings(val: dict[str, Any], recipe: Recipe, images: int) -> dict[str, str]:
+def warnings(val: dict[str, Any], recipe: Recipe, images: int, *, finer: bool = True) -> dict[str, str]:
     """What kind of trouble, and a sentence about it with what to try; empty when all is well.
 
     Args:
         val: as from `validate`, of all scales.
         recipe: of the run.
         images: number of validation images behind the figures.
+        finer: the finer scales have been trained on their boxes, so that their accuracy counts.
     """
     found = {}
     model = recipe.model
@@ -41,7 +42,7 @@ def warnings(val: dict[str, Any], recipe: Recipe, images: int) -> dict[str, str]
                 f"{box['centre_std']:.3f} of the side): unless the object does too, try a larger pretrain_apn.lr "
                 "or more pretrain_apn.epochs"
             )
-    top1 = [scale["top1"] for scale in val["scales"]]
+    top1 = [scale["top1"] for scale in val["scales"]] if finer else []
     for number, (coarse, fine) in enumerate(itertools.pairwise(top1), start=1):
         # Two standard errors as if the images were different ones; they are the same, so chance is even less.
         error = math.sqrt(max(coarse * (1 - coarse) + fine * (1 - fine), 0.0) / max(images, 1))

@@ -199,7 +199,7 @@ class Trainer:
             "alternate": self._alternate,
         }[name]()
         val = self.validate()
-        if name != stages.NAMES[0]:  # before that, the finer scales are copies of scale 1 that saw no crop
+        if name != stages.NAMES[0]:  # no APN has been trained before
             self._warn(val)
         done = [*self.context.progress.done, name]
         self.context.progress = Progress(done=done, views=self.context.progress.views)
@@ -337,7 +337,9 @@ class Trainer:
     def _warn(self, val: dict[str, Any]) -> None:
         """Say, and log, what the validation figures give cause to worry about, each kind once."""
         context, progress = self.context, self.context.progress
-        for kind, text in warnings(val, context.recipe, len(context.val)).items():
+        for kind, text in warnings(
+            val, context.recipe, len(context.val), finer=progress.stage == "alternate"
+        ).items():
             if kind in self.warned:
                 continue
             self.warned.add(kind)
