@@ -213,7 +213,7 @@ class Alternate(Section):
         0.2, description="random shift and log-scale of the boxes in the CNN phase, as a share of the box"
     )
     tighten: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
-        0.4, description="how much smaller still boxes are drawn there, up to a factor of exp(-tighten)"
+        0.2, description="how much smaller still boxes are drawn there, up to a factor of exp(-tighten)"
     )
     settle: bool = Field(
         True,

@@ -39,7 +39,7 @@ def page(figures: Figures) -> str:
             name = entry["moment"].removeprefix("alternate: ").partition(" phase")[0]
             bands.append(chart.Band(name, start + 1, entry["epochs"], number % 2 == 1))
         start = entry["epochs"]
-    title = f"{values['recipe']}: attention on {len(values['runs'])} seed(s)"
+    title = f"{values['recipe']}: attention, seeds {', '.join(str(run['seed']) for run in values['runs'])}"
     sections = [("Figures", "".join(_table(table) for table in figures.tables))]
     for split, words in SPLITS.items():
         charts = [*_means(moments, bands, split), *_seeds(values["runs"], bands, split)]
