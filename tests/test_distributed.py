@@ -22,7 +22,8 @@ from racnn_cli.training import stages
 ROOT = Path(__file__).resolve().parent.parent
 
 # No BatchNorm: its statistics are those of the pictures that a process sees itself. Plain gradient descent:
-# Adam divides by the gradient's size, which turns the last bit of a gradient near 0 into a step.
+# Adam divides by the gradient's size, which turns the last bit of a gradient near 0 into a step. Nothing drawn at
+# random: each process draws its own.
 KEYS: dict[str, Any] = {
     "model__backbone": "test_convnext",
     "model__apn_hidden": 8,
@@ -33,6 +34,9 @@ KEYS: dict[str, Any] = {
     "alternate__cnn_lr": 0.01,
     "alternate__apn_lr": 0.05,
     "alternate__rounds": 2,
+    "alternate__apn_gradient": "backprop",
+    "alternate__jitter": 0.0,
+    "alternate__tighten": 0.0,
     "fusion__lr": 0.05,
 }
 

@@ -168,7 +168,7 @@ def test_workers_read_what_one_process_reads(here, data) -> None:
 def val(first: float, *, rank: float = 0.1) -> dict[str, Any]:
     """What `validate` gives, with one figure for all losses."""
     entry = {"top1": 0.5, "nll": first}
-    box = {"side_mean": 0.5, "side_std": 0.0, "at_floor": 0.0, "at_ceiling": 0.0}
+    box = {"side_mean": 0.5, "side_std": 0.0, "centre_std": 0.1, "at_floor": 0.0, "at_ceiling": 0.0}
     return {"scales": [entry, entry], "average": entry, "fused": entry, "rank": rank, "boxes": [box]}
 
 
@@ -233,18 +233,20 @@ def test_standing_still_from_the_start_ends_it_after_its_patience(here, data) ->
 
 def test_the_best_round_is_restored(here, data, monkeypatch) -> None:
     started = alternating(here, data, rounds=3, tolerance=0.0, cnn_lr=1e-2, apn_lr=1e-2, margin=1.0)
-    figures = iter([val(0.9), val(0.4), val(0.7)])
+    figures = iter([val(0.9), val(0.4), val(0.7), val(0.4)])  # of the rounds, and at the end
     states: list[dict[str, torch.Tensor]] = []
 
     def measured(self: Trainer) -> dict[str, Any]:
         states.append({name: t.clone() for name, t in self.context.model.state_dict().items()})
         return next(figures)
 
+    started.run_stage("pretrain-cnn")
+    started.run_stage("pretrain-apn")
     monkeypatch.setattr(trainer.Trainer, "validate", measured)
-    started.run_all()
+    started.run_stage("alternate")
     kept = load_file(started.context.run.weights)
     names = [name for name in kept if "fusion" not in name]
-    assert len(states) == 3
+    assert len(states) == 4
     assert all(torch.equal(kept[name], states[1][name]) for name in names)
     for other in (states[0], states[2]):
         assert not torch.equal(kept["scales.1.classifier.weight"], other["scales.1.classifier.weight"])

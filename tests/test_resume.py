@@ -313,7 +313,7 @@ def test_not_finite_in_the_first_epoch_says_that_nothing_is_saved(here, data, mo
 
 
 def test_not_finite_in_an_apn_phase_names_it(here, data, monkeypatch) -> None:
-    explode(monkeypatch, "rank_loss", 2, lambda loss: loss * float("nan"))
+    explode(monkeypatch, "rank_loss", 5, lambda loss: loss * float("nan"))  # four boxes are tried a step
     with pytest.raises(
         RacnnError, match=r"alternate: APN phase, epoch 1, step 2: the loss `rank 1-2` is nan"
     ):
