@@ -15,7 +15,7 @@ from racnn_cli.results.predict import Prediction, load
 from racnn_cli.results.report import write_report
 from racnn_cli.run import Run
 from racnn_cli.training import distributed
-from racnn_cli.training.trainer import Trainer, baseline_recipe
+from racnn_cli.training.trainer import Trainer, baseline_recipe, rounds_run
 
 # What the hints of a failed training name, and a baseline shares with its run; its size and epochs are its own.
 SHARED = ("train.", "pretrain_cnn.lr")
@@ -115,8 +115,9 @@ def _baseline(run: Run, recipe: Recipe, changes: Mapping[str, Any], *, quiet: bo
         shared = {key: value for key, value in changes.items() if key.startswith(SHARED)}
         trainer = Trainer.proceed(base, sets=shared, owner=run.folder, quiet=quiet)
     else:
-        rounds = len({event["round"] for event in run.read_log() if event["event"] == "round"})
-        trainer = Trainer.start(baseline_recipe(recipe, rounds), base.folder, owner=run.folder, quiet=quiet)
+        trainer = Trainer.start(
+            baseline_recipe(recipe, rounds_run(run)), base.folder, owner=run.folder, quiet=quiet
+        )
     trainer.run_all()
     if distributed.rank() == 0:
         evaluate(base)

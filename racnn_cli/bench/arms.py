@@ -32,7 +32,7 @@ from racnn_cli.recipe import Recipe
 from racnn_cli.run import RUNS, Run, write_json, write_text
 from racnn_cli.training.loop import Interrupted, loader
 from racnn_cli.training.stages import Guide
-from racnn_cli.training.trainer import Trainer, baseline_recipe
+from racnn_cli.training.trainer import Trainer, baseline_recipe, rounds_run
 from racnn_cli.training.validate import validate
 
 QUICK = 240  # pictures of `clutter` with --quick
@@ -133,7 +133,7 @@ class Seed:
         if not arm.plain:
             return resolve(self.recipe.override(arm.changes))
         section = self.recipe.alternate
-        rounds = len({event["round"] for event in self.learned.read_log() if event["event"] == "round"})
+        rounds = rounds_run(self.learned)
         if arm.plain == "equal compute":
             return resolve(baseline_recipe(self.recipe, rounds, self.compute.size))
         alone = baseline_recipe(self.recipe, rounds, self.recipe.model.sizes[0])

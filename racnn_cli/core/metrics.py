@@ -105,6 +105,16 @@ def at_bounds(sides: Tensor, floor: float, ceiling: float) -> tuple[Tensor, Tens
     return sides <= floor * (1 + NEAR), sides >= ceiling * (1 - NEAR)
 
 
+def against(proposals: Tensor, truth: Tensor) -> Tensor:
+    """IoU, hit and coverage (B', 3) of the proposals (B, 3) that have a true box (B, 4).
+
+    One of no area (or NaN) was cut away when the picture was made square, or never known: nothing is to be found.
+    """
+    there = ((truth[:, 2:] - truth[:, :2]) > 0).all(dim=1)
+    proposals, truth = proposals[there], truth[there]
+    return torch.stack([measure(proposals, truth).float() for measure in (iou, hit, coverage)], dim=1)
+
+
 def _area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
 

@@ -160,11 +160,7 @@ class Sides:
     def add(self, proposals: Tensor, boxes: Tensor, truth: Tensor) -> None:
         """Count a batch: proposals (B, 3) on the scale before, boxes (B, 3), truth (B, 4) on the source."""
         self._sides.append(2 * proposals[:, 2])
-        # A true box of no area was cut away when the picture was made square: there is nothing to find.
-        there = ((truth[:, 2:] - truth[:, :2]) > 0).all(dim=1)
-        boxes, truth = boxes[there], truth[there]
-        found = [f(boxes, truth).float() for f in (metrics.iou, metrics.hit, metrics.coverage)]
-        self._truth.append(torch.stack(found, dim=1))  # (B, 3)
+        self._truth.append(metrics.against(boxes, truth))  # (B', 3)
 
     def figures(self) -> dict[str, float]:
         """`side_mean`, `side_min`, `side_max`, as a share of the scale before; `at_floor`, `at_ceiling`, the

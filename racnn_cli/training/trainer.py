@@ -380,6 +380,11 @@ class Trainer:
         stages.start_fusion(model, (distributed.total(sums) / len(plain)).tolist())
 
 
+def rounds_run(run: Run) -> int:
+    """How many rounds `alternate` really ran, from the log."""
+    return len({event["round"] for event in run.read_log() if event["event"] == "round"})
+
+
 def baseline_recipe(recipe: Recipe, rounds: int, size: int | None = None) -> Recipe:
     """The plain backbone under the same budget, counted in multiply-adds of the convolutions.
 

@@ -113,12 +113,10 @@ def _add_boxes(sums: Sums, number: int, proposals: Tensor, floor: float, ceiling
 
 def _add_truth(sums: Sums, number: int, boxes: Tensor, truth: Tensor) -> None:
     """Boxes (B, 3) on the source against the true ones (B, 4), where there are any."""
-    there = ((truth[:, 2:] - truth[:, :2]) > 0).all(dim=1)
-    boxes, truth = boxes[there], truth[there]
-    sums.add(f"{number} truth", there.sum())
-    sums.add(f"{number} iou", metrics.iou(boxes, truth).sum())
-    sums.add(f"{number} hit", metrics.hit(boxes, truth).sum())
-    sums.add(f"{number} coverage", metrics.coverage(boxes, truth).sum())
+    found = metrics.against(boxes, truth)  # (B', 3)
+    sums.add(f"{number} truth", len(found))
+    for name, total in zip(("iou", "hit", "coverage"), found.sum(dim=0), strict=True):
+        sums.add(f"{number} {name}", total)
 
 
 def _box_entry(means: dict[str, float], number: int) -> dict[str, float]:

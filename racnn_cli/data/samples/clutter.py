@@ -15,7 +15,7 @@ import hashlib
 import math
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import cv2
@@ -69,7 +69,7 @@ class Clutter:
     data: recipe.Data
     seed: int
 
-    @property
+    @cached_property
     def index(self) -> Index:
         """Which item is in which split, as `build_index` would give it for files."""
         counts = {name: round(self.images * share) for name, share in self._shares().items()}
