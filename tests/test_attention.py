@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from racnn_cli.core import attention
-from racnn_cli.core.attention import APN, compose, peak_target, zoom
+from racnn_cli.core.attention import APN, compose, peak_target, relative, zoom
 
 SHARES = st.floats(0.0, 1.0)
 
@@ -321,6 +321,7 @@ def test_composed_boxes_cut_what_nested_crops_cut(seed) -> None:
     whole = torch.full((2, 3), 0.5, dtype=torch.float64)
     torch.testing.assert_close(compose(whole, second), second)
     torch.testing.assert_close(compose(first, whole), first)
+    torch.testing.assert_close(relative(first, compose(first, second)), second)
     third = boxes_in(2, seed + 2)
     torch.testing.assert_close(compose(compose(first, second), third), compose(first, compose(second, third)))
 

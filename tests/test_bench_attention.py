@@ -25,6 +25,7 @@ from racnn_cli.data.index import Item
 from racnn_cli.data.samples.clutter import Clutter
 from racnn_cli.errors import RacnnError
 from racnn_cli.run import Run
+from racnn_cli.training import stages
 from racnn_cli.training.trainer import Trainer
 
 RECIPE = """
@@ -109,8 +110,8 @@ def test_the_table_shows_what_the_file_holds(bench) -> None:
     found = figures(folder)
     assert (found["bench"], found["recipe"], found["seeds"]) == ("attention", "mini", [3, 4])
     assert found["images"] == 24
-    names = ["learned", attention.GIVEN, "true boxes", "random boxes", "plain", "plain, equal compute"]
-    assert list(found["arms"]) == names
+    given = [attention.GIVEN, "boxes taught", "true boxes", "random boxes"]
+    assert list(found["arms"]) == ["learned", *given, "plain", "plain, equal compute"]
     for name, answers in found["arms"].items():
         whole = ["scale 1", "scale 2", "scale 3", "average", "fused"]
         assert list(answers) == (["scale 1"] if name.startswith("plain") else whole)
@@ -120,7 +121,7 @@ def test_the_table_shows_what_the_file_holds(bench) -> None:
             assert value["mean"] == pytest.approx(np.mean(each))
             assert value["deviation"] == pytest.approx(np.std(each, ddof=1))
             assert f"{value['mean']:.3f} ±{value['deviation']:.3f}" in row
-    assert [claim["count"] for claim in found["claims"]].count(None) == 2
+    assert [claim["count"] for claim in found["claims"]].count(None) == 3
     for claim in found["claims"]:
         row = next(line for line in output.splitlines() if f"│ {claim['claim']} " in line)
         assert f"{claim['mean']:.3f}" in row
@@ -198,6 +199,10 @@ def test_the_arms_differ_as_they_say(bench) -> None:
         found["true boxes"]["boxes"][1]["side_mean"], rel=0.01
     )
     assert found["random boxes"]["boxes"][1]["iou_mean"] < 0.3
+    taught = [
+        event["train_loss"] for event in Run(seed / "boxes-taught").read_log() if event["event"] == "epoch"
+    ]
+    assert taught[1].keys() == taught[3].keys() == {"box 2", "box 3"}  # pretrain-apn and the APN phase
     plain = Run(seed / "plain").recipe()
     assert (plain.model.scales, plain.model.sizes, plain.pretrain_cnn.epochs) == (1, (32,), 2)
     assert Run(seed / "plain-equal-compute").recipe().model.sizes == (found["plain, equal compute"]["size"],)
@@ -304,6 +309,45 @@ def test_a_picture_without_a_box_is_seen_whole() -> None:
     pictures["box"][1] = torch.nan
     for proposal in boxes.true_boxes(3, 1 / 3, 0.95)(pictures):
         torch.testing.assert_close(proposal[1], torch.tensor([0.5, 0.5, 0.475]))
+
+
+def test_a_taught_box_is_the_item_from_wherever_the_scale_looks() -> None:
+    pictures = batch(sides=(0.12, 0.2))
+    teacher = boxes.item_within(3, 1 / 3, 0.95)
+    centre = (pictures["box"][:, :2] + pictures["box"][:, 2:]) / 2
+    parent = torch.cat([0.25 + 0.5 * centre, torch.full((64, 1), 0.25)], dim=1)  # off centre
+    reached = (pictures["box"][:, 2] - pictures["box"][:, 0]) > 0.5 / 3  # no smaller than the floor allows
+    reached &= (0.5 * centre - 0.25).abs().amax(dim=1) < 0.15  # and inside the parent
+    assert reached.sum() > 5
+    assert iou(compose(parent, teacher(pictures, parent, 1)), pictures["box"])[reached].min() > 0.99
+    # Outside of what the scale sees: the nearest box to it.
+    away = torch.tensor([0.2, 0.2, 0.1]).expand(64, 3)
+    found = teacher({"box": torch.tensor([0.7, 0.1, 0.9, 0.3]).expand(64, 4)}, away, 1)
+    torch.testing.assert_close(found[0], torch.tensor([0.525, 0.5, 0.475]))
+
+
+def test_apns_learn_what_a_teacher_says() -> None:
+    """From features that hold the place: a bright square on black, its box the truth."""
+    recipe = recipes.load("clutter", (), {"model.scales": 2, "pretrain_apn.lr": 1e-2})
+    model = build(resolve(recipe).model, 2, source=160)
+    pictures = batch(32, sides=(0.34, 0.5))
+    image = torch.zeros(32, 3, 160, 160)
+    for picture, (left, top, right, bottom) in zip(
+        image, (160 * pictures["box"]).int().tolist(), strict=True
+    ):
+        picture[:, top:bottom, left:right] = 1
+    stage = stages.pretrain_apn(resolve(recipe), boxes.item_within(2, 1 / 3, 0.95))
+    optimizer = torch.optim.AdamW(stage.moving(model)[0].parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        ((name, loss),) = stage.losses(model, {"image": image, "label": torch.zeros(32), **pictures})
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert name == "box 2"
+    assert losses[-1] < 0.3 * losses[0]
+    assert [parameter.grad for parameter in model.scale(0).backbone.parameters()] == [None] * 12
 
 
 def test_random_boxes_have_the_true_sides_and_stay_where_they_are() -> None:

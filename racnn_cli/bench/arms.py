@@ -31,7 +31,7 @@ from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import RUNS, Run, write_json, write_text
 from racnn_cli.training.loop import Interrupted, loader
-from racnn_cli.training.stages import Guide
+from racnn_cli.training.stages import Guide, Teacher
 from racnn_cli.training.trainer import Trainer, baseline_recipe, rounds_run
 from racnn_cli.training.validate import validate
 
@@ -47,6 +47,7 @@ class Arm:
         about: what it is, in a sentence.
         changes: dotted keys of the recipe to values.
         guide: whose boxes its CNNs see, while training and in the test: the APNs', or others.
+        taught: its APNs learn the true boxes; its CNNs see, and it is tested on, what they then propose.
         pretrained: start from the learned arm's state after `pretrain-cnn`.
         plain: one scale, at the first view's size or at the size that costs as much as all scales.
         folder: its run's; empty: `name` with dashes.
@@ -56,6 +57,7 @@ class Arm:
     about: str
     changes: Mapping[str, object] = field(default_factory=dict)
     guide: Literal["", "true", "random"] = ""
+    taught: bool = False
     pretrained: bool = True
     plain: Literal["", "first view", "equal compute"] = ""
     folder: str = ""
@@ -149,6 +151,12 @@ class Seed:
             return boxes.random_boxes(model.scales, model.floor, model.ceiling, self.seed)
         return None
 
+    @property
+    def teacher(self) -> Teacher:
+        """The true boxes, as an APN could propose them."""
+        model = self.recipe.model
+        return boxes.item_within(model.scales, model.floor, model.ceiling)
+
     def figures(self, arm: Arm) -> dict[str, Any]:
         """What is in the arm's bench.json; it is trained first where it is not finished.
 
@@ -177,15 +185,18 @@ class Seed:
     def _train(self, arm: Arm, recipe: Recipe, run: Run, there: bool) -> dict[str, Any]:
         guide = self.guide(arm.guide)
         source = self.source
-        if guide and isinstance(source, Files):  # the boxes of varied files take time, and only a guide asks
+        teacher = self.teacher if arm.taught else None
+        if (guide or teacher) and isinstance(source, Files):  # the boxes of varied files take time
             source = AnnotatedFiles(source.index, source.data, source.seed)
         if arm.pretrained and not arm.plain and not there:
             self._copy(self.pretrained, run, recipe)
         if run.recipe_file.is_file():
-            trainer = Trainer.proceed(run, owner=run.folder, quiet=True, source=source, guide=guide)
+            trainer = Trainer.proceed(
+                run, owner=run.folder, quiet=True, source=source, guide=guide, teacher=teacher
+            )
         else:
             trainer = Trainer.start(
-                recipe, run.folder, owner=run.folder, quiet=True, source=source, guide=guide
+                recipe, run.folder, owner=run.folder, quiet=True, source=source, guide=guide, teacher=teacher
             )
         if arm.place == LEARNED.place:
             trainer.watch = lambda moment: run.append_log(

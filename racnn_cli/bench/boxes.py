@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from racnn_cli.core import attention
-from racnn_cli.training.stages import Batch, Guide
+from racnn_cli.training.stages import Batch, Guide, Teacher
 
 
 def true_boxes(scales: int, floor: float, ceiling: float) -> Guide:
@@ -20,20 +20,30 @@ def true_boxes(scales: int, floor: float, ceiling: float) -> Guide:
         scales: of the network, S.
         floor, ceiling: bounds of a box's side, as a share of the scale's before.
     """
+    teacher = item_within(scales, floor, ceiling)
 
     def guide(batch: Batch) -> list[Tensor]:
-        centre, item = squares(batch["box"])
-        corner, width = torch.zeros_like(centre), torch.ones_like(item)
-        proposals = []
-        for side in nested_sides(item, scales, floor, ceiling):
-            here = torch.cat([(centre - corner) / width, side / 2], dim=1)
-            proposal = attention.bound(here, floor, ceiling)
-            corner = corner + width * (proposal[:, :2] - proposal[:, 2:])
-            width = width * 2 * proposal[:, 2:]
-            proposals.append(proposal)
+        box, proposals = attention.whole(batch["box"]), []
+        for number in range(scales - 1):
+            proposals.append(teacher(batch, box, number))
+            box = attention.compose(box, proposals[-1])
         return proposals
 
     return guide
+
+
+def item_within(scales: int, floor: float, ceiling: float) -> Teacher:
+    """The true box as an APN could propose it, wherever the views before it have ended up.
+
+    It leaves the finer zooms no more to do than their ceiling lets them, and is else as small as it may be.
+    """
+
+    def teacher(batch: Batch, parent: Tensor, number: int) -> Tensor:
+        here = attention.relative(parent, squares(batch["box"]))
+        finer = scales - 2 - number
+        return attention.bound(torch.cat([here[:, :2], here[:, 2:] / ceiling**finer], dim=1), floor, ceiling)
+
+    return teacher
 
 
 def random_boxes(scales: int, floor: float, ceiling: float, seed: int) -> Guide:
@@ -42,37 +52,23 @@ def random_boxes(scales: int, floor: float, ceiling: float, seed: int) -> Guide:
     A place is a function of the seed and of the picture's `index`: it never changes during a training.
     """
 
+    true = true_boxes(scales, floor, ceiling)
+
     def guide(batch: Batch) -> list[Tensor]:
-        item = squares(batch["box"])[1]
         drawn = [np.random.default_rng((seed, int(n))).random((scales - 1, 2)) for n in batch["index"]]
-        places = torch.from_numpy(np.stack(drawn)).to(item)  # (B, S - 1, 2)
-        sides = nested_sides(item, scales, floor, ceiling)
+        places = torch.from_numpy(np.stack(drawn)).to(batch["box"])  # (B, S - 1, 2)
+        halves = [proposal[:, 2:] for proposal in true(batch)]
         return [
-            torch.cat([side / 2 + (1 - side) * places[:, number], side / 2], dim=1)
-            for number, side in enumerate(sides)
+            torch.cat([half + (1 - 2 * half) * places[:, number], half], dim=1)
+            for number, half in enumerate(halves)
         ]
 
     return guide
 
 
-def squares(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest square around each box (B, 4): its centre (B, 2) and its side (B, 1).
-
-    Where there is no box (NaN) it is the whole picture.
-    """
+def squares(boxes: Tensor) -> Tensor:
+    """The smallest square (B, 3) around each box (B, 4); where there is no box (NaN) it is the whole picture."""
     missing = boxes.isnan().any(dim=1, keepdim=True)
     boxes = torch.where(missing, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), boxes)
-    return (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
-
-
-def nested_sides(item: Tensor, scales: int, floor: float, ceiling: float) -> list[Tensor]:
-    """Sides (B, 1) of nested boxes, each as a share of the one before, that end at an item of side (B, 1).
-
-    A coarse box leaves the finer ones no more to do than their ceiling lets them, and is else as small as it
-    may be.
-    """
-    before, sides = torch.ones_like(item), []
-    for finer in reversed(range(scales - 1)):
-        sides.append((item / (before * ceiling**finer)).clamp(floor, ceiling))
-        before = before * sides[-1]
-    return sides
+    side = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
+    return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, side / 2], dim=1)

@@ -43,6 +43,20 @@ def compose(parent: Tensor, child: Tensor) -> Tensor:
     return torch.cat([corner + side * child[:, :2], side * child[:, 2:3]], dim=1)
 
 
+def relative(parent: Tensor, box: Tensor) -> Tensor:
+    """A box of an image in the coordinates of another one's crop: `compose(parent, relative(parent, box)) == box`.
+
+    Args:
+        parent, box: (B, 3) boxes on the same image.
+
+    Returns:
+        (B, 3) boxes on the crop that `parent` cuts out; they may reach beyond it.
+    """
+    side = 2 * parent[:, 2:3]
+    corner = parent[:, :2] - parent[:, 2:3]
+    return torch.cat([(box[:, :2] - corner) / side, box[:, 2:3] / side], dim=1)
+
+
 def bound(boxes: Tensor, floor: float, ceiling: float) -> Tensor:
     """The nearest boxes (B, 3) whose side lies in [floor, ceiling] and that lie inside the image.
 

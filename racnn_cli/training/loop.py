@@ -53,6 +53,7 @@ class Context:
     console: Console
     progress: Progress
     guide: stages.Guide | None  # boxes in the place of the APNs'
+    teacher: stages.Teacher | None  # what the APNs learn in the place of the peak and the rank loss
     resume: Path  # the folder that `--resume --run` names: for a baseline, that of the run it belongs to
 
 

@@ -28,6 +28,9 @@ Batch = Mapping[str, Tensor]
 Losses = Callable[[RACNN, Batch], Iterator[tuple[str, Tensor]]]
 Guide = Callable[[Batch], Sequence[Tensor]]
 """S - 1 proposals (B, 3) for a batch, to use in the place of the APNs': true boxes, or any other."""
+Teacher = Callable[[Batch, Tensor, int], Tensor]
+"""(batch, box (B, 3) on the source of what a scale sees, the scale's number from 0) to the proposal (B, 3) that its
+APN is to make: what annotated boxes would teach it."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,15 @@ def pretrain_cnn(recipe: Recipe) -> Stage:
     )
 
 
-def pretrain_apn(recipe: Recipe) -> Stage:
-    """Teach every APN the square around the highest response of its scale's features."""
-    section = recipe.pretrain_apn
+def pretrain_apn(recipe: Recipe, teacher: Teacher | None = None) -> Stage:
+    """Teach every APN the square around the highest response of its scale's features, or what `teacher` says."""
+    section, scales = recipe.pretrain_apn, range(recipe.model.scales - 1)
+    losses = aim(recipe, teacher)
+    return Stage("pretrain-apn", "apn", scales, losses, section.epochs, section.lr, "pretrain_apn.lr")
+
+
+def aim(recipe: Recipe, teacher: Teacher | None) -> Losses:
+    """The distance of each APN's proposal to what it should be."""
 
     def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         source = model.normalise(batch["image"])
@@ -108,22 +117,17 @@ def pretrain_apn(recipe: Recipe) -> Stage:
             assert scale.apn is not None
             with torch.no_grad():
                 features = scale.backbone(view)
-                target = attention.peak_target(features, recipe.model.side)
+                if teacher is None:
+                    target = attention.peak_target(features, recipe.model.side)
+                else:
+                    target = teacher(batch, box, number)
             proposal = scale.apn(features)
             yield f"box {number + 2}", F.smooth_l1_loss(proposal, target, beta=0.05)
             if number + 2 < recipe.model.scales:
                 with torch.no_grad():
                     view, box = model.next_view(number + 1, source, view, box, proposal)
 
-    return Stage(
-        "pretrain-apn",
-        "apn",
-        range(recipe.model.scales - 1),
-        losses,
-        section.epochs,
-        section.lr,
-        "pretrain_apn.lr",
-    )
+    return losses
 
 
 def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> Stage:
@@ -160,8 +164,22 @@ def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> St
     )
 
 
-def apn_phase(recipe: Recipe) -> Stage:
-    """CNNs fixed: train every APN on the pairwise rank loss between its scale and the next."""
+def apn_phase(recipe: Recipe, teacher: Teacher | None = None) -> Stage:
+    """CNNs fixed: train every APN on the pairwise rank loss between its scale and the next.
+
+    Args:
+        recipe: of the run.
+        teacher: what they learn in the place of the rank loss.
+    """
+    section, scales = recipe.alternate, range(recipe.model.scales - 1)
+    losses = aim(recipe, teacher) if teacher else rank_losses(recipe)
+    return Stage(
+        "alternate: APN phase", "apn", scales, losses, section.apn_epochs, section.apn_lr, "alternate.apn_lr"
+    )
+
+
+def rank_losses(recipe: Recipe) -> Losses:
+    """The rank loss of each pair of scales, and its slope in the box between them."""
     section = recipe.alternate
 
     def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
@@ -198,10 +216,7 @@ def apn_phase(recipe: Recipe) -> Stage:
                 yield f"rank {number}-{number + 1}", rank(fine).mean()
             view, box, features, coarse = view.detach(), box.detach(), features.detach(), fine.detach()
 
-    scales = range(recipe.model.scales - 1)
-    return Stage(
-        "alternate: APN phase", "apn", scales, losses, section.apn_epochs, section.apn_lr, "alternate.apn_lr"
-    )
+    return losses
 
 
 def fusion(recipe: Recipe, guide: Guide | None = None) -> Stage:

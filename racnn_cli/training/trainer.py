@@ -24,7 +24,7 @@ from racnn_cli.training.checkpoint import Progress, Saved
 from racnn_cli.training.console import Console
 from racnn_cli.training.health import warnings
 from racnn_cli.training.loop import Context, fit, freeze_all_but, loader, seed_step
-from racnn_cli.training.stages import Guide, Stage
+from racnn_cli.training.stages import Guide, Stage, Teacher
 from racnn_cli.training.validate import validate
 
 SMOOTHING = 0.5  # weight of the newest round in the smoothed losses that end `alternate`
@@ -46,6 +46,7 @@ class Trainer:
         saved: Saved | None,
         owner: Path | None,
         guide: Guide | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         device = distributed.local_device(pick(recipe.train.device))
         model.to(device)
@@ -62,6 +63,7 @@ class Trainer:
             console=console,
             progress=saved.progress if saved else Progress(),
             guide=guide,
+            teacher=teacher,
             resume=owner or run.folder,
         )
         self.source = source
@@ -78,6 +80,7 @@ class Trainer:
         quiet: bool = False,
         source: Source | None = None,
         guide: Guide | None = None,
+        teacher: Teacher | None = None,
     ) -> Trainer:
         """A new run. Its folder is made last, so that a wrong request leaves nothing behind.
 
@@ -88,6 +91,7 @@ class Trainer:
             quiet: print nothing.
             source: pictures in the place of those that the recipe names.
             guide: boxes in the place of those that the APNs propose.
+            teacher: boxes that the APNs learn to propose, in the place of what they find out by themselves.
 
         Raises:
             RacnnError: faults in the data, a backbone or weights that cannot be had, `out` in use.
@@ -105,7 +109,7 @@ class Trainer:
             write_text(created.data, index.fingerprint)
             folder = str(created.folder)
         run = Run(Path(distributed.from_first(folder)))
-        trainer = cls(run, recipe, model, source, console, None, owner, guide)
+        trainer = cls(run, recipe, model, source, console, None, owner, guide, teacher)
         trainer._introduce()
         return trainer
 
@@ -119,6 +123,7 @@ class Trainer:
         quiet: bool = False,
         source: Source | None = None,
         guide: Guide | None = None,
+        teacher: Teacher | None = None,
     ) -> Trainer:
         """A run that exists, from where it stands.
 
@@ -127,7 +132,7 @@ class Trainer:
             sets: changes of the recipe for what comes; the network and the data cannot change.
             owner: the run that this one is the baseline of.
             quiet: print nothing.
-            source, guide: as in `start`.
+            source, guide, teacher: as in `start`.
 
         Raises:
             RacnnError: the run folder is damaged, the data are not what they were, `sets` would change the network.
@@ -147,7 +152,7 @@ class Trainer:
         weights = recipe.model.weights if unsaved else "none"
         model = build(recipe.model, len(index.classes), source=recipe.data.source, weights=weights)
         saved = None if unsaved else checkpoint.load(run, "last", model)
-        return cls(run, recipe, model, source, console, saved, owner, guide)
+        return cls(run, recipe, model, source, console, saved, owner, guide, teacher)
 
     def _introduce(self) -> None:
         index = self.source.index
@@ -256,7 +261,7 @@ class Trainer:
             model.scale(number).classifier.load_state_dict(first.classifier.state_dict())
 
     def _pretrain_apn(self) -> None:
-        fit(self.context, stages.pretrain_apn(self.context.recipe), self._resumed())
+        fit(self.context, stages.pretrain_apn(self.context.recipe, self.context.teacher), self._resumed())
 
     def _alternate(self) -> None:
         """CNN phase and APN phase in turn until neither loss changes, the best round back, the fusion head."""
@@ -271,7 +276,7 @@ class Trainer:
                 )
             if progress.phase == "apn":
                 self._say_round("APN phase")
-                self._phase(stages.apn_phase(recipe), then="judge")
+                self._phase(stages.apn_phase(recipe, context.teacher), then="judge")
             if progress.phase == "judge":
                 ended = self._judge()
                 progress.phase = "fusion" if ended else "cnn"
