@@ -381,15 +381,19 @@ def bench(
         str | None,
         typer.Option(
             "--data",
-            help="for attention and ablation: other data than the recipe's, with true boxes; "
+            help="for attention (with true boxes) and ablation: other data than the recipe's; "
             "of clutter, the folder of the four Fashion-MNIST files",
         ),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="for ablation: only this arm and the default; may be given several times"),
     ] = None,
 ) -> None:
     """Print the figures that README quotes."""
     from racnn_cli.bench import run_bench
 
-    run_bench(name, json, seeds, recipe, quick, data)
+    run_bench(name, json, seeds, recipe, quick, data, arm or ())
 
 
 @app.command()

@@ -441,9 +441,31 @@ def test_pictures_without_boxes_are_refused(here) -> None:
     (here / "blobs.toml").write_text(RECIPE.replace('"clutter"', '"blobs"'))
     with pytest.raises(RacnnError, match="no true boxes in its test split"):
         Seed(Options((0,), "blobs.toml"), 0).source  # noqa: B018
+    with pytest.raises(RacnnError, match="no true boxes in its test split"):
+        attention.run(Options((0,), "blobs.toml"))
     (here / "one.toml").write_text(RECIPE.replace("scales = 3", "scales = 1").replace("[32, 32, 32]", "[32]"))
     with pytest.raises(RacnnError, match="one scale"):
         Seed(Options((0,), "one.toml"), 0)
+
+
+def test_an_ablation_of_some_arms_needs_no_boxes(here) -> None:
+    from blobs import write_blobs
+
+    write_blobs(here / "blobs")
+    (here / "blobs.toml").write_text(RECIPE.replace('"clutter"', '"blobs"'))
+    words = ["bench", "ablation", "--recipe", "blobs.toml", "--seeds", "0-1", "--json", "f.json"]
+    result = CliRunner().invoke(app, [*words, "--arm", "boxes never trained"], catch_exceptions=False)
+    found = figures(here)
+    assert list(found["arms"]) == ["default", "boxes never trained"]
+    assert found["arms"]["default"]["fused"]["n"] == 2
+    assert "iou_mean" not in found["arms"]["default"]
+    assert "IoU" not in result.output
+    assert "start from the centre" not in result.output
+    assert not Path("runs/bench-attention-blobs/seed-0/paper").exists()
+    with pytest.raises(RacnnError, match="no arm 'papers'; did you mean paper"):
+        ablation.choose(["papers"])
+    with pytest.raises(RacnnError, match="attention takes no --arm"):
+        run_bench("attention", None, "0", arms=["paper"])
 
 
 def test_quick_and_data_reach_the_pictures(here) -> None:

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter"}
 
 @dataclass(frozen=True)
 class Options:
-    """What a bench is asked for; `recipe` and `quick` are for those that train, `data` for two of these."""
+    """What a bench is asked for; `recipe` and `quick` are for those that train, `data` for two of these, `arms`
+    for the ablation."""
 
     seeds: tuple[int, ...] = (0,)
     recipe: str = "demo"
     quick: bool = False
     data: str | None = None
+    arms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def run_bench(
     recipe: str | None = None,
     quick: bool = False,
     data: str | None = None,
+    arms: Sequence[str] = (),
 ) -> None:
     """Measure, print, and write the same figures as JSON if asked (and a page beside it, where there is one).
 
@@ -63,6 +66,7 @@ def run_bench(
         quick: train on a small share of the data with few epochs.
         data: for attention and ablation: the data in the place of the recipe's; of `clutter`, the folder of
             the Fashion-MNIST files.
+        arms: for the ablation: only these, and the default.
 
     Raises:
         RacnnError: no such bench, an option that it does not take, or what the measured thing itself raises.
@@ -78,12 +82,13 @@ def run_bench(
         "--recipe": (recipe is not None, RECIPES),
         "--quick": (quick, RECIPES),
         "--data": (data is not None, ("attention", "ablation")),
+        "--arm": (bool(arms), ("ablation",)),
     }
     extra = [flag for flag, (given, benches) in takes.items() if given and name not in benches]
     if extra:
         raise RacnnError(f"the bench {name} takes no {' and no '.join(extra)}", f"`racnn bench {name}`")
     chosen = parse_seeds(seeds or "0-4") if name in SEEDED else (0,)
-    options = Options(chosen, recipe or RECIPES.get(name, ""), quick, data)
+    options = Options(chosen, recipe or RECIPES.get(name, ""), quick, data, tuple(arms))
     figures = importlib.import_module(f"{__name__}.{name}").run(options)
     on, console = machine(), Console(highlight=False)
     for table in figures.tables:

@@ -1,19 +1,22 @@
 """`racnn bench ablation`: what each ingredient of the training is worth: the recipe with one thing changed.
 
 All arms of a seed start from one state after `pretrain-cnn`, which they share with `racnn bench attention`, and so
-does the arm `default`, which is trained once for both.
+does the arm `default`, which is trained once for both. The data need no true boxes: without them there are only no
+figures of the boxes.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from racnn_cli.bench import Figures, Options
 from racnn_cli.bench.arms import LEARNED, Arm, Seed
-from racnn_cli.bench.attention import Claim, answer, shown, shown_pair, spread, table_of
+from racnn_cli.bench.attention import BOX, Claim, answer, shown, shown_pair, spread, table_of
 from racnn_cli.bench.seeds import paired
+from racnn_cli.errors import RacnnError
 
 DEFAULT = replace(LEARNED, name="default", folder=LEARNED.place)
 CENTRE = Arm("start from the centre", "no peak pre-training of the boxes", {"pretrain_apn.epochs": 0})
@@ -54,15 +57,33 @@ def run(options: Options) -> Figures:
     """Train what is not trained yet, and put the arms side by side.
 
     Raises:
-        RacnnError: as `attention.run`.
+        RacnnError: an arm that does not exist, a folder with a run of another recipe, or training fails.
     """
-    found, name = [], ""
+    found, name, chosen = [], "", choose(options.arms)
     for number in options.seeds:
-        seed = Seed(options, number)
+        seed = Seed(options, number, boxed=False)
         name = seed.recipe.name
-        arms = {arm.name: seed.figures(arm) for arm in ARMS}
+        arms = {arm.name: seed.figures(arm) for arm in chosen}
         found.append({"seed": number, "folder": str(seed.folder), "arms": arms})
     return summary(name, found)
+
+
+def choose(names: Sequence[str]) -> list[Arm]:
+    """The default and the arms of these names, in the order of `ARMS`; all where there are none.
+
+    Raises:
+        RacnnError: there is no such arm.
+    """
+    known = [arm.name for arm in ARMS]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+            raise RacnnError(
+                f"the ablation has no arm {name!r}"
+                + (f"; did you mean {' or '.join(near)}?" if near else ""),
+                f"one of: {', '.join(known)}",
+            )
+    return [arm for arm in ARMS if not names or arm is DEFAULT or arm.name in names]
 
 
 def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
@@ -74,36 +95,39 @@ def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
     """
     first = found[0]["arms"][DEFAULT.name]
     finest = f"scale {len(first['boxes']) + 1}"
+    shares = [key for key in ("iou_mean", "hit_rate") if key in first["boxes"][-1]]
+    chosen = [arm for arm in ARMS if arm.name in found[0]["arms"]]
     base = [answer(entry["arms"], DEFAULT.name) for entry in found]
     arms: dict[str, dict[str, Any]] = {}
-    for arm in ARMS:
+    for arm in chosen:
         each = [entry["arms"][arm.name] for entry in found]
         arms[arm.name] = {
             "about": arm.about,
             "changes": dict(arm.changes),
             finest: spread([one["top1"][finest] for one in each]),
             "fused": spread([one["top1"]["fused"] for one in each]),
-            "iou": spread([one["boxes"][-1]["iou_mean"] for one in each]),
-            "hit": spread([one["boxes"][-1]["hit_rate"] for one in each]),
+            **{key: spread([one["boxes"][-1][key] for one in each]) for key in shares},
             "fused_minus_default": paired([one["top1"]["fused"] for one in each], base),
         }
-    recovered = RECOVERY.measure(found)
     values = {
         "recipe": name,
         "images": first["images"],
         "runs": [dict(entry) for entry in found],
         "arms": arms,
-        "recovered": recovered,
     }
-    table = table_of(
-        f"Recipe {name} with one thing changed: top-1 and finest box on {first['images']} test images",
-        ["arm"],
-        [finest, "fused", "IoU", "hit", "fused - default [95 % t interval]"],
-    )
+    what = "top-1 and finest box" if shares else "top-1"
+    title = f"Recipe {name} with one thing changed: {what} on {first['images']} test images"
+    figures = [finest, "fused", *shares]
+    heads = [BOX.get(key, key) for key in figures]
+    table = table_of(title, ["arm"], [*heads, "fused - default [95 % t interval]"])
     for arm_name, row in arms.items():
         difference = "" if arm_name == DEFAULT.name else shown_pair(row["fused_minus_default"])
-        table.add_row(arm_name, *(shown(row[key]) for key in (finest, "fused", "iou", "hit")), difference)
-    notes = [f"{arm.name}: {arm.about}" for arm in ARMS]
-    notes.append("{} of {} seeds that start from the centre come within 2 points".format(*recovered["count"]))
+        table.add_row(arm_name, *(shown(row[key]) for key in figures), difference)
+    notes = [f"{arm.name}: {arm.about}" for arm in chosen]
+    if CENTRE in chosen:
+        values["recovered"] = recovered = RECOVERY.measure(found)
+        notes.append(
+            "{} of {} seeds that start from the centre come within 2 points".format(*recovered["count"])
+        )
     table.caption = "\n".join(["mean ± standard deviation over the seeds", *notes])
     return Figures([table], values)

@@ -78,12 +78,13 @@ class Seed:
     Args:
         options: of the bench: `recipe`, `data`, `quick`.
         seed: of everything random.
+        boxed: the pictures must have true boxes.
 
     Raises:
         RacnnError: there is no such recipe, or it has one scale.
     """
 
-    def __init__(self, options: Options, seed: int) -> None:
+    def __init__(self, options: Options, seed: int, *, boxed: bool = True) -> None:
         changes: dict[str, Any] = {"seed": seed, "quick": options.quick, "baseline": False, "onnx": False}
         recipe = recipes.load(options.recipe, (), changes).as_used()
         if recipe.model.scales < 2:
@@ -97,7 +98,7 @@ class Seed:
                 recipe = recipe.override({"data.sample.images": min(recipe.data.sample.images, QUICK)})
         elif options.data:
             recipe = recipe.override({"data.path": options.data})
-        self.seed, self.recipe = seed, resolve(recipe)
+        self.seed, self.recipe, self.boxed = seed, resolve(recipe), boxed
         self.folder = (
             RUNS / f"bench-attention-{recipe.name}{'-quick' if options.quick else ''}" / f"seed-{seed}"
         )
@@ -105,12 +106,12 @@ class Seed:
 
     @cached_property
     def source(self) -> Source:
-        """The pictures, with true boxes for the test split at least."""
+        """The pictures; where they must, with true boxes for the test split at least."""
         data = self.recipe.data
         if self.items is not None:
             return clutter.Clutter(self.items, data.sample.images, data, self.seed)
         index = build_index(data, seed=self.seed)
-        if all(item.box is None for item in index.splits["test"]):
+        if self.boxed and all(item.box is None for item in index.splits["test"]):
             raise RacnnError(
                 f"{data.path} has no true boxes in its test split: there is nothing to measure attention against",
                 "the data clutter or fieldguide, or a CSV file with boxes",
@@ -163,7 +164,8 @@ class Seed:
         Returns:
             `top1` (`scale 1` ... `average`, `fused` to share), `boxes` (a list, one entry a zoom, as `validate`
             gives), `rank`, `images` (of the test split), `seconds` of training (a shared pretrain-cnn
-            included); of the learned arm `moments` and `true_boxes`, of a plain one `size` and `multiply_adds`.
+            included); of the learned arm `moments` and, where there are true boxes, `true_boxes`; of a plain
+            one `size` and `multiply_adds`.
 
         Raises:
             RacnnError: the folder holds a run of another recipe, or training fails.
@@ -212,7 +214,8 @@ class Seed:
         }
         if arm.place == LEARNED.place:
             found["moments"] = list(moments(run))
-            found["true_boxes"] = self._test(trainer, self.guide("true"))
+            if "iou_mean" in found["boxes"][-1]:
+                found["true_boxes"] = self._test(trainer, self.guide("true"))
         if arm.plain:
             size, classes = recipe.model.sizes[0], len(run.classes())
             found |= {"size": size, "multiply_adds": at_size(self.recipe, classes, size)}

@@ -41,7 +41,7 @@ def run(options: Options) -> Figures:
     """Train what is not trained yet, and put arms and seeds side by side.
 
     Raises:
-        RacnnError: data without true boxes, a folder with a run of another recipe, or training fails.
+        RacnnError: a test split without true boxes, a folder with a run of another recipe, or training fails.
     """
     found: list[dict[str, Any]] = []
     seed = None

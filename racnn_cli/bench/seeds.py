@@ -146,29 +146,14 @@ def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """Mean of the differences, and their 95 % t interval (None for a single pair)."""
+    from scipy import stats  # takes a second, which a command that trains nothing should not wait
+
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, count = statistics.fmean(differences), len(differences)
     if count < 2:
         return {"mean": mean, "interval": None}
-    half = t_quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
     return {"mean": mean, "interval": [mean - half, mean + half]}
-
-
-def t_quantile(freedom: int, share: float = 0.975) -> float:
-    """Quantile of Student's t distribution, by bisection on its integral (Simpson's rule)."""
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-
-    def below(t: float, pieces: int = 400) -> float:
-        step = t / pieces
-        weights = (1 if n in (0, pieces) else 4 if n % 2 else 2 for n in range(pieces + 1))
-        heights = ((1 + (n * step) ** 2 / freedom) ** (-(freedom + 1) / 2) for n in range(pieces + 1))
-        return 0.5 + scale * step / 3 * sum(w * h for w, h in zip(weights, heights, strict=True))
-
-    low, high = 0.0, 20.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) < share else (low, middle)
-    return low
 
 
 def _deviation(column: Sequence[float]) -> float | None:
