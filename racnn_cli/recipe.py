@@ -48,12 +48,15 @@ class Augment(Section):
 
 
 class Sample(Section):
-    """Only for the drawn data set `fieldguide`."""
+    """Only for the drawn data sets, `fieldguide` and `clutter`."""
 
     images: Annotated[int, Field(ge=24, le=100_000)] = Field(
         480, description="number of pictures, all splits together"
     )
     size: Annotated[int, Field(ge=64, le=4096)] = Field(256, description="side of a picture in pixels")
+    distance: Annotated[int, Field(ge=1, le=16)] = Field(
+        1, description="clutter: so many times smaller on the canvas, among its square times the fragments"
+    )
 
 
 class Data(Section):

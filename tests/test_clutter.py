@@ -211,6 +211,21 @@ def test_items_differ_in_place_and_size() -> None:
     assert abs(np.corrcoef(boxes[:, 0], boxes[:, 1])[0, 1]) < 0.2
 
 
+def test_from_farther_away_all_is_smaller_and_there_is_more_of_it() -> None:
+    items, filled = photographs(), []
+    for seed in range(20):
+        far, box = compose(items, 0, np.random.default_rng(seed), 480, distance=3)
+        assert 20 <= round((box[2] - box[0]) * 480) < 33  # as at a third of the canvas
+        bare = [
+            compose(items, 1, np.random.default_rng(seed), side, d)[0] for side, d in ((480, 3), (160, 1))
+        ]
+        filled.append([(one > 0).mean() for one in bare])
+        x0, y0, x1, y1 = (round(value * 480) for value in box)
+        assert (far[y0:y1, x0:x1] == 255).all()
+    near, away = np.mean(filled, axis=0)
+    assert near == pytest.approx(away, rel=0.1)
+
+
 def test_what_is_dark_in_an_item_is_see_through() -> None:
     items, seen = photographs(), 0
     for seed in range(20):

@@ -5,7 +5,8 @@ is, is known: so attention can be measured. Items are those of Fashion-MNIST (Xi
 28×28 px in grey; train and test items are the data set's own.
 
 The lengths below are shares of the canvas' side. With a first view of a fifth of the canvas an item is 4 to 6 px
-there. (Frozen before any training procedure was chosen; `recipes/NOTES.md` has what true boxes are worth here.)
+there. Seen from d times farther away (`data.sample.distance`) the canvas holds d² times the fragments. (Frozen
+before any training procedure was chosen; `recipes/NOTES.md` has what true boxes are worth here.)
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class Composites(Pictures):
         epoch, position = key
         item = self.items[position]
         rng = np.random.default_rng((self.seed, self.stream, epoch if self.fresh else 0, position))
-        canvas, box = compose(self.photographs, int(item.path.name), rng, self.side)
+        number, distance = int(item.path.name), self.data.sample.distance
+        canvas, box = compose(self.photographs, number, rng, self.side, distance)
         return {
             "image": torch.from_numpy(canvas).expand(3, -1, -1),
             "label": torch.tensor(item.label),
@@ -121,7 +123,7 @@ class Composites(Pictures):
 
 
 def compose(
-    photographs: np.ndarray, number: int, rng: np.random.Generator, canvas: int
+    photographs: np.ndarray, number: int, rng: np.random.Generator, canvas: int, distance: int = 1
 ) -> tuple[np.ndarray, tuple[float, float, float, float]]:
     """One picture.
 
@@ -130,20 +132,22 @@ def compose(
         number: of the item.
         rng: where it lies, how large it is, and the clutter.
         canvas: side in pixels.
+        distance: makes item and fragments so many times smaller, and the fragments more.
 
     Returns:
         (canvas, canvas) uint8, and the item's box x0, y0, x1, y1 in [0, 1].
     """
     picture = np.zeros((canvas, canvas), np.uint8)
     native = photographs.shape[1]
-    piece, small = max(round(FRAGMENT * CANVAS), 1), max(round(FRAGMENT * canvas), 1)
-    whose = rng.integers(len(photographs), size=FRAGMENTS)
-    parts = rng.integers(native - piece + 1, size=(FRAGMENTS, 2)).tolist()
-    places = rng.integers(canvas - small + 1, size=(FRAGMENTS, 2)).tolist()
+    near, count = canvas / distance, FRAGMENTS * distance**2
+    piece, small = max(round(FRAGMENT * CANVAS), 1), max(round(FRAGMENT * near), 1)
+    whose = rng.integers(len(photographs), size=count)
+    parts = rng.integers(native - piece + 1, size=(count, 2)).tolist()
+    places = rng.integers(canvas - small + 1, size=(count, 2)).tolist()
     for who, (row, column), (y, x) in zip(whose, parts, places, strict=True):
         fragment = photographs[who, row : row + piece, column : column + piece]
         picture[y : y + small, x : x + small] = resize(fragment, small)
-    side = int(rng.integers(round(ITEM[0] * canvas), round(ITEM[1] * canvas)))
+    side = int(rng.integers(round(ITEM[0] * near), round(ITEM[1] * near)))
     y, x = (int(place) for place in rng.integers(canvas - side + 1, size=2))
     item = resize(photographs[number], side)
     np.copyto(picture[y : y + side, x : x + side], item, where=item > INK)
