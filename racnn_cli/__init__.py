@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from racnn_cli.api import predict, train
     from racnn_cli.core.model import RACNN
     from racnn_cli.errors import RacnnError
-    from racnn_cli.results.predict import Model, Prediction, load
+    from racnn_cli.results.prediction import Model, Prediction, load
 
 __all__ = ["RACNN", "Model", "Prediction", "RacnnError", "load", "predict", "train"]
 
 _HOMES = {
     "RACNN": "racnn_cli.core.model",
-    "Model": "racnn_cli.results.predict",
-    "Prediction": "racnn_cli.results.predict",
+    "Model": "racnn_cli.results.prediction",
+    "Prediction": "racnn_cli.results.prediction",
     "RacnnError": "racnn_cli.errors",
-    "load": "racnn_cli.results.predict",
+    "load": "racnn_cli.results.prediction",
     "predict": "racnn_cli.api",
     "train": "racnn_cli.api",
 }

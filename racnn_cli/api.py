@@ -11,7 +11,7 @@ from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.results.evaluate import evaluate
 from racnn_cli.results.export import export_onnx
-from racnn_cli.results.predict import Prediction, load
+from racnn_cli.results.prediction import Prediction, load
 from racnn_cli.results.report import write_report
 from racnn_cli.run import Run
 from racnn_cli.training import distributed

@@ -6,6 +6,7 @@ Nothing heavy is imported here at module level: `racnn --help` and shell complet
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -300,46 +301,107 @@ def evaluate(
     _print_result(opened, measure(opened, split=split, data=data, skip_bad=skip_bad))
 
 
+class Rows(StrEnum):
+    """How `racnn predict` writes its answers."""
+
+    table = "table"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
 @app.command()
 def export(
     run: RunFolder = None,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="one ONNX file, checked before it gets its name")
+        bool, typer.Option("--onnx", help="one ONNX file, checked against PyTorch before it gets its name")
     ] = False,
     safetensors: Annotated[
         bool, typer.Option("--safetensors", help="a folder that racnn_cli.load() reads")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="file or folder to write", show_default=False)
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", help="write nothing: hold the ONNX file against its run on this folder's pictures"
+        ),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="file or folder to write, or to check", show_default=False)
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="ONNX: takes pictures as decoded, (B, H, W, 3) uint8")
+    ] = False,
+    crops: Annotated[
+        bool, typer.Option("--crops", help="ONNX: gives what the finer scales saw, too")
+    ] = False,
+    top: Annotated[int, typer.Option("--top", min=1, help="ONNX: how many labels it names")] = 5,
+    opset: Annotated[int, typer.Option("--opset", help="ONNX: version of the operators, 18 or 20")] = 20,
 ) -> None:
     """Write the trained network for use elsewhere."""
-    if onnx == safetensors:
-        raise RacnnError("export to what? name one format", "--onnx or --safetensors")
+    if [onnx, safetensors, check is not None].count(True) != 1:
+        raise RacnnError("export to what? name one format", "--onnx or --safetensors; --check FOLDER tries a file that is there")
+    if not onnx and (raw or crops or top != 5 or opset != 20):
+        raise RacnnError("--raw, --crops, --top and --opset are for --onnx", "add --onnx, or leave them away")
     opened = Run.open(run)
     from racnn_cli.results import export as exporter
+    from racnn_cli.results.deployed import Form
 
     if onnx:
-        report = exporter.export_onnx(opened, out)
+        report = exporter.export_onnx(opened, out, form=Form(raw, top, crops), opset=opset)
         typer.echo(exporter.describe(report))
+    elif check is not None:
+        typer.echo(exporter.describe(exporter.check(opened, out, check)))
     else:
         typer.echo(f"wrote {exporter.export_safetensors(opened, out or opened.folder / 'export')}")
 
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(help="image files and folders", show_default=False)],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL.onnx|RUN] IMAGES...",
+            help="image and video files, folders, patterns, camera:0, - for a list on standard input; "
+            "first of all, if it is not the newest run, what answers: a run folder or an ONNX file, which needs "
+            "no torch",
+            show_default=False,
+        ),
+    ],
     run: RunFolder = None,
-    json: Annotated[bool, typer.Option("--json", help="one JSON line an image")] = False,
+    rows: Annotated[Rows, typer.Option("--format", help="how the rows are written")] = Rows.table,
     save: Annotated[
         Path | None, typer.Option("--save", help="folder for pictures with the boxes drawn")
     ] = None,
+    source: Annotated[
+        int | None,
+        typer.Option(
+            "--source",
+            min=16,
+            max=16384,
+            help="side in pixels of the square that all boxes are cut from; default as trained",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="pictures at a time")] = 16,
+    every: Annotated[int, typer.Option("--every", min=1, help="of a video, every so many-th frame")] = 1,
 ) -> None:
-    """Class, probability and where the network looked, for files and folders."""
-    folder = Run.open(run).folder
+    """Class, probability and where the network looked: one row a picture, as it comes."""
+    first = Path(images[0])
+    trained = run
+    if first.suffix == ".onnx" or (first / "recipe.toml").is_file():
+        if run is not None:
+            raise RacnnError(f"{first} and --run {run} are two networks", "name one of them")
+        trained, images = first, images[1:]
+        if not images:
+            raise RacnnError(f"{first} answers for which pictures?", f"`racnn predict {first} my-pictures`")
+    if trained is None or trained.suffix != ".onnx":
+        trained = Run.open(trained).folder
     from racnn_cli.results import predict as predictor
+    from racnn_cli.results.prediction import load
 
-    code = predictor.predict_command(folder, images, as_json=json, save=save)
+    sources = predictor.gather(images)
+    code = predictor.predict_command(
+        load(trained, source=source), sources, rows=rows.value, save=save, batch=batch, every=every
+    )
     if code:
         raise typer.Exit(code)
 

@@ -392,10 +392,16 @@ def test_samples_writes_a_data_set_to_a_folder(racnn, here, monkeypatch) -> None
 def test_predict_prints_one_json_line_an_image(racnn, here, data) -> None:
     file = write_recipe(here / "mine.toml", data, pretrain_cnn__epochs=1)
     assert racnn("pretrain-cnn", file).code == 0
-    said = racnn("predict", data / "test" / "red", "--json")
+    said = racnn("predict", data / "test" / "red", "--format", "jsonl")
     assert said.code == 0, said.err
     lines = [json.loads(line) for line in said.out.splitlines()]
     assert len(lines) == 4
+    again = racnn("predict", "runs/latest", data / "test" / "red", "--format", "jsonl")
+    assert again.out == said.out
+    is_fault(racnn("predict", "runs/latest"), "for which pictures")
+    is_fault(racnn("predict", "runs/latest", file, "--run", "runs/latest"), "two networks")
+    is_fault(racnn("predict", "none.onnx", data), "none.onnx does not exist", hint="racnn export --onnx")
+    is_fault(racnn("predict", "https://example.org/a.jpg"), "address")
     (here / "empty").mkdir()
     is_fault(racnn("predict", "empty"), "empty")
     is_fault(racnn("predict", "nothing.jpg"), "nothing.jpg")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -22,10 +28,14 @@ import racnn_cli
 from racnn_cli import recipe as recipes
 from racnn_cli.core import model as models
 from racnn_cli.core import store
-from racnn_cli.data.images import Pictures, load_source, read_image
+from racnn_cli.data.decode import read_image
+from racnn_cli.data.images import Pictures
 from racnn_cli.data.index import build_index
+from racnn_cli.data.square import load_source
 from racnn_cli.errors import RacnnError
 from racnn_cli.results import draw, evaluate, export, predict, report
+from racnn_cli.results.deployed import Deployed, Form
+from racnn_cli.results.prediction import Frame, load
 from racnn_cli.run import Run, write_json
 
 CLASSES = ["<b>red</b> & 'co'", "green", "blau"]
@@ -224,7 +234,7 @@ def test_outputs_that_are_not_finite_are_a_failure(place: Path, data: Path) -> N
     assert fault.value.exit_code == 1
     assert not run.eval.exists()
     with pytest.raises(RacnnError, match="not finite"):
-        predict.load(run).predict(np.zeros((9, 9, 3), np.uint8))
+        load(run).predict(np.zeros((9, 9, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -235,42 +245,138 @@ def exported(run: Run) -> dict:
 def test_onnx_file_answers_as_the_network_does(run: Run, exported: dict, outputs, capfd) -> None:
     output, _, _, items = outputs
     assert exported["checked_on"] == "validation pictures"
-    assert exported["inputs"] == {"image": ["batch", 3, SIDE, SIDE]}
-    assert exported["outputs"]["boxes"] == ["batch", 2, 3]
-    assert max(exported["max_difference"].values()) < 1e-3
+    assert exported["inputs"] == {"image": ["batch", 3, "height", "width"]}
+    assert exported["outputs"]["boxes"] == ["batch", 2, 4]
+    assert exported["outputs"]["labels"] == ["batch", 3]
+    assert max(exported["max_difference"].values()) < 1e-4
+    assert (exported["batches"], exported["sides"], exported["agreement"]) == ([1, 2, 7], [48, 72], [20, 20])
     assert str(run.onnx) in export.describe(exported)
-    pixels = np.stack([load_source(item.path, run.recipe().data, SIDE)[0] for item in items[:3]])
+    assert "same class on 20 of 20" in export.describe(exported)
+    pixels = np.stack([load_source(item.path, "crop", SIDE)[0] for item in items[:3]])
     session = onnxruntime.InferenceSession(str(run.onnx))
     names = [value.name for value in session.get_outputs()]
-    assert names == ["probabilities", "logits_1", "logits_2", "logits_3", "boxes"]
+    assert names == ["probabilities", "labels", "scales", "boxes"]
     image = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 255
     found = dict(zip(names, session.run(names, {"image": image}), strict=True))
     assert np.abs(found["probabilities"] - output.probabilities[:3].numpy()).max() < 1e-3
-    assert np.abs(found["logits_3"] - output.logits[2][:3].numpy()).max() < 1e-2
-    assert np.abs(found["boxes"] - torch.stack(output.boxes, 1)[:3].numpy()).max() < 1e-3
+    assert (found["labels"] == output.probabilities[:3].argsort(descending=True).numpy()).all()
+    assert np.abs(found["scales"][:, 2] - output.logits[2][:3].softmax(1).numpy()).max() < 1e-3
+    boxes = torch.stack(output.boxes, 1)[:3]
+    corners = SIDE * torch.cat([boxes[..., :2] - boxes[..., 2:], boxes[..., :2] + boxes[..., 2:]], 2)
+    assert np.abs(found["boxes"] - corners.numpy()).max() < 0.05
     meta = {entry.key: entry.value for entry in onnx.load(run.onnx).metadata_props}
     assert json.loads(meta["classes"]) == run.classes()
     assert (meta["source"], meta["sizes"], meta["fit"]) == (str(SIDE), "[64, 64, 64]", "crop")
-    assert meta["racnn"] == racnn_cli.__version__
-    assert len(meta["recipe_sha256"]) == 64
+    assert (meta["layout"], meta["top"], meta["racnn"]) == ("NCHW", "5", racnn_cli.__version__)
+    assert len(json.loads(meta["mean"])) == len(json.loads(meta["std"])) == 3
+    assert meta["recipe_sha256"] == hashlib.sha256(meta["recipe"].encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("fit", "opset"), [("crop", 18), ("pad", 20), ("squash", 20)])
+def test_raw_pictures_of_any_shape_are_made_square_inside(run: Run, fit: str, opset: int) -> None:
+    """What the graph says of a picture that is not square is what it says of the square, in the picture's pixels."""
+    network, _ = store.load(run.folder)
+    deployed = Deployed(network, fit, Form(raw=True, top=2, crops=True)).eval()
+    proto = onnx_ir.to_proto(export.to_onnx(deployed, opset))
+    assert [entry.version for entry in proto.opset_import if not entry.domain] == [opset]
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    rng = np.random.default_rng(0)
+    for count, height, width in ((1, 40, 90), (3, 77, 50), (2, SIDE, SIDE), (2, 65, 65)):
+        image = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+        found = dict(zip(deployed.names, session.run(deployed.names, {"image": image}), strict=True))
+        with torch.inference_mode():
+            expected = dict(zip(deployed.names, deployed(torch.from_numpy(image)), strict=True))
+        for name, value in expected.items():
+            assert np.abs(found[name] - value.numpy()).max() < (
+                1e-3 if name in ("probabilities", "scales") else 1e-2
+            ), name
+        assert found["labels"].shape == (count, 2)
+        assert found["crop_3"].shape == (count, 3, 64, 64)
+        assert (found["crop_3"].min() >= 0, found["crop_3"].max() <= 1) == (True, True)
+        boxes = found["boxes"]
+        assert (boxes >= 0).all()
+        assert (boxes[..., [0, 2]] <= width).all()
+        assert (boxes[..., [1, 3]] <= height).all()
+        if fit == "squash":
+            continue
+        # The square by hand, through the network as it was trained.
+        side = min(height, width) if fit == "crop" else max(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        square = np.full((count, side, side, 3), 128, np.uint8)
+        if fit == "crop":
+            square = image[:, top : top + side, left : left + side]
+        else:
+            left, top = -((side - width) // 2), -((side - height) // 2)
+            square[:, -top : height - top, -left : width - left] = image
+        with torch.inference_mode():
+            plain = network(torch.from_numpy(square.copy()).permute(0, 3, 1, 2))
+        assert np.abs(found["probabilities"] - plain.probabilities.numpy()).max() < 1e-3
+        centre = plain.boxes[0][:, :2].numpy() * side + (left, top)
+        inside = (boxes[:, 0, :2] > 0).all(1) & (boxes[:, 0, 2:] < (width, height)).all(1)
+        middle = (boxes[:, 0, :2] + boxes[:, 0, 2:]) / 2
+        assert np.abs(middle - centre)[inside].max(initial=0) < 0.05
 
 
 def test_a_file_that_disagrees_is_not_left_behind(run: Run, exported: dict, place: Path, monkeypatch) -> None:
     network, _ = store.load(run.folder)
-    images = torch.rand(6, 3, SIDE, SIDE)
-    export.compare(network, run.onnx, images, "noise")
+    pictures = export.Pictures(run.recipe(), run.classes(), SIDE, [])
+    deployed = Deployed(network, "crop", Form()).eval()
+    export.compare(deployed, run.onnx, pictures)
     assert network.fusion is not None
     network.fusion.bias.data[0] += 0.5
-    with pytest.raises(RacnnError, match=r"differ by .* in probabilities on noise") as fault:
-        export.compare(network, run.onnx, images, "noise")
+    with pytest.raises(
+        RacnnError, match=r"differ by .* in probabilities on noise of 48×48 px, 1 at a time"
+    ) as fault:
+        export.compare(deployed, run.onnx, pictures)
     assert fault.value.exit_code == 1
-    monkeypatch.setattr(export, "_to_onnx", lambda *_: onnx.load(run.onnx))
-    store.save_weights(run.weights.with_name("other.safetensors"), network)
+    monkeypatch.setattr(export, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
     monkeypatch.setattr(store, "load", lambda _: (network.eval(), run))
     folder = place / "elsewhere"
-    with pytest.raises(RacnnError, match="no file was written"):
-        export.export_onnx(run, folder / "net.onnx")
-    assert list(folder.iterdir()) == []
+    for largest in (export.LARGEST, 1000):  # with the weights inside, and beside
+        monkeypatch.setattr(export, "LARGEST", largest)
+        with pytest.raises(RacnnError, match="differ by"):
+            export.export_onnx(run, folder / "net.onnx")
+        assert list(folder.iterdir()) == []
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(
+    run: Run, exported: dict, place: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(export, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
+    monkeypatch.setattr(export, "LARGEST", 1000)
+    folder = place / "large"
+    made = [export.export_onnx(run, folder / "net.onnx") for _ in range(2)]
+    graph, weights = sorted(
+        folder.iterdir(), key=lambda file: file.stat().st_size
+    )  # the first weights are gone
+    assert graph.name == "net.onnx"
+    assert re.fullmatch(r"net\.onnx\.[0-9a-f]{8}\.data", weights.name)
+    assert made[1]["bytes"] == graph.stat().st_size + weights.stat().st_size
+    moved = place / "moved"
+    shutil.move(folder, moved)
+    file = next((place / "data").glob("test-*.png"))
+    assert load(moved / "net.onnx").predict(file)[0].label == load(run.onnx).predict(file)[0].label
+
+
+def test_a_file_is_checked_again_later(run: Run, exported: dict, place: Path, data: Path) -> None:
+    report = export.check(run, None, data.parent)
+    assert (report["checked_on"], report["agreement"]) == ("pictures of the folder", [20, 20])
+    assert "wrote" not in export.describe(report)
+    network, _ = store.load(run.folder)
+    before = run.weights.read_bytes()
+    with torch.no_grad():
+        network.scale(2).classifier.bias[0] += 1
+    store.save_weights(run.weights, network)
+    try:
+        with pytest.raises(RacnnError, match="differ by"):
+            export.check(run, None, data.parent)
+    finally:
+        run.weights.write_bytes(before)
+    assert run.onnx.is_file()
+    with pytest.raises(RacnnError, match="does not exist"):
+        export.check(run, place / "none.onnx", data.parent)
+    with pytest.raises(RacnnError, match="is no folder"):
+        export.check(run, None, place / "nowhere")
 
 
 def test_a_single_scale_exports_without_boxes_and_without_data(place: Path, data: Path, capfd) -> None:
@@ -279,7 +385,10 @@ def test_a_single_scale_exports_without_boxes_and_without_data(place: Path, data
     run.recipe_file.write_text(text)
     made = export.export_onnx(run, place / "single.onnx")
     assert made["checked_on"] == "noise"
-    assert list(made["outputs"]) == ["probabilities", "logits_1"]
+    assert list(made["outputs"]) == ["probabilities", "labels", "scales"]
+    assert load(place / "single.onnx").predict(data.parent / "test-0-0.png")[0].boxes == []
+    with pytest.raises(RacnnError, match=r"exported from .*: its recipe is another one"):
+        export.check(run, place / "three" / "model.onnx", data.parent)
     assert capfd.readouterr() == ("", "")
 
 
@@ -294,7 +403,7 @@ def test_safetensors_folder_loads_and_answers_the_same(run: Run, place: Path, da
 
 def test_predictions_and_their_boxes_in_pixels(run: Run, outputs) -> None:
     output, _, _, items = outputs
-    found = predict.load(run, "cpu").predict([item.path for item in items], batch=7)
+    found = load(run, "cpu").predict([item.path for item in items], batch=7)
     assert len(found) == 24
     for number, (item, answer) in enumerate(zip(items, found, strict=True)):
         assert answer.path == str(item.path)
@@ -319,7 +428,7 @@ def test_a_turned_file_gets_its_boxes_in_its_own_pixels(run: Run, place: Path, d
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise for viewing
     upright.transpose(Image.Transpose.ROTATE_90).save(place / "turned.png", exif=exif)
-    model = predict.load(run)
+    model = load(run)
     straight, turned, in_memory = model.predict(
         [data.parent / "test-1-1.png", place / "turned.png", Image.open(place / "turned.png")]
     )
@@ -335,7 +444,7 @@ def test_a_turned_file_gets_its_boxes_in_its_own_pixels(run: Run, place: Path, d
 def test_pictures_in_memory_and_bad_files(run: Run, place: Path, data: Path) -> None:
     file = data.parent / "test-2-0.png"
     (place / "bad.jpg").write_bytes(b"no picture")
-    model = predict.load(run)
+    model = load(run)
     from_file, bad, from_image, from_array = model.predict(
         [file, place / "bad.jpg", Image.open(file), np.asarray(Image.open(file))]
     )
@@ -352,37 +461,144 @@ def test_pictures_in_memory_and_bad_files(run: Run, place: Path, data: Path) -> 
         model.predict([np.zeros((5, 5))])
 
 
-def test_gather(place: Path) -> None:
+def test_gather(place: Path, monkeypatch) -> None:
     folder = place / "gather"
     (folder / "b" / "c").mkdir(parents=True)
     (folder / "empty").mkdir()
-    for name in ("b/2.JPG", "b/c/1.png", "a.webp", "b/notes.txt", "b/.hidden.png"):
+    for name in ("b/2.JPG", "b/c/1.png", "a.webp", "b/notes.txt", "b/.hidden.png", "a[1].png"):
         (folder / name).touch()
-    assert predict.gather([folder, folder / "b/notes.txt"]) == [
-        folder / name for name in ("a.webp", "b/2.JPG", "b/c/1.png", "b/notes.txt")
-    ]
+    inside = [folder / name for name in ("a.webp", "a[1].png", "b/2.JPG", "b/c/1.png")]
+    assert predict.gather([folder, folder / "b/notes.txt"]) == [*inside, folder / "b/notes.txt"]
+    assert predict.gather([f"{folder}/**/*.png"]) == [folder / "a[1].png", folder / "b/c/1.png"]
+    assert predict.gather([folder / "a[1].png", "camera:0"]) == [folder / "a[1].png", "camera:0"]
+    listed = io.StringIO(f"{folder}/a.webp\n\n{folder}/b/c\r\n")
+    assert predict.gather(["-"], listed) == [folder / "a.webp", folder / "b/c/1.png"]
     with pytest.raises(RacnnError) as fault:
-        predict.gather([folder / "no", folder / "empty"])
-    assert "no does not exist" in fault.value.message
-    assert "empty holds no pictures" in fault.value.message
+        predict.gather(
+            [folder / "no", folder / "empty", "https://x.org/a.jpg", f"{folder}/*.gif", "a\x1b[2J.png"]
+        )
+    for part in (
+        "no does not exist",
+        "empty holds no pictures",
+        "a.jpg is an address",
+        "*.gif matches nothing",
+    ):
+        assert part in fault.value.message
+    assert "\x1b" not in fault.value.message
 
 
-def test_predict_command(run: Run, place: Path, data: Path, capsys) -> None:
-    twice = place / "again"
+@pytest.mark.parametrize("trained", ["run", "file"])
+def test_predict_command(run: Run, exported: dict, place: Path, data: Path, trained: str) -> None:
+    model = load(run.folder if trained == "run" else run.onnx)
+    twice, drawings = place / f"again-{trained}", place / f"drawn-{trained}"
     twice.mkdir()
     file = data.parent / "test-0-1.png"
     (twice / file.name).write_bytes(file.read_bytes())
-    assert predict.predict_command(run.folder, [file, twice], as_json=True, save=place / "drawn") == 0
-    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    out = io.StringIO()
+    sources = predict.gather([file, twice])
+    assert predict.predict_command(model, sources, rows="jsonl", save=drawings, batch=1, out=out) == 0
+    first, second = map(json.loads, out.getvalue().splitlines())
     assert set(first) == {"path", "label", "probability", "top", "boxes", "scales", "error"}
     assert first["boxes"] == second["boxes"]
-    assert {path.name for path in (place / "drawn").iterdir()} == {"test-0-1.jpg", "test-0-1-2.jpg"}
+    assert {path.name for path in drawings.iterdir()} == {"test-0-1.jpg", "test-0-1-2.jpg"}
     (place / "bad.png").write_bytes(b"")
-    assert predict.predict_command(run.folder, [place / "bad.png", file], as_json=False, save=None) == 1
-    text = capsys.readouterr().out
-    assert f"{first['probability']:.3f}" in text
-    assert "bad.png is empty" in text.replace("\n", " ")
-    assert "1 of 2 pictures could not be read" in text
+    sources = [place / "bad.png", file]
+    table, lines = io.StringIO(), io.StringIO()
+    assert predict.predict_command(model, sources, out=table) == 1
+    _, bad, good = table.getvalue().splitlines()
+    assert "bad.png is empty" in bad
+    assert good.startswith(f"{first['probability']:.3f}  {first['label']}")
+    assert predict.predict_command(model, sources, rows="csv", out=lines) == 1
+    bad, good = csv.DictReader(io.StringIO(lines.getvalue()))
+    assert (bad["label"], bad["probability"], bad["x0_2"]) == ("", "", "")
+    assert "bad.png is empty" in bad["error"]
+    assert (good["label"], good["error"]) == (first["label"], "")
+    assert float(good["probability"]) == pytest.approx(first["probability"], abs=1e-5)
+    edges = [float(good[f"{edge}_3"]) for edge in ("x0", "y0", "x1", "y1")]
+    assert edges == pytest.approx(first["boxes"][1], abs=0.06)
+
+
+def test_rows_come_as_soon_as_they_are_there(run: Run, data: Path) -> None:
+    """The first batch is written before the second one is read."""
+    out, seen = io.StringIO(), []
+
+    def sources():
+        for number in range(4):
+            seen.append(len(out.getvalue().splitlines()))
+            yield data.parent / f"test-0-{number}.png"
+
+    assert predict.predict_command(load(run), sources(), rows="jsonl", batch=2, out=out) == 0
+    assert seen == [0, 0, 2, 2]
+
+
+def test_an_onnx_file_and_its_run_say_the_same(run: Run, exported: dict, data: Path) -> None:
+    files = sorted(data.parent.glob("test-*.png"))
+    for one, other in zip(load(run).predict(files), load(run.onnx).predict(files), strict=True):
+        assert one.label == other.label
+        assert one.probability == pytest.approx(other.probability, abs=1e-4)
+        assert np.allclose(one.boxes, other.boxes, atol=0.05)
+        assert [label for label, _ in one.scales] == [label for label, _ in other.scales]
+    larger = [load(trained, source=100).predict(files[0])[0] for trained in (run, run.onnx)]
+    assert larger[0].boxes != load(run).predict(files[0])[0].boxes
+    assert np.allclose(larger[0].boxes, larger[1].boxes, atol=0.05)
+
+
+def test_an_onnx_file_answers_without_torch(run: Run, exported: dict, data: Path) -> None:
+    """In a process that cannot import it, nor anything else that training needs."""
+    code = """
+import sys
+class Wall:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in ("torch", "torchvision", "timm", "albumentations", "cv2", "onnx", "scipy"):
+            raise ImportError(f"{name} is not installed here")
+sys.meta_path.insert(0, Wall())
+from racnn_cli.cli import app
+app(["predict", *sys.argv[1:]])
+"""
+    files = [str(data.parent / "test-0-0.png"), str(data.parent / "test-1-0.png")]
+    words = [sys.executable, "-c", code, str(run.onnx), *files, "--format", "jsonl"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in said.stdout.splitlines()]
+    expected = load(run).predict(files)
+    assert [answer["label"] for answer in found] == [answer.label for answer in expected]
+
+
+def test_a_file_of_another_make_is_refused(run: Run, exported: dict, place: Path) -> None:
+    proto = onnx.load(run.onnx)
+    del proto.metadata_props[:]
+    onnx.save(proto, place / "bare.onnx")
+    with pytest.raises(RacnnError, match="does not say what racnn needs"):
+        load(place / "bare.onnx")
+    (place / "bad.onnx").write_bytes(b"no graph")
+    with pytest.raises(RacnnError, match=r"cannot load .*bad\.onnx"):
+        load(place / "bad.onnx")
+    with pytest.raises(RacnnError, match="does not exist"):
+        load(place / "none.onnx")
+
+
+def test_frames_of_a_video(run: Run, place: Path) -> None:
+    import cv2
+
+    film = cv2.VideoWriter(str(place / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (80, 60))
+    for number in range(6):
+        film.write(np.full((60, 80, 3), (0, 0, 40 * number), np.uint8))  # blue, green, red
+    film.release()
+    frames = list(predict.pictures([place / "film.avi"], every=2))
+    assert [Path(frame.name).name for frame in frames] == ["film.avi#0", "film.avi#2", "film.avi#4"]
+    assert frames[2].pixels[30, 40].tolist() == pytest.approx([160, 0, 0], abs=6)  # red, green, blue
+    out = io.StringIO()
+    predict.predict_command(
+        load(run), [place / "film.avi"], rows="jsonl", every=3, save=place / "film", out=out
+    )
+    assert [json.loads(line)["path"][-10:] for line in out.getvalue().splitlines()] == [
+        "film.avi#0",
+        "film.avi#3",
+    ]
+    assert {path.name for path in (place / "film").iterdir()} == {"film.avi-0.jpg", "film.avi-3.jpg"}
+    (place / "no.mp4").write_bytes(b"no film")
+    with pytest.raises(RacnnError, match=r"no\.mp4 cannot be opened"):
+        list(predict.pictures([place / "no.mp4"]))
+    assert load(run).predict(Frame("x", frames[0].pixels))[0].path == "x"
 
 
 def test_drawing_shows_the_box_and_what_is_in_it() -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from racnn_cli import recipe
+from racnn_cli.data.decode import read_image
 from racnn_cli.data.geometry import fit_square
-from racnn_cli.data.images import Key, Pictures, load_source, read_image
+from racnn_cli.data.images import Key, Pictures
 from racnn_cli.data.index import Item
 from racnn_cli.data.source import Files
+from racnn_cli.data.square import load_source
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Annotated(Pictures):
         share = math.sqrt(self.data.augment.scale)
         side = math.ceil(self.side / share)
         if share == 1.0 or self.data.fit != "crop":
-            pixels, geometry = load_source(item.path, self.data, side)
+            pixels, geometry = load_source(item.path, self.data.fit, side)
         else:
             picture = read_image(item.path, least=side)
             pixels, geometry = (

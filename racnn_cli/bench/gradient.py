@@ -22,8 +22,8 @@ import backbones
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Figures, Options
 from racnn_cli.core.attention import Gradient, zoom
-from racnn_cli.data.images import load_source
 from racnn_cli.data.index import build_index
+from racnn_cli.data.square import load_source
 
 CHOICES: tuple[tuple[Gradient, float], ...] = (
     ("boxcar", 10.0),
@@ -70,7 +70,7 @@ def photographs() -> Tensor:
     data = recipes.Data.model_validate({"path": "plankton", "fit": "pad"})
     items = [item for split in build_index(data, seed=0).splits.values() for item in split]
     items.sort(key=lambda item: item.path.parts[-2:])
-    pixels = torch.stack([torch.from_numpy(load_source(i.path, data, SOURCE)[0]) for i in items])
+    pixels = torch.stack([torch.from_numpy(load_source(i.path, data.fit, SOURCE)[0]) for i in items])
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

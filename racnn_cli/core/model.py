@@ -103,7 +103,8 @@ class RACNN(nn.Module):
 
     def first_view(self, source: Tensor) -> Tensor:
         """What scale 1 sees (B, 3, s, s): the whole of the normalised source (B, 3, H, H)."""
-        if source.shape[-1] == self.sizes[0]:
+        # An exported graph takes a source of any size; where it is the view's own, the crop is the identity.
+        if not torch.compiler.is_compiling() and source.shape[-2:] == (self.sizes[0], self.sizes[0]):
             return source
         return attention.zoom(source, attention.whole(source), self.sizes[0], k=math.inf, gradient="none")
 

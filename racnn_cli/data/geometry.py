@@ -35,17 +35,15 @@ class Geometry:
         width, height = self.stored
         return (height, width) if self.orientation >= 5 else (width, height)
 
-    def to_upright(self, box: tuple[float, float, float]) -> Rect:
-        """A square (tx, ty, tl) of the source, tl half its side, in upright pixels, clipped to them."""
-        tx, ty, tl = box
+    def to_upright(self, box: Rect) -> Rect:
+        """A rectangle of the source in upright pixels, clipped to them."""
         x0, y0, x1, y1 = (
-            self.origin[axis % 2] + value * self.extent[axis % 2]
-            for axis, value in enumerate((tx - tl, ty - tl, tx + tl, ty + tl))
+            self.origin[axis % 2] + value * self.extent[axis % 2] for axis, value in enumerate(box)
         )
         return _clip((x0, y0, x1, y1), *self.upright)
 
-    def to_file(self, box: tuple[float, float, float]) -> Rect:
-        """A square (tx, ty, tl) of the source in pixels of the file as stored, clipped to it."""
+    def to_file(self, box: Rect) -> Rect:
+        """A rectangle of the source in pixels of the file as stored, clipped to it."""
         return self.stored_from_upright(self.to_upright(box))
 
     def from_file(self, box: tuple[float, float, float, float]) -> Rect:

@@ -1,4 +1,4 @@
-"""Pictures as tensors: the square source picture, its variants for training, and batches of them."""
+"""Pictures as tensors: the square source picture or a variant of it for training, and batches of them."""
 
 from __future__ import annotations
 
@@ -9,57 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from racnn_cli import recipe
-from racnn_cli.data.decode import Picture, decode, read_image, upright
-from racnn_cli.data.geometry import GREY, Geometry, fit_square
+from racnn_cli.data.decode import read_image
+from racnn_cli.data.square import load_source
 from racnn_cli.errors import RacnnError
 
 if TYPE_CHECKING:
     from racnn_cli.data.index import Item
 
-__all__ = ["Geometry", "Picture", "Pictures", "batches", "load_source", "plan", "read_image"]
-
 Key = tuple[int, int]
 """epoch and position: which variant of which picture."""
-
-
-def load_source(path: Path | str, data: recipe.Data, side: int) -> tuple[np.ndarray, Geometry]:
-    """The square source picture of a file, without any chance in it (validation, test, predict).
-
-    Args:
-        path: of the file.
-        data: the recipe's `data`; its `fit` says how a picture becomes square.
-        side: of the square, in pixels.
-
-    Returns:
-        (side, side, 3) uint8 upright RGB, and the map back to the file.
-
-    Raises:
-        RacnnError: the file cannot be read.
-    """
-    decoded = decode(path, least=2 * side)
-    orientation, turned = decoded.orientation, decoded.orientation >= 5
-    geometry = fit_square(decoded.stored_size, orientation, data.fit, side)
-    width, height = geometry.upright
-    (left, top), (wide, high) = geometry.origin, geometry.extent
-    window = (max(left, 0.0), max(top, 0.0), min(left + wide, width), min(top + high, height))
-    inner = (round((window[2] - window[0]) * side / wide), round((window[3] - window[1]) * side / high))
-    x0, y0, x1, y1 = (value / decoded.reduction for value in geometry.stored_from_upright(window))
-    image = decoded.image.resize(
-        inner[::-1] if turned else inner,
-        Image.Resampling.BICUBIC,  # Pillow widens the kernel when it shrinks: antialiased
-        box=(max(x0, 0.0), max(y0, 0.0), min(x1, decoded.image.width), min(y1, decoded.image.height)),
-        reducing_gap=3.0,
-    )
-    image = upright(image, orientation)
-    if image.size != (side, side):
-        square = Image.new("RGB", (side, side), GREY)
-        square.paste(image, ((side - inner[0]) // 2, (side - inner[1]) // 2))
-        image = square
-    return np.array(image), geometry  # (side, side, 3)
 
 
 class Pictures(Dataset[dict[str, torch.Tensor]]):
@@ -103,7 +64,7 @@ class Pictures(Dataset[dict[str, torch.Tensor]]):
         if self._vary is not None:
             pixels = self._vary(self._whole(item.path), seed=self.seed, epoch=epoch, position=position)
         else:
-            pixels, geometry = load_source(item.path, self.data, self.side)
+            pixels, geometry = load_source(item.path, self.data.fit, self.side)
             if item.box is not None:
                 x0, y0, x1, y1 = geometry.from_file(item.box)
                 box = (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else box
@@ -126,7 +87,7 @@ class Pictures(Dataset[dict[str, torch.Tensor]]):
         """What a random crop is cut from, a little larger than needed: (H, W, 3) uint8."""
         share = math.sqrt(self.data.augment.scale)
         if share == 1.0 or self.data.fit != "crop":
-            return load_source(path, self.data, math.ceil(self.side / share))[0]
+            return load_source(path, self.data.fit, math.ceil(self.side / share))[0]
         return read_image(path, least=math.ceil(self.side / share)).pixels
 
 

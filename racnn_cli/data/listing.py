@@ -242,3 +242,19 @@ def _entries(folder: Path, listing: Listing) -> Iterable[Path]:
         listing.faults.append(f"the folder {show(folder)} cannot be read: {fault.strerror}")
         return []
     return [folder / name for name in names if not name.startswith(".") and name.casefold() not in _CLUTTER]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """All picture files of a folder and below, in the order of their names; hidden ones are left out.
+
+    Raises:
+        RacnnError: there is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise RacnnError(f"{show(folder)} is no folder", "name a folder of pictures")
+    found = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise RacnnError(
+            f"{show(folder)} holds no pictures", f"pictures end in {', '.join(sorted(SUFFIXES))}"
+        )
+    return found

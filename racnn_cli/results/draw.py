@@ -8,7 +8,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from racnn_cli.data.images import Geometry, Picture
+from racnn_cli.data.decode import Picture
+from racnn_cli.data.geometry import Geometry
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; one a scale, in the order of scales.
 COLOURS = ("#595959", "#D55E00", "#56B4E9", "#F0E442", "#009E73")

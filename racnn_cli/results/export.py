@@ -3,183 +3,300 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
 import logging
 import math
+import os
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
+import onnx_ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import racnn_cli
 from racnn_cli.core import store
-from racnn_cli.core.model import RACNN
-from racnn_cli.data.images import load_source
 from racnn_cli.data.index import build_index
+from racnn_cli.data.listing import pictures_in
+from racnn_cli.data.square import load_source
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
+from racnn_cli.results.deployed import Deployed, Form
+from racnn_cli.results.onnx_network import open_session
 from racnn_cli.run import Run, write_atomic, write_json, write_text
 
-OPSET = 20  # version of the ONNX operator set
-BATCHES = (1, 5)  # sizes that the file is checked with
-TOLERANCE = 1e-3  # in probabilities, and in boxes as a share of the source's side
+OPSET = 20  # version of the ONNX operator set, unless another is asked for
+OPSETS = (18, 20)
+BATCHES = (1, 2, 7)  # sizes that a file is checked with
+LARGER = 1.5  # and the second size of the pictures, in sides of the source that the network was trained on
+TOLERANCE = 1e-3  # in probabilities, and in boxes as a share of the picture's side
+CROPS_TOLERANCE = 1e-2  # a sharp edge in a crop moves with the box's rounding
 HINT = "another model.backbone, or `racnn export --safetensors --out FOLDER`"
 LARGEST = 2**31 - 2**20  # bytes that one protobuf message can hold
 
 
-class Plain(nn.Module):
-    """RACNN with its outputs as a flat tuple, in the order of `outputs`."""
+def export_onnx(
+    run: Run, path: Path | None = None, *, form: Form | None = None, opset: int = OPSET
+) -> dict[str, Any]:
+    """Write the network as ONNX, and check it against PyTorch before the file gets its name.
 
-    def __init__(self, model: RACNN) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Images (B, 3, H, H) to probabilities (B, N), logits S × (B, N), boxes (B, S - 1, 3)."""
-        output = self.model(image)
-        boxes = (torch.stack(output.boxes, dim=1),) if output.boxes else ()
-        return (output.probabilities, *output.logits, *boxes)
-
-
-def outputs(scales: int) -> list[str]:
-    """Names of the ONNX file's outputs."""
-    logits = [f"logits_{number}" for number in range(1, scales + 1)]
-    return ["probabilities", *logits, *(["boxes"] if scales > 1 else [])]
-
-
-def export_onnx(run: Run, path: Path | None = None) -> dict[str, Any]:
-    """Write the network as ONNX, and check it in ONNX Runtime before the file gets its name.
-
-    Input `image` (B, 3, H, H), float32 in [0, 1], any B. Outputs `probabilities` (B, N), `logits_1` …
-    `logits_S` (B, N), and with more than one scale `boxes` (B, S - 1, 3):
-    `(tx, ty, tl)` in [0, 1] of the input.
-    Metadata: `classes` (JSON list), `source`, `sizes`, `fit`, `racnn`, `recipe_sha256`.
+    The graph takes pictures of any size, any number at a time, and makes them square itself; what goes in and
+    comes out is told by `Deployed`. Weights above protobuf's 2 GiB lie beside it, in `NAME.HASH.data`.
+    Metadata: `classes` (JSON list), `source` (side that the network was trained on), `sizes`, `fit`, `mean`,
+    `std`, `layout` (NCHW or NHWC), `racnn`, `recipe` (TOML), `recipe_sha256`.
 
     Args:
         run: a run whose network has weights.
         path: the file; None: model.onnx in the run folder.
+        form: of input and outputs.
+        opset: 18 or 20.
 
     Returns:
-        `path`, `bytes`, `opset`, `inputs` and `outputs` (name to shape), `checked_on`, `batches`,
-        `max_difference` (output to largest difference from PyTorch), `seconds`.
+        `path`, `bytes`, `opset`, `inputs` and `outputs` (name to shape), `seconds`, and what `compare` gives.
 
     Raises:
         RacnnError: no weights; the network cannot be exported; ONNX Runtime disagrees with PyTorch.
     """
     path, start = path or run.onnx, time.perf_counter()
-    model, _ = store.load(run.folder)
-    weight = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if weight > LARGEST:
-        raise RacnnError(
-            f"the network's weights take {weight / 2**30:.1f} GiB; one ONNX file holds at most 2",
-            HINT,
-        )
+    network, _ = store.load(run.folder)
     recipe = run.recipe()
-    names = outputs(len(model.sizes))
-    proto = _to_onnx(Plain(model).eval(), model.source, names)
-    onnx.helper.set_model_props(
-        proto,
-        {
-            "classes": json.dumps(run.classes(), ensure_ascii=False),
-            "source": str(model.source),
-            "sizes": json.dumps(model.sizes),
-            "fit": recipe.data.fit,
-            "racnn": racnn_cli.__version__,
-            "recipe_sha256": hashlib.sha256(run.recipe_file.read_bytes()).hexdigest(),
-        },
-    )
-    images, kind = _pictures(recipe, run.classes(), model.source, sum(BATCHES))
-    difference: dict[str, float] = {}
+    deployed = Deployed(network, recipe.data.fit, form or Form()).eval()
+    program = to_onnx(deployed, opset)
+    program.metadata_props.update(metadata(run, deployed))
+    pictures = Pictures(recipe, run.classes(), network.source)
+    checked: dict[str, Any] = {}
 
-    def write(temporary: Path) -> None:
-        onnx.save(proto, temporary)
-        try:
-            onnx.checker.check_model(str(temporary), full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as fault:
-            raise RacnnError(f"the exported graph is not valid ONNX: {fault}", HINT, failure=True) from fault
-        difference.update(compare(model, temporary, images, kind))
+    def verify(file: Path) -> None:
+        validate(file)
+        checked.update(compare(deployed, file, pictures))
 
-    write_atomic(path, write)
+    size = save(program, path, verify)
     return {
         "path": str(path),
-        "bytes": path.stat().st_size,
-        "opset": OPSET,
-        "inputs": {value.name: _shape(value) for value in proto.graph.input},
-        "outputs": {value.name: _shape(value) for value in proto.graph.output},
-        "checked_on": kind,
-        "batches": list(BATCHES),
-        "max_difference": difference,
+        "bytes": size,
+        "opset": opset,
+        "inputs": {str(value.name): _shape(value) for value in program.graph.inputs},
+        "outputs": {str(value.name): _shape(value) for value in program.graph.outputs},
+        **checked,
         "seconds": time.perf_counter() - start,
     }
 
 
+def check(run: Run, path: Path | None, folder: Path) -> dict[str, Any]:
+    """Hold a file that was exported before against its run, on the pictures of a folder.
+
+    Returns:
+        `path` and what `compare` gives.
+
+    Raises:
+        RacnnError: the file is missing, was made from another recipe, or answers otherwise.
+    """
+    path = path or run.onnx
+    if not path.is_file():
+        raise RacnnError(
+            f"{path} does not exist", "`racnn export --onnx` writes it, --out FILE names another"
+        )
+    network, _ = store.load(run.folder)
+    recipe = run.recipe()
+    session = open_session(path)
+    told = session.get_modelmeta().custom_metadata_map
+    if told.get("recipe_sha256") != _fingerprint(run):
+        raise RacnnError(
+            f"{path} was not exported from {run.folder}: its recipe is another one",
+            "name its own run with --run",
+        )
+    names = {value.name for value in session.get_outputs()}
+    form = Form(told["layout"] == "NHWC", int(told["top"]), any(name.startswith("crop_") for name in names))
+    deployed = Deployed(network, recipe.data.fit, form).eval()
+    pictures = Pictures(recipe, run.classes(), network.source, pictures_in(folder))
+    return {"path": str(path)} | compare(deployed, path, pictures)
+
+
 def describe(report: Mapping[str, Any]) -> str:
-    """The report of `export_onnx` in a few lines for a person."""
+    """What `export_onnx` or `check` did, in a few lines for a person."""
 
     def shapes(values: Mapping[str, list[str | int]]) -> str:
         return ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in values.items())
 
-    worst = max(report["max_difference"].values())
-    sizes = " and ".join(map(str, report["batches"]))
-    return (
-        f"wrote {report['path']}: {report['bytes'] / 2**20:.1f} MiB, opset {report['opset']}\n"
-        f"  in: {shapes(report['inputs'])}\n"
-        f"  out: {shapes(report['outputs'])}\n"
-        f"  checked in ONNX Runtime on {report['checked_on']}, batches of {sizes}: "
-        f"largest difference from PyTorch {worst:.1e}"
-    )
+    lines = []
+    if "bytes" in report:
+        lines += [
+            f"wrote {report['path']}: {report['bytes'] / 2**20:.1f} MiB, opset {report['opset']}",
+            f"  in: {shapes(report['inputs'])}",
+            f"  out: {shapes(report['outputs'])}",
+        ]
+    sizes = " and ".join(f"{side}×{side}" for side in report["sides"])
+    same, count = report["agreement"]
+    worst = ", ".join(f"{name} {gap:.1e}" for name, gap in report["max_difference"].items())
+    lines += [
+        f"  checked in ONNX Runtime against PyTorch on {report['checked_on']} of {sizes} px, "
+        f"{', '.join(map(str, report['batches']))} at a time",
+        f"  same class on {same} of {count}; largest differences: {worst}",
+    ]
+    return "\n".join(lines)
 
 
-def compare(model: RACNN, path: Path, images: Tensor, kind: str) -> dict[str, float]:
-    """Largest difference between PyTorch and ONNX Runtime of each output, over both batch sizes.
+class Pictures:
+    """What an exported file is tried with.
+
+    Args:
+        recipe, classes: of the run.
+        side: of the source that the network was trained on.
+        files: pictures to use; None: the run's validation split, or noise where that is gone.
+    """
+
+    def __init__(
+        self, recipe: Recipe, classes: list[str], side: int, files: list[Path] | None = None
+    ) -> None:
+        self.data, self.side = recipe.data, side
+        self.kind, self.files = "pictures of the folder", files or []
+        if files is None:
+            self.kind = "validation pictures"
+            with contextlib.suppress(RacnnError):
+                index = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=())
+                self.files = [item.path for item in index.splits["val"]]
+        if not self.files:
+            self.kind = "noise"
+
+    def squares(self, count: int, side: int) -> Tensor:
+        """So many of them, (count, side, side, 3) uint8; a short list starts again."""
+        if not self.files:
+            generator = torch.Generator().manual_seed(side)
+            return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
+        some = [load_source(file, self.data.fit, side)[0] for file in self.files[:count]]
+        return torch.from_numpy(np.stack([some[number % len(some)] for number in range(count)]))
+
+
+def compare(deployed: Deployed, path: Path, pictures: Pictures) -> dict[str, Any]:
+    """A file's answers against PyTorch's, on pictures of two sizes, 1, 2 and 7 at a time.
+
+    Returns:
+        `checked_on`, `batches`, `sides`, `max_difference` (output to largest difference; boxes as a share of
+        the side), `agreement` (pictures with the same class, and all).
 
     Raises:
-        RacnnError: the file does not load, probabilities or boxes differ by more than 1e-3, another answer.
+        RacnnError: the file does not load, an output differs by more than 1e-3, another class is named.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as fault:  # its errors have no common base
-        raise RacnnError(
-            f"ONNX Runtime cannot load the exported graph: {fault}", HINT, failure=True
-        ) from fault
-    names = outputs(len(model.sizes))
-    worst = dict.fromkeys(names, 0.0)
-    for share in images.split(BATCHES):
-        with torch.inference_mode():
-            expected = [value.numpy() for value in Plain(model)(share)]
-        found = session.run(names, {"image": share.numpy()})
-        for name, one, other in zip(names, expected, found, strict=True):
-            gap = float(np.abs(one - other).max()) if one.shape == other.shape else math.inf
-            worst[name] = max(worst[name], gap)
-            if name in ("probabilities", "boxes") and not gap <= TOLERANCE:
+    session = open_session(path)
+    side = pictures.side
+    sides = (side, round(LARGER * side))
+    worst = {name: 0.0 for name in deployed.names if name != "labels"}
+    same = count = 0
+    for side in sides:
+        for share in pictures.squares(sum(BATCHES), side).split(BATCHES):
+            image = share if deployed.form.raw else share.permute(0, 3, 1, 2).float() / 255
+            where = f"{pictures.kind} of {side}×{side} px, {len(share)} at a time"
+            with torch.inference_mode():
+                expected = dict(zip(deployed.names, [t.numpy() for t in deployed(image)], strict=True))
+            outputs = session.run(deployed.names, {"image": np.ascontiguousarray(image.numpy())})
+            found = dict(zip(deployed.names, outputs, strict=True))
+            for name in worst:
+                one, other = expected[name], found[name]
+                gap = float(np.abs(one - other).max()) if one.shape == other.shape else math.inf
+                gap /= side if name == "boxes" else 1
+                worst[name] = max(worst[name], gap)
+                allowed = CROPS_TOLERANCE if name.startswith("crop_") else TOLERANCE
+                if not gap <= allowed:
+                    raise RacnnError(
+                        f"ONNX Runtime and PyTorch differ by {gap:.2g} in {name} on {where}; at most "
+                        f"{allowed:g} is allowed",
+                        HINT,
+                        failure=True,
+                    )
+            probabilities, answer = expected["probabilities"], found["labels"][:, 0]
+            best = probabilities.max(axis=1)
+            # Two classes that PyTorch itself cannot tell apart may swap places by rounding; nothing else may.
+            lost = best - np.take_along_axis(probabilities, answer[:, None], axis=1)[:, 0]
+            if (lost > 1e-5).any():
                 raise RacnnError(
-                    f"ONNX Runtime and PyTorch differ by {gap:.2g} in {name} on {kind}, batch {len(share)}; "
-                    f"at most {TOLERANCE:g} is allowed, and no file was written",
-                    HINT,
-                    failure=True,
+                    f"ONNX Runtime names another class than PyTorch on {where}", HINT, failure=True
                 )
-        probabilities, answer = expected[0], found[0].argmax(axis=1)
-        # Two classes that PyTorch itself cannot tell apart may swap places by rounding; nothing else may.
-        lost = probabilities.max(axis=1) - np.take_along_axis(probabilities, answer[:, None], axis=1)[:, 0]
-        if (lost > 1e-5).any():
-            raise RacnnError(
-                f"ONNX Runtime names another class than PyTorch on {kind}, batch {len(share)}; no file left",
-                HINT,
-                failure=True,
-            )
-    return worst
+            same += int((answer == expected["labels"][:, 0]).sum())
+            count += len(share)
+    return {
+        "checked_on": pictures.kind,
+        "batches": list(BATCHES),
+        "sides": list(sides),
+        "max_difference": worst,
+        "agreement": [same, count],
+    }
+
+
+def validate(path: Path) -> None:
+    """ONNX's own checker, with shape inference.
+
+    Raises:
+        RacnnError: it finds a fault.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as fault:
+        raise RacnnError(f"the exported graph is not valid ONNX: {fault}", HINT, failure=True) from fault
+
+
+def metadata(run: Run, deployed: Deployed) -> dict[str, str]:
+    """What a file says about itself."""
+    network, form = deployed.model, deployed.form
+    return {
+        "classes": json.dumps(run.classes(), ensure_ascii=False),
+        "source": str(network.source),
+        "sizes": json.dumps(network.sizes),
+        "fit": deployed.fit,
+        "mean": json.dumps(network.mean.flatten().tolist()),
+        "std": json.dumps(network.std.flatten().tolist()),
+        "layout": "NHWC" if form.raw else "NCHW",
+        "top": str(form.top),
+        "racnn": racnn_cli.__version__,
+        "recipe": run.recipe_file.read_text(encoding="utf-8"),
+        "recipe_sha256": _fingerprint(run),
+    }
+
+
+def _fingerprint(run: Run) -> str:
+    return hashlib.sha256(run.recipe_file.read_bytes()).hexdigest()
+
+
+def save(program: onnx_ir.Model, path: Path, verify: Callable[[Path], None]) -> int:
+    """Write a graph, and give it its name once `verify` has passed the file.
+
+    Weights that one file cannot hold go into a file beside it whose name is in the graph, and is new each time:
+    a graph never lies beside the weights of another one.
+
+    Returns:
+        bytes of both.
+
+    Raises:
+        RacnnError: what `verify` raises, or the folder cannot be written; nothing is left then.
+    """
+    weights = sum(
+        value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value
+    )
+    old = set(path.parent.glob(f"{glob.escape(path.name)}.*.data"))
+    beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.data") if weights > LARGEST else None
+    done = False
+
+    def write(temporary: Path) -> None:
+        onnx_ir.save(program, temporary, external_data=beside and beside.name)
+        verify(temporary)
+
+    try:
+        write_atomic(path, write)
+        done = True
+    finally:
+        if beside is not None and not done:
+            beside.unlink(missing_ok=True)
+    for file in old:  # the weights of the graph that was replaced
+        file.unlink(missing_ok=True)
+    return path.stat().st_size + (beside.stat().st_size if beside else 0)
 
 
 def export_safetensors(run: Run, folder: Path) -> Path:
@@ -200,10 +317,21 @@ def export_safetensors(run: Run, folder: Path) -> Path:
     return folder
 
 
-def _to_onnx(model: nn.Module, side: int, names: list[str]) -> onnx.ModelProto:
-    """The graph with a batch of any size; the exporter's own chatter is swallowed."""
-    # Two images: the exporter takes a dimension of 1 for a constant.
-    example = torch.zeros(2, 3, side, side)
+def to_onnx(deployed: Deployed, opset: int) -> onnx_ir.Model:
+    """The graph with a batch and pictures of any size; the exporter's own chatter is swallowed.
+
+    Raises:
+        RacnnError: the network cannot be exported.
+    """
+    # No two dimensions alike, none the network's own or 1: the exporter would take them for the same or for constant.
+    side = deployed.model.source
+    shape = (3, side + 10, side + 22)
+    example = torch.zeros(2, *shape)
+    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
+    axes = {0: batch, 2: height, 3: width}
+    if deployed.form.raw:
+        example = example.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+        axes = {0: batch, 1: height, 2: width}
     said = io.StringIO()
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -211,42 +339,26 @@ def _to_onnx(model: nn.Module, side: int, names: list[str]) -> onnx.ModelProto:
         with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                model,
+                deployed,
                 (example,),
                 dynamo=True,
                 input_names=["image"],
-                output_names=names,
-                dynamic_shapes={"image": {0: "batch"}},
-                opset_version=OPSET,
+                output_names=deployed.names,
+                dynamic_shapes={"image": axes},
+                opset_version=opset,
                 external_data=False,
                 verbose=False,
             )
     except Exception as fault:
         first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise RacnnError(
-            f"the network cannot be exported to ONNX opset {OPSET}: {first}",
-            HINT,
-            failure=True,
+            f"the network cannot be exported to ONNX opset {opset}: {first}", HINT, failure=True
         ) from fault
     finally:
         logging.disable(before)
     assert program is not None
-    return program.model_proto
+    return program.model
 
 
-def _pictures(recipe: Recipe, classes: list[str], side: int, count: int) -> tuple[Tensor, str]:
-    """So many images (n, 3, side, side): of the run's validation split if it is still there, else noise."""
-    try:
-        items = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=()).splits["val"]
-        some = [load_source(item.path, recipe.data, side)[0] for item in items[:count]]
-    except RacnnError:
-        some = []
-    if not some:
-        noise = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
-        return noise, "noise"
-    pixels = np.stack([some[number % len(some)] for number in range(count)])  # (n, side, side, 3)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, "validation pictures"
-
-
-def _shape(value: onnx.ValueInfoProto) -> list[str | int]:
-    return [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+def _shape(value: onnx_ir.Value) -> list[str | int]:
+    return [axis if isinstance(axis, int) else str(axis) for axis in value.shape or ()]

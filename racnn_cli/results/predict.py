@@ -1,273 +1,261 @@
-"""`racnn predict`: from pictures to class, probability and boxes; as values, table, JSON lines, drawings."""
+"""`racnn predict`: answers for files, folders, patterns, lists and videos, written as they come."""
 
 from __future__ import annotations
 
+import csv
+import glob
 import json
 import os
+import re
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Literal, TextIO
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from racnn_cli.core import store
-from racnn_cli.core.device import pick
-from racnn_cli.core.model import RACNN
-from racnn_cli.data.decode import SUFFIXES
-from racnn_cli.data.images import Geometry, load_source, read_image
+from racnn_cli.data.decode import SUFFIXES, read_image, show
+from racnn_cli.data.listing import pictures_in
 from racnn_cli.errors import RacnnError
-from racnn_cli.recipe import Data
 from racnn_cli.results import draw
-from racnn_cli.run import Run, write_atomic
+from racnn_cli.results.prediction import Frame, Model, Prediction
+from racnn_cli.run import write_atomic
 
-Picture = str | Path | Image.Image | np.ndarray
-TOP = 5
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the network says about one picture.
-
-    Attributes:
-        path: the file as it was given; None for a picture in memory.
-        label, probability: the answer; an empty label where the picture could not be read.
-        top: up to five (label, probability), best first.
-        boxes: of scales 2, 3, …: (x0, y0, x1, y1) in pixels of the file as stored.
-        scales: (label, probability) that each scale answers on its own.
-        error: why there is no answer; empty where there is one.
-    """
-
-    path: str | None
-    label: str = ""
-    probability: float = 0.0
-    top: list[tuple[str, float]] = field(default_factory=list)
-    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
-    scales: list[tuple[str, float]] = field(default_factory=list)
-    error: str = ""
+Rows = Literal["table", "jsonl", "csv"]
+VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
+CAMERA = re.compile(r"camera:(\d+)")
+HINT = f"name pictures ({', '.join(sorted(SUFFIXES))}), videos, folders, patterns, camera:0, or - for a list on stdin"
 
 
-class Model:
-    """A trained network, ready to answer.
+def gather(names: Iterable[str | Path], listed: TextIO | None = None) -> list[str | Path]:
+    """What is to be answered for: files, videos and cameras as they are, folders and patterns spelt out.
 
     Args:
-        network: in eval mode.
-        classes: names in index order.
-        data: the recipe's data section, for how a file becomes a square.
-        device: where to compute.
+        names: files, folders (all pictures in them and below), patterns such as `*.jpg` or `**/*.png`,
+            `camera:0`, and `-` for a list of such names, one a line.
+        listed: where that list is read from; None: standard input.
+
+    Raises:
+        RacnnError: a name that leads nowhere, an address; all of them at once.
     """
-
-    def __init__(self, network: RACNN, classes: list[str], data: Data, device: torch.device) -> None:
-        self.network, self.classes, self.data, self.device = network.to(device), classes, data, device
-
-    def predict(self, images: Picture | Iterable[Picture], *, batch: int = 16) -> list[Prediction]:
-        """Answer for pictures: paths, PIL images, (H, W, 3) uint8 arrays, or one of them.
-
-        A file that cannot be read becomes a `Prediction` with `error`.
-
-        Raises:
-            RacnnError: an array of another shape or type, or outputs that are not finite.
-        """
-        return list(self.stream(images, batch=batch))
-
-    def stream(self, images: Picture | Iterable[Picture], *, batch: int = 16) -> Iterator[Prediction]:
-        """As `predict`, one answer after the other, for any number of pictures."""
-        single = isinstance(images, str | Path | Image.Image) or (
-            isinstance(images, np.ndarray) and images.ndim == 3
-        )
-        many: Any = [images] if single else images
-        queue: Iterator[Picture] = iter(many)
-        while some := list(islice(queue, batch)):
-            read = [self._read(image) for image in some]
-            good = [entry for entry in read if not isinstance(entry, str)]
-            answers = self._answer(good)
-            for image, entry in zip(some, read, strict=True):
-                path = str(image) if isinstance(image, str | Path) else None
-                yield (
-                    Prediction(path, error=entry)
-                    if isinstance(entry, str)
-                    else Prediction(path, **next(answers))
-                )
-
-    def _read(self, image: Picture) -> tuple[np.ndarray, Geometry] | str:
-        """The square source (S, S, 3) uint8 and where it lies in the file, or what is wrong with the file."""
-        side = self.network.source
-        if isinstance(image, str | Path):
+    found: list[str | Path] = []
+    faults: list[str] = []
+    for name in names:
+        text = str(name)
+        if text == "-":
+            lines = [line.rstrip("\r\n") for line in (sys.stdin if listed is None else listed)]
             try:
-                return load_source(image, self.data, side)
+                found += gather([line for line in lines if line and line != "-"])
             except RacnnError as fault:
-                return fault.message
-        if isinstance(image, np.ndarray):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise RacnnError(
-                    f"an array of shape {image.shape} and type {image.dtype} is not a picture",
-                    "give (H, W, 3) arrays of type uint8, RGB",
-                )
-            image = Image.fromarray(image)
-        # Through a lossless file, so that there is one way from a picture to the square, whatever its mode.
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "picture.tif"
-            image.save(file, exif=image.getexif())
-            return load_source(file, self.data, side)
-
-    def _answer(self, sources: list[tuple[np.ndarray, Geometry]]) -> Iterator[dict[str, Any]]:
-        if not sources:
-            return
-        pixels = torch.from_numpy(np.stack([source for source, _ in sources]))  # (B, S, S, 3)
-        with torch.inference_mode():
-            output = self.network(pixels.permute(0, 3, 1, 2).to(self.device))
-        answers = torch.stack(
-            [output.probabilities.float(), *(o.float().softmax(dim=1) for o in output.logits)]
-        )
-        if not answers.isfinite().all():
-            raise RacnnError(
-                "the network's outputs are not finite", "its weights are damaged: train again", failure=True
-            )
-        best, index = (value.tolist() for value in answers.cpu().topk(min(TOP, len(self.classes)), dim=2))
-        for number, (_, geometry) in enumerate(sources):
-            named = [
-                [(self.classes[i], p) for i, p in zip(index[row][number], best[row][number], strict=True)]
-                for row in range(len(answers))
-            ]
-            yield {
-                "label": named[0][0][0],
-                "probability": named[0][0][1],
-                "top": named[0],
-                "boxes": [geometry.to_file(tuple(box[number].tolist())) for box in output.boxes],
-                "scales": [answer[0] for answer in named[1:]],
-            }
-
-
-def load(run_or_folder: Run | Path | str, device: str = "auto") -> Model:
-    """The trained network of a run, or of a folder that `racnn export --safetensors` wrote.
-
-    Raises:
-        RacnnError: it is no such folder, a file in it is missing or damaged, no such device.
-    """
-    folder = run_or_folder.folder if isinstance(run_or_folder, Run) else Path(run_or_folder)
-    where = pick(device)
-    network, run = store.load(folder)
-    return Model(network, run.classes(), run.recipe().data, where)
-
-
-def gather(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are, folders as all the pictures in them and below, in the order of their names.
-
-    Raises:
-        RacnnError: a path that does not exist or a folder without pictures; all of them at once.
-    """
-    found: list[Path] = []
-    faults = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            faults += [] if inside else [f"{path} holds no pictures"]
-            found += inside
-        elif path.exists():
-            found.append(path)
+                faults.append(fault.message)
+        elif re.match(r"[a-z][a-z0-9+.-]*://", text, re.I):
+            faults.append(f"{show(text)} is an address; nothing is ever downloaded")
+        elif CAMERA.fullmatch(text):
+            found.append(text)
+        elif Path(text).is_dir():
+            try:
+                found += pictures_in(Path(text))
+            except RacnnError as fault:
+                faults.append(fault.message)
+        elif os.path.lexists(text):
+            found.append(Path(text))
+        elif matches := sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []:
+            found += [Path(match) for match in matches if Path(match).is_file()]
         else:
-            faults.append(f"{path} does not exist")
+            faults.append(
+                f"{show(text)} " + ("matches nothing" if glob.has_magic(text) else "does not exist")
+            )
     if faults:
-        raise RacnnError(
-            "; ".join(faults), f"name pictures ({', '.join(sorted(SUFFIXES))}) or folders of them"
-        )
+        raise RacnnError("; ".join(faults), HINT)
     return found
 
 
-def predict_command(folder: Path, images: Iterable[str | Path], *, as_json: bool, save: Path | None) -> int:
-    """What `racnn predict` does: answers as a table or as JSON lines on standard output, drawings in `save`.
+def pictures(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame]:
+    """Picture files as they are, videos and cameras frame by frame.
+
+    Args:
+        sources: what `gather` gives.
+        every: of a video, only every so many-th frame.
+
+    Raises:
+        RacnnError: a video cannot be opened.
+    """
+    for source in sources:
+        camera = CAMERA.fullmatch(str(source))
+        if camera or Path(source).suffix.lower() in VIDEOS:
+            yield from _frames(source, int(camera[1]) if camera else str(source), every)
+        else:
+            yield Path(source)
+
+
+def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame]:
+    import cv2
+
+    video = cv2.VideoCapture(opened)
+    try:
+        if not video.isOpened():
+            raise RacnnError(
+                f"{show(source)} cannot be opened as a video", "a video that OpenCV reads, or a camera"
+            )
+        number = 0
+        while video.grab():
+            if number % every == 0:
+                read, frame = video.retrieve()
+                if read:
+                    yield Frame(f"{source}#{number}", np.ascontiguousarray(frame[:, :, ::-1]))
+            number += 1
+        if number == 0:
+            raise RacnnError(f"{show(source)} has no frame that can be read", "a video that OpenCV reads")
+    finally:
+        video.release()
+
+
+def predict_command(
+    model: Model,
+    sources: Iterable[str | Path],
+    *,
+    rows: Rows = "table",
+    save: Path | None = None,
+    batch: int = 16,
+    every: int = 1,
+    out: TextIO | None = None,
+) -> int:
+    """What `racnn predict` does: one row a picture, as soon as it is there, and drawings in `save`.
 
     Returns:
         the exit code: 1 if a picture could not be read, else 0.
 
     Raises:
-        RacnnError: as `load`, `gather` and `draw_all`.
+        RacnnError: as `pictures`, `Model.stream` and `Drawings`.
     """
-    files = gather(images)
-    model = load(folder)
-    answers = []
-    for prediction in model.stream(files):
-        answers.append(prediction)
-        if as_json:
-            write_line(prediction, sys.stdout)
-    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
-    if not as_json:
-        console.print(table(answers))
-    if save is not None:
-        drawings = draw_all(answers, save)
-        console.print(escape(f"{len(drawings)} drawings in {save}"), soft_wrap=True)
-    unread = sum(1 for prediction in answers if prediction.error)
+    out = out or sys.stdout
+    write = WRITERS[rows](model, out)
+    drawings = Drawings(save) if save else None
+    waiting: deque[Path | Frame] = deque()  # what has been read, until its answer comes
+
+    def remember() -> Iterator[Path | Frame]:
+        for picture in pictures(sources, every):
+            waiting.append(picture)
+            yield picture
+
+    count = unread = 0
+    for prediction in model.stream(remember(), batch=batch):
+        picture = waiting.popleft()
+        count += 1
+        unread += bool(prediction.error)
+        write(prediction)
+        if drawings and not prediction.error:
+            drawings.add(prediction, picture)
+    told = Console(stderr=True, highlight=False)
+    if drawings:
+        told.print(escape(f"{drawings.count} drawings in {save}"), soft_wrap=True)
     if unread:
-        console.print(f"{unread} of {len(answers)} pictures could not be read", soft_wrap=True)
+        told.print(f"{unread} of {count} pictures could not be read", soft_wrap=True)
     return 1 if unread else 0
 
 
-def write_line(prediction: Prediction, file: TextIO) -> None:
-    """One line with a JSON object that has the fields of `Prediction`."""
-    file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-    file.flush()
+Writer = Callable[[Prediction], None]
 
 
-def table(predictions: Iterable[Prediction]) -> Table:
-    """The answers for a terminal; boxes in pixels of the file."""
-    result = Table(caption="boxes in pixels of the file, from scale 2 on", caption_justify="left")
-    result.add_column("picture", overflow="fold")
-    result.add_column("class", overflow="fold")
-    result.add_column("probability", justify="right")
-    result.add_column("boxes: x0 y0 x1 y1", no_wrap=True)
-    predictions = list(predictions)
-    paths = [prediction.path for prediction in predictions if prediction.path]
-    alike = len(paths) > 1 and len({os.path.isabs(path) for path in paths}) == 1
-    shared = os.path.commonpath([os.path.dirname(path) for path in paths]) if alike else ""
-    if shared:
-        result.title, result.title_justify = f"in {escape(shared)}", "left"
-    for prediction in predictions:
-        path = os.path.relpath(prediction.path, shared) if shared and prediction.path else prediction.path
-        name = escape(path or "(in memory)")
+def json_lines(model: Model, out: TextIO) -> Writer:
+    """A JSON object a line, with the fields of `Prediction`."""
+
+    def write(prediction: Prediction) -> None:
+        out.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+        out.flush()
+
+    return write
+
+
+def comma_separated(model: Model, out: TextIO) -> Writer:
+    """A header, then a line a picture: the answer, the box of each finer scale, and what was wrong."""
+    table = csv.writer(out, lineterminator="\n")
+    header_written = False
+
+    def write(prediction: Prediction) -> None:
+        nonlocal header_written
+        if not header_written:
+            header_written = True
+            boxes = [f"{edge}_{n}" for n in range(2, model.scales + 1) for edge in ("x0", "y0", "x1", "y1")]
+            table.writerow(["path", "label", "probability", *boxes, "error"])
+        edges = [f"{value:.1f}" for box in prediction.boxes for value in box]
+        edges += [""] * (4 * (model.scales - 1) - len(edges))
+        probability = "" if prediction.error else f"{prediction.probability:.6f}"
+        table.writerow([prediction.path, prediction.label, probability, *edges, prediction.error])
+        out.flush()
+
+    return write
+
+
+def aligned(model: Model, out: TextIO) -> Writer:
+    """Lines for a terminal: probability, class, file, and the finest box in pixels of the file."""
+    wide = max(map(len, model.classes))
+    console = Console(file=out, highlight=False, width=None if out.isatty() else 200)
+    console.print(f"[bold]{'':>5}  {'class':{wide}}  picture[/]", soft_wrap=True)
+
+    def write(prediction: Prediction) -> None:
+        name = escape(show(prediction.path or "(in memory)"))
         if prediction.error:
-            result.add_row(name, f"[red]{escape(prediction.error)}[/red]", "", "")
-            continue
-        boxes = "\n".join(" ".join(f"{value:.0f}" for value in box) for box in prediction.boxes)
-        result.add_row(name, escape(prediction.label), f"{prediction.probability:.3f}", boxes)
-    return result
+            console.print(
+                f"{'':>5}  {'':{wide}}  {name}  [red]{escape(show(prediction.error))}[/]", soft_wrap=True
+            )
+            return
+        label = escape(f"{show(prediction.label):{wide}}")
+        box = " ".join(f"{value:.0f}" for value in prediction.boxes[-1]) if prediction.boxes else ""
+        looked = f"  [dim]looked at {box}[/]" if box else ""
+        console.print(f"{prediction.probability:5.3f}  {label}  {name}{looked}", soft_wrap=True)
+
+    return write
 
 
-def draw_all(predictions: Iterable[Prediction], folder: Path) -> list[Path]:
-    """Draw each prediction that has a file and an answer: `folder`/NAME.jpg, numbered where names repeat.
+WRITERS: dict[Rows, Callable[[Model, TextIO], Writer]] = {
+    "table": aligned,
+    "jsonl": json_lines,
+    "csv": comma_separated,
+}
 
-    Raises:
-        RacnnError: a picture has gone since, or the folder cannot be written.
-    """
-    written: list[Path] = []
-    taken: set[str] = set()
-    for prediction in predictions:
-        if prediction.path is None or prediction.error:
-            continue
-        path = Path(prediction.path)
-        name, number = path.stem, 1
-        while name.lower() in taken:
+
+class Drawings:
+    """Pictures with their boxes and what these show, in a folder: NAME.jpg, numbered where names repeat."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self._taken: set[str] = set()
+
+    def add(self, prediction: Prediction, picture: Path | Frame) -> Path:
+        """Draw one.
+
+        Raises:
+            RacnnError: the file has gone since, or the folder cannot be written.
+        """
+        if isinstance(picture, Frame):
+            stem = Path(picture.name).name.replace("#", "-").replace(":", "-")
+            sheet = drawn(prediction, picture.pixels, prediction.boxes)
+        else:
+            stem = picture.stem
+            read = read_image(picture)
+            sheet = drawn(prediction, read.pixels, draw.upright_boxes(read, prediction.boxes))
+        name, number = stem, 1
+        while name.lower() in self._taken:
             number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(name.lower())
-        target = folder / f"{name}.jpg"
-        write_atomic(target, partial(drawn(prediction).save, quality=92, subsampling=0))
-        written.append(target)
-    return written
+            name = f"{stem}-{number}"
+        self._taken.add(name.lower())
+        target = self.folder / f"{name}.jpg"
+        write_atomic(target, partial(sheet.save, quality=92, subsampling=0))
+        self.count += 1
+        return target
 
 
-def drawn(prediction: Prediction) -> Image.Image:
-    """The upright picture with the boxes, what they show, and a caption."""
-    assert prediction.path is not None
-    picture = read_image(prediction.path)
-    boxes = draw.upright_boxes(picture, prediction.boxes)
+def drawn(
+    prediction: Prediction, pixels: np.ndarray, boxes: list[tuple[float, float, float, float]]
+) -> Image.Image:
+    """The upright picture (H, W, 3) uint8 with the boxes in its pixels, what they show, and a caption."""
     answer = (prediction.label, prediction.probability)
-    return draw.sheet(picture.pixels, boxes, answer, prediction.scales, Path(prediction.path).name)
+    name = Path(prediction.path or "").name
+    return draw.sheet(pixels, boxes, answer, prediction.scales, name)

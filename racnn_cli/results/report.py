@@ -11,11 +11,12 @@ from typing import Any
 
 import racnn_cli
 from racnn_cli.core.model import sizes_of
-from racnn_cli.data.images import read_image
+from racnn_cli.data.decode import read_image
 from racnn_cli.data.index import Item, build_index, labelled
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
-from racnn_cli.results import chart, draw, evaluate, predict
+from racnn_cli.results import chart, draw, evaluate
+from racnn_cli.results.prediction import Prediction, load
 from racnn_cli.run import Run, write_text
 
 LOOKED_AT = 48  # pictures of the split that the gallery is chosen from
@@ -215,7 +216,7 @@ def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
                 result["split"]
             ]
         some = items[:: max(1, len(items) // LOOKED_AT)][:LOOKED_AT]
-        answers = predict.load(run).predict([item.path for item in some])
+        answers = load(run).predict([item.path for item in some])
     except RacnnError as fault:
         return f"<p>No pictures: {escape(fault.message)}.</p>"
     pairs = [(item, answer) for item, answer in zip(some, answers, strict=True) if not answer.error]
@@ -231,7 +232,7 @@ def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
     return f"<p>{note}</p><div class=gallery>{cards}</div>"
 
 
-def _card(item: Item, answer: predict.Prediction, truth: str) -> str:
+def _card(item: Item, answer: Prediction, truth: str) -> str:
     picture = read_image(item.path, least=480)
     shrunk = picture.pixels.shape[1] / (picture.stored_size[picture.orientation >= 5])
     boxes = draw.upright_boxes(picture, answer.boxes)

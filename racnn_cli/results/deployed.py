@@ -1,0 +1,101 @@
+"""The network as it leaves the house: from pictures of any size to answers, one graph, nothing left to do outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import SymInt, Tensor, nn
+
+from racnn_cli.core.model import RACNN
+from racnn_cli.data.geometry import GREY
+
+
+@dataclass(frozen=True)
+class Form:
+    """What goes in and what comes out.
+
+    Attributes:
+        raw: pictures are (B, H, W, 3) uint8, as a decoder gives them; else (B, 3, H, W) float32 in [0, 1].
+        top: how many labels are named.
+        crops: give what the finer scales saw, too.
+    """
+
+    raw: bool = False
+    top: int = 5
+    crops: bool = False
+
+
+class Deployed(nn.Module):
+    """RACNN with all that stands before and after it.
+
+    Args:
+        model: the network.
+        fit: `crop`, `pad` or `squash`: how a picture that is not square becomes so.
+        form: of input and outputs.
+    """
+
+    def __init__(self, model: RACNN, fit: str, form: Form) -> None:
+        super().__init__()
+        self.model, self.fit, self.form = model, fit, form
+
+    @property
+    def names(self) -> list[str]:
+        """Of the outputs, in the order of `forward`."""
+        finer = range(2, len(self.model.sizes) + 1)
+        names = ["probabilities", "labels", "scales", *(["boxes"] if finer else [])]
+        return names + [f"crop_{number}" for number in finer if self.form.crops]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Pictures of any height H and width W to the answers.
+
+        Args:
+            image: (B, H, W, 3) uint8 or (B, 3, H, W) float32 in [0, 1], as `form` says.
+
+        Returns:
+            probabilities (B, N); labels (B, top) int64, best first; scales (B, S, N), the probabilities of each
+            scale alone; with more than one scale boxes (B, S - 1, 4), x0, y0, x1, y1 in pixels of `image`, inside
+            it; with `form.crops` what each finer scale saw, (B, 3, s, s) in [0, 1].
+        """
+        if self.form.raw:
+            image = image.permute(0, 3, 1, 2).float() / 255
+        height, width = image.shape[2], image.shape[3]
+        square, left, top = self._square(image)
+        output = self.model(square)
+        labels = output.probabilities.topk(min(self.form.top, self.model.classes), dim=1).indices
+        scales = torch.stack([logits.softmax(dim=1) for logits in output.logits], dim=1)
+        found = [output.probabilities, labels, scales]
+        if output.boxes:
+            boxes = torch.stack(output.boxes, dim=1)  # (B, S - 1, 3)
+            half = torch.cat([boxes[..., 2:]] * 2, dim=2)
+            side = boxes.new_tensor([1.0, 1.0]) * torch.stack(
+                [torch.scalar_tensor(square.shape[3]), torch.scalar_tensor(square.shape[2])]
+            )
+            shift = torch.stack([torch.scalar_tensor(left), torch.scalar_tensor(top)])
+            low = (boxes[..., :2] - half) * side + shift
+            high = (boxes[..., :2] + half) * side + shift
+            largest = torch.stack([torch.scalar_tensor(width), torch.scalar_tensor(height)])
+            inside = [torch.minimum(corner.clamp_min(0.0), largest) for corner in (low, high)]
+            found.append(torch.cat(inside, dim=2))
+        if self.form.crops:
+            model = self.model
+            found += [(view * model.std + model.mean).clamp(0.0, 1.0) for view in output.views[1:]]
+        return tuple(found)
+
+    def _square(self, image: Tensor) -> tuple[Tensor, int | SymInt, int | SymInt]:
+        """The square picture, and where its top left corner lies in `image`: x, y in pixels.
+
+        A stretched picture stays as it is: boxes are shares of the two sides, and so the crop stretches it.
+        """
+        height, width = image.shape[2], image.shape[3]
+        if self.fit == "squash":
+            return image, 0, 0
+        if self.fit == "crop":
+            side = torch.sym_min(height, width)
+            left, top = (width - side) // 2, (height - side) // 2
+            return image[:, :, top : top + side, left : left + side], left, top
+        side = torch.sym_max(height, width)
+        left, top = (side - width) // 2, (side - height) // 2
+        borders = (left, side - width - left, top, side - height - top)
+        return F.pad(image, borders, value=GREY[0] / 255), -left, -top  # type: ignore[arg-type]
