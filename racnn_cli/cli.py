@@ -301,14 +301,6 @@ def evaluate(
     _print_result(opened, measure(opened, split=split, data=data, skip_bad=skip_bad))
 
 
-class Rows(StrEnum):
-    """How `racnn predict` writes its answers."""
-
-    table = "table"
-    jsonl = "jsonl"
-    csv = "csv"
-
-
 @app.command()
 def export(
     run: RunFolder = None,
@@ -338,7 +330,10 @@ def export(
 ) -> None:
     """Write the trained network for use elsewhere."""
     if [onnx, safetensors, check is not None].count(True) != 1:
-        raise RacnnError("export to what? name one format", "--onnx or --safetensors; --check FOLDER tries a file that is there")
+        raise RacnnError(
+            "export to what? name one format",
+            "--onnx or --safetensors, or --check FOLDER",
+        )
     if not onnx and (raw or crops or top != 5 or opset != 20):
         raise RacnnError("--raw, --crops, --top and --opset are for --onnx", "add --onnx, or leave them away")
     opened = Run.open(run)
@@ -352,6 +347,14 @@ def export(
         typer.echo(exporter.describe(exporter.check(opened, out, check)))
     else:
         typer.echo(f"wrote {exporter.export_safetensors(opened, out or opened.folder / 'export')}")
+
+
+class Rows(StrEnum):
+    """How `racnn predict` writes its answers."""
+
+    table = "table"
+    jsonl = "jsonl"
+    csv = "csv"
 
 
 @app.command()
