@@ -310,6 +310,9 @@ def export(
     safetensors: Annotated[
         bool, typer.Option("--safetensors", help="a folder that racnn_cli.load() reads")
     ] = False,
+    program: Annotated[
+        bool, typer.Option("--torch", help="a .pt2 file that torch.export.load() reads, without racnn")
+    ] = False,
     check: Annotated[
         Path | None,
         typer.Option(
@@ -327,22 +330,48 @@ def export(
     ] = False,
     top: Annotated[int, typer.Option("--top", min=1, help="ONNX: how many labels it names")] = 5,
     opset: Annotated[int, typer.Option("--opset", help="ONNX: version of the operators, 18 or 20")] = 20,
+    half: Annotated[bool, typer.Option("--half", help="ONNX: the backbones in 16-bit floats")] = False,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="ONNX: the backbones in 8-bit integers, calibrated on training pictures"),
+    ] = False,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", min=0, help="points of accuracy that --half or --int8 may cost")
+    ] = 0.5,
 ) -> None:
     """Write the trained network for use elsewhere."""
-    if [onnx, safetensors, check is not None].count(True) != 1:
+    if [onnx, program, safetensors, check is not None].count(True) != 1:
         raise RacnnError(
-            "export to what? name one format",
-            "--onnx or --safetensors, or --check FOLDER",
+            "export to what? name one format", "--onnx, --torch or --safetensors, or --check FOLDER"
         )
-    if not onnx and (raw or crops or top != 5 or opset != 20):
-        raise RacnnError("--raw, --crops, --top and --opset are for --onnx", "add --onnx, or leave them away")
+    if not (onnx or program) and (raw or crops or top != 5):
+        raise RacnnError("--raw, --crops and --top are for --onnx and --torch", "leave them away")
+    if not onnx and (half or int8 or opset != 20):
+        raise RacnnError("--half, --int8 and --opset are for --onnx", "add --onnx, or leave them away")
+    if half and int8:
+        raise RacnnError("--half and --int8 are two precisions", "name one of them")
+    if opset not in (18, 20):
+        raise RacnnError(f"--opset {opset}: exports are written and tried in 18 and 20", "--opset 18 or 20")
     opened = Run.open(run)
     from racnn_cli.results import export as exporter
     from racnn_cli.results.deployed import Form
 
     if onnx:
-        report = exporter.export_onnx(opened, out, form=Form(raw, top, crops), opset=opset)
+        report = exporter.export_onnx(
+            opened,
+            out,
+            form=Form(raw, top, crops),
+            opset=opset,
+            precision="half" if half else "int8" if int8 else "float32",
+            max_drop=max_drop,
+        )
         typer.echo(exporter.describe(report))
+    elif program:
+        report = exporter.export_program(opened, out, form=Form(raw, top, crops))
+        worst = max(report["max_difference"].values())
+        typer.echo(
+            f"wrote {report['path']}: {report['bytes'] / 2**20:.1f} MiB, largest difference {worst:.1e}"
+        )
     elif check is not None:
         typer.echo(exporter.describe(exporter.check(opened, out, check)))
     else:

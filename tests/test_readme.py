@@ -6,12 +6,17 @@ starts a run gets `--quick` and small views added, so that it ends in seconds; n
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import racnn_cli
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import NAMES
 from racnn_cli.cli import main
@@ -59,10 +64,34 @@ def test_commands_and_python_as_typed(here, monkeypatch, capsys) -> None:
     for made in ("report.html", "model.onnx"):
         assert list((here / "runs").glob(f"*/{made}")), made
     assert len(list((here / "looked").glob("*.jpg"))) == 64
+    answer_alone(next((here / "runs").glob("*/model.onnx")), here / "my-pictures")
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
     out = capsys.readouterr().out
     assert len([line for line in out.splitlines() if line.startswith("my-pictures")]) == 64
+
+
+def answer_alone(file: Path, pictures: Path) -> None:
+    """README's script, in a process that can import onnxruntime, numpy, Pillow and nothing else."""
+    marked = re.search(r"<!-- alone -->\n```python\n(.*?)```", README, flags=re.S)
+    assert marked
+    assert len(marked[1].splitlines()) <= 20
+    wall = """
+import sys
+class Wall:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in ("racnn_cli", "backbones", "torch", "timm", "cv2", "onnx", "rich", "scipy"):
+            raise ImportError(f"{name} is not installed here")
+sys.meta_path.insert(0, Wall())
+"""
+    some = sorted(pictures.rglob("*.png"))[:6]
+    words = [sys.executable, "-c", wall + marked[1], str(file), *map(str, some)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, answer in zip(said, racnn_cli.load(file).predict(some), strict=True):
+        name, label, probability, boxes = line.split(maxsplit=3)
+        assert (name, label) == (answer.path, answer.label)
+        assert float(probability) == pytest.approx(answer.probability, abs=0.01)
+        assert np.allclose(json.loads(boxes), answer.boxes, atol=1.0)
 
 
 def test_the_two_commands_are_marked_for_ci() -> None:

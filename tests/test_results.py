@@ -33,7 +33,7 @@ from racnn_cli.data.images import Pictures
 from racnn_cli.data.index import build_index
 from racnn_cli.data.square import load_source
 from racnn_cli.errors import RacnnError
-from racnn_cli.results import draw, evaluate, export, predict, report
+from racnn_cli.results import compress, draw, evaluate, export, predict, report
 from racnn_cli.results.deployed import Deployed, Form
 from racnn_cli.results.prediction import Frame, load
 from racnn_cli.run import Run, write_json
@@ -377,6 +377,83 @@ def test_a_file_is_checked_again_later(run: Run, exported: dict, place: Path, da
         export.check(run, place / "none.onnx", data.parent)
     with pytest.raises(RacnnError, match="is no folder"):
         export.check(run, None, place / "nowhere")
+
+
+def backbone_types(path: Path) -> tuple[set[int], set[int]]:
+    """Types of the weights in the backbones, and of all others, by the names that they had in PyTorch."""
+    weights = {entry.name: entry.data_type for entry in onnx.load(path).graph.initializer}
+    inside = {kind for name, kind in weights.items() if ".backbone." in name and "weight" in name}
+    return inside, {kind for name, kind in weights.items() if ".apn." in name or "fusion" in name}
+
+
+@pytest.mark.parametrize(("precision", "kind", "share"), [("half", 10, 0.6), ("int8", 3, 0.4)])
+def test_smaller_precisions_leave_the_boxes_in_float(
+    run: Run, exported: dict, place: Path, monkeypatch, precision, kind, share
+) -> None:
+    monkeypatch.setattr(export, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
+    made = export.export_onnx(run, place / f"{precision}.onnx", precision=precision, max_drop=100)
+    found = made["compressed"]
+    assert made["bytes"] < share * found["bytes_before"]
+    assert found["bytes_before"] == pytest.approx(run.onnx.stat().st_size, rel=0.01)
+    assert (found["precision"], found["images"]) == (precision, 24)
+    assert found["times_faster"] > 0
+    text = export.describe(made)
+    assert f"{precision}: " in text
+    assert f"accuracy {found['before']:.3f} before and {found['after']:.3f} after on 24" in text
+    inside, outside = backbone_types(made["path"])
+    assert kind in inside
+    assert outside == {1}  # float32
+    files = sorted((place / "data").glob("val-*.png"))
+    answers = [load(file).predict(files) for file in (run.onnx, made["path"])]
+    right = [
+        np.mean([answer.label == CLASSES[int(Path(answer.path).name[4])] for answer in some])
+        for some in answers
+    ]
+    assert right == pytest.approx([found["before"], found["after"]])
+    gaps = [abs(a.probability - b.probability) for a, b in zip(*answers, strict=True)]
+    assert np.median(gaps) < (0.01 if precision == "half" else 0.2)
+
+
+def test_a_smaller_file_that_is_worse_is_refused(run: Run, exported: dict, place: Path, monkeypatch) -> None:
+    monkeypatch.setattr(export, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
+    shares = iter([0.9, 0.85])
+    monkeypatch.setattr(compress, "accuracy", lambda *_: next(shares))
+    with pytest.raises(RacnnError, match=r"half costs 5\.0 points .* \(0\.900 to 0\.850\)") as fault:
+        export.export_onnx(run, place / "worse" / "net.onnx", precision="half", max_drop=4.9)
+    assert "--max-drop 5" in (fault.value.hint or "")
+    assert list((place / "worse").iterdir()) == []
+
+
+def test_a_torch_program_answers_without_racnn(run: Run, place: Path, data: Path) -> None:
+    made = export.export_program(run, place / "net.pt2", form=Form(raw=True))
+    assert max(made["max_difference"].values()) < 1e-3
+    code = """
+import json, sys
+class Wall:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in ("racnn_cli", "backbones", "timm"):
+            raise ImportError(f"{name} is not installed here")
+sys.meta_path.insert(0, Wall())
+import numpy, torch
+from PIL import Image
+told = {"metadata.json": ""}
+network = torch.export.load(sys.argv[1], extra_files=told).module()
+classes = json.loads(json.loads(told["metadata.json"])["classes"])
+image = torch.from_numpy(numpy.array(Image.open(sys.argv[2])))[None]
+answers = dict(zip(["probabilities", "labels"], network(image)))
+print(classes[answers["labels"][0, 0]], float(answers["probabilities"].max()))
+"""
+    file = data.parent / "test-0-0.png"
+    words = [sys.executable, "-c", code, made["path"], str(file)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    network, _ = store.load(run.folder)
+    with torch.inference_mode():
+        expected = Deployed(network, "crop", Form(raw=True))(
+            torch.from_numpy(np.array(Image.open(file)))[None]
+        )
+    label, probability = said.rsplit(maxsplit=1)
+    assert label == run.classes()[int(expected[1][0, 0])]
+    assert float(probability) == pytest.approx(float(expected[0].max()), abs=1e-4)
 
 
 def test_a_single_scale_exports_without_boxes_and_without_data(place: Path, data: Path, capfd) -> None:

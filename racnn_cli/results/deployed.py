@@ -94,7 +94,9 @@ class Deployed(nn.Module):
         if self.fit == "crop":
             side = torch.sym_min(height, width)
             left, top = (width - side) // 2, (height - side) // 2
-            return image[:, :, top : top + side, left : left + side], left, top
+            # By index: of a slice, torch.export would remember whether it was the whole picture.
+            rows, columns = (torch.arange(side, device=image.device) + start for start in (top, left))
+            return image.index_select(2, rows).index_select(3, columns), left, top
         side = torch.sym_max(height, width)
         left, top = (side - width) // 2, (side - height) // 2
         borders = (left, side - width - left, top, side - height - top)

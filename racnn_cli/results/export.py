@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,20 @@ from torch import Tensor
 
 import racnn_cli
 from racnn_cli.core import store
-from racnn_cli.data.index import build_index
+from racnn_cli.data.index import Item, build_index
 from racnn_cli.data.listing import pictures_in
 from racnn_cli.data.square import load_source
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
+from racnn_cli.results import compress
+from racnn_cli.results.compress import Precision
 from racnn_cli.results.deployed import Deployed, Form
 from racnn_cli.results.onnx_network import open_session
 from racnn_cli.run import Run, write_atomic, write_json, write_text
 
 OPSET = 20  # version of the ONNX operator set, unless another is asked for
-OPSETS = (18, 20)
 BATCHES = (1, 2, 7)  # sizes that a file is checked with
+MAX_DROP = 0.5  # points of accuracy that a smaller file may cost
 LARGER = 1.5  # and the second size of the pictures, in sides of the source that the network was trained on
 TOLERANCE = 1e-3  # in probabilities, and in boxes as a share of the picture's side
 CROPS_TOLERANCE = 1e-2  # a sharp edge in a crop moves with the box's rounding
@@ -45,7 +47,13 @@ LARGEST = 2**31 - 2**20  # bytes that one protobuf message can hold
 
 
 def export_onnx(
-    run: Run, path: Path | None = None, *, form: Form | None = None, opset: int = OPSET
+    run: Run,
+    path: Path | None = None,
+    *,
+    form: Form | None = None,
+    opset: int = OPSET,
+    precision: Precision = "float32",
+    max_drop: float = MAX_DROP,
 ) -> dict[str, Any]:
     """Write the network as ONNX, and check it against PyTorch before the file gets its name.
 
@@ -59,12 +67,17 @@ def export_onnx(
         path: the file; None: model.onnx in the run folder.
         form: of input and outputs.
         opset: 18 or 20.
+        precision: `half` and `int8` make the backbones smaller once the graph in float32 has passed.
+        max_drop: how many points of accuracy on the validation split that may cost.
 
     Returns:
-        `path`, `bytes`, `opset`, `inputs` and `outputs` (name to shape), `seconds`, and what `compare` gives.
+        `path`, `bytes`, `opset`, `inputs` and `outputs` (name to shape), `seconds`, what `compare` gives, and
+        with another precision `compressed`: `precision`, `before` and `after` (accuracy), `images`,
+        `bytes_before`, `times_faster`.
 
     Raises:
-        RacnnError: no weights; the network cannot be exported; ONNX Runtime disagrees with PyTorch.
+        RacnnError: no weights; the network cannot be exported; ONNX Runtime disagrees with PyTorch; the run's
+            pictures are gone, or the accuracy drops too far.
     """
     path, start = path or run.onnx, time.perf_counter()
     network, _ = store.load(run.folder)
@@ -78,6 +91,8 @@ def export_onnx(
     def verify(file: Path) -> None:
         validate(file)
         checked.update(compare(deployed, file, pictures))
+        if precision != "float32":
+            checked["compressed"] = _compress(run, deployed, file, precision, max_drop)
 
     size = save(program, path, verify)
     return {
@@ -89,6 +104,50 @@ def export_onnx(
         **checked,
         "seconds": time.perf_counter() - start,
     }
+
+
+def _compress(
+    run: Run, deployed: Deployed, file: Path, precision: Precision, max_drop: float
+) -> dict[str, Any]:
+    """Put a smaller graph in the place of one in float32 that has passed, if it is good enough."""
+    recipe, side = run.recipe(), deployed.model.source
+    index = build_index(recipe.data, seed=recipe.seed, classes=run.classes(), verify=())
+
+    def squares(items: Sequence[Item]) -> np.ndarray:
+        return np.stack([load_source(item.path, recipe.data.fit, side)[0] for item in items])
+
+    held_out = index.splits["val"]
+    judged = compress.Labelled(squares(held_out), np.array([item.label for item in held_out]))
+    smaller = file.with_suffix(".smaller.onnx")
+    try:
+        if precision == "half":
+            compress.to_half(file, smaller)
+        else:
+            train = index.splits["train"]
+            some = train[:: math.ceil(len(train) / compress.CALIBRATION)]
+            compress.to_int8(file, smaller, squares(some), deployed.form)
+        before, after = open_session(file), open_session(smaller)
+        image = next(compress.batches(judged.squares[:4], deployed.form))
+        found: dict[str, Any] = {
+            "precision": precision,
+            "before": compress.accuracy(before, judged, deployed.form),
+            "after": compress.accuracy(after, judged, deployed.form),
+            "images": len(held_out),
+            "bytes_before": file.stat().st_size,
+            "times_faster": compress.times_faster(before, after, image),
+        }
+        drop = 100 * (found["before"] - found["after"])
+        if drop > max_drop + 1e-9:
+            raise RacnnError(
+                f"{precision} costs {drop:.1f} points of accuracy on {len(held_out)} validation pictures "
+                f"({found['before']:.3f} to {found['after']:.3f}); {max_drop:g} are allowed, and no file was written",
+                f"--max-drop {math.ceil(10 * drop - 1e-6) / 10:g}, or export without --{precision}",
+                failure=True,
+            )
+        os.replace(smaller, file)
+    finally:
+        smaller.unlink(missing_ok=True)
+    return found
 
 
 def check(run: Run, path: Path | None, folder: Path) -> dict[str, Any]:
@@ -142,6 +201,12 @@ def describe(report: Mapping[str, Any]) -> str:
         f"{', '.join(map(str, report['batches']))} at a time",
         f"  same class on {same} of {count}; largest differences: {worst}",
     ]
+    if smaller := report.get("compressed"):
+        lines += [
+            f"  {smaller['precision']}: {smaller['bytes_before'] / 2**20:.1f} MiB before, "
+            f"{smaller['times_faster']:.2f} × as fast on this machine, accuracy {smaller['before']:.3f} before and "
+            f"{smaller['after']:.3f} after on {smaller['images']} validation pictures"
+        ]
     return "\n".join(lines)
 
 
@@ -299,6 +364,58 @@ def save(program: onnx_ir.Model, path: Path, verify: Callable[[Path], None]) -> 
     return path.stat().st_size + (beside.stat().st_size if beside else 0)
 
 
+def export_program(run: Run, path: Path | None = None, *, form: Form | None = None) -> dict[str, Any]:
+    """Write the network as a program of `torch.export`, which loads with `torch.export.load` where racnn is not.
+
+    What goes in and comes out is that of `export_onnx`; classes and the rest of its metadata are in the extra
+    file `metadata.json`.
+
+    Args:
+        run, form: as in `export_onnx`.
+        path: the file; None: model.pt2 in the run folder.
+
+    Returns:
+        `path`, `bytes`, `max_difference` (output to largest difference on validation pictures).
+
+    Raises:
+        RacnnError: no weights; the network cannot be traced; the program answers otherwise.
+    """
+    path = path or run.folder / "model.pt2"
+    network, _ = store.load(run.folder)
+    recipe = run.recipe()
+    deployed = Deployed(network, recipe.data.fit, form or Form()).eval()
+    example, axes = _any_size(deployed)
+    try:
+        program = torch.export.export(deployed, (example,), dynamic_shapes={"image": axes})
+    except Exception as fault:
+        first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        raise RacnnError(
+            f"the network cannot be traced by torch.export: {first}", HINT, failure=True
+        ) from fault
+    pictures = Pictures(recipe, run.classes(), network.source)
+    worst: dict[str, float] = {}
+
+    def write(temporary: Path) -> None:
+        extra = {"metadata.json": json.dumps(metadata(run, deployed))}
+        torch.export.save(program, temporary, extra_files=extra)
+        loaded = torch.export.load(temporary).module()
+        squares = pictures.squares(3, network.source)
+        image = squares if deployed.form.raw else squares.permute(0, 3, 1, 2).float() / 255
+        with torch.inference_mode():
+            pairs = zip(deployed.names, deployed(image), loaded(image), strict=True)
+            worst.update({name: float((one - other).abs().max()) for name, one, other in pairs})
+        if worst["probabilities"] > TOLERANCE:
+            raise RacnnError(
+                f"the program and the network differ by {worst['probabilities']:.2g} in probabilities; no file was "
+                "written",
+                HINT,
+                failure=True,
+            )
+
+    write_atomic(path, write)
+    return {"path": str(path), "bytes": path.stat().st_size, "max_difference": worst}
+
+
 def export_safetensors(run: Run, folder: Path) -> Path:
     """Write recipe.toml, classes.json and weights.safetensors to a folder that `racnn_cli.load` reads.
 
@@ -323,15 +440,7 @@ def to_onnx(deployed: Deployed, opset: int) -> onnx_ir.Model:
     Raises:
         RacnnError: the network cannot be exported.
     """
-    # No two dimensions alike, none the network's own or 1: the exporter would take them for the same or for constant.
-    side = deployed.model.source
-    shape = (3, side + 10, side + 22)
-    example = torch.zeros(2, *shape)
-    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
-    axes = {0: batch, 2: height, 3: width}
-    if deployed.form.raw:
-        example = example.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
-        axes = {0: batch, 1: height, 2: width}
+    example, axes = _any_size(deployed)
     said = io.StringIO()
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -358,6 +467,17 @@ def to_onnx(deployed: Deployed, opset: int) -> onnx_ir.Model:
         logging.disable(before)
     assert program is not None
     return program.model
+
+
+def _any_size(deployed: Deployed) -> tuple[Tensor, dict[int, Any]]:
+    """Pictures to trace the network with, and which of their dimensions may be any."""
+    # No two dimensions alike, none the network's own or 1: the exporter would take them for one or for constants.
+    side = deployed.model.source
+    example = torch.zeros(2, 3, side + 10, side + 22)
+    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
+    if deployed.form.raw:
+        return example.permute(0, 2, 3, 1).to(torch.uint8).contiguous(), {0: batch, 1: height, 2: width}
+    return example, {0: batch, 2: height, 3: width}
 
 
 def _shape(value: onnx_ir.Value) -> list[str | int]:
