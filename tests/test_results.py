@@ -640,6 +640,21 @@ app(["predict", *sys.argv[1:]])
     assert [answer["label"] for answer in found] == [answer.label for answer in expected]
 
 
+def test_openvino_answers_as_onnx_runtime_does(run: Run, exported: dict, data: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    squares = np.stack(
+        [load_source(file, "crop", SIDE)[0] for file in sorted(data.parent.glob("val-*.png"))[:5]]
+    )
+    image = np.ascontiguousarray(squares.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+    network = openvino.Core().compile_model(run.onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    answers = network({"image": image})
+    names = ["probabilities", "labels", "scales", "boxes"]
+    for name, value in zip(
+        names, onnxruntime.InferenceSession(run.onnx).run(names, {"image": image}), strict=True
+    ):
+        assert np.abs(answers[name] - value).max() < (0.05 if name == "boxes" else 1e-3), name
+
+
 def test_a_file_of_another_make_is_refused(run: Run, exported: dict, place: Path) -> None:
     proto = onnx.load(run.onnx)
     del proto.metadata_props[:]
