@@ -377,6 +377,12 @@ def test_a_file_is_checked_again_later(run: Run, exported: dict, place: Path, da
         export.check(run, place / "none.onnx", data.parent)
     with pytest.raises(RacnnError, match="is no folder"):
         export.check(run, None, place / "nowhere")
+    proto = onnx.load(run.onnx)
+    for entry in [entry for entry in proto.metadata_props if entry.key == "layout"]:
+        proto.metadata_props.remove(entry)
+    onnx.save(proto, place / "older.onnx")
+    with pytest.raises(RacnnError, match="another version of racnn"):
+        export.check(run, place / "older.onnx", data.parent)
 
 
 def backbone_types(path: Path) -> tuple[set[int], set[int]]:

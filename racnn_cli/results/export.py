@@ -173,6 +173,11 @@ def check(run: Run, path: Path | None, folder: Path) -> dict[str, Any]:
             f"{path} was not exported from {run.folder}: its recipe is another one",
             "name its own run with --run",
         )
+    if not {"layout", "top"} <= told.keys():
+        raise RacnnError(
+            f"{path} was exported by another version of racnn ({told.get('racnn', 'unknown')})",
+            "export it again, with `racnn export --onnx`",
+        )
     names = {value.name for value in session.get_outputs()}
     form = Form(told["layout"] == "NHWC", int(told["top"]), any(name.startswith("crop_") for name in names))
     deployed = Deployed(network, recipe.data.fit, form).eval()
