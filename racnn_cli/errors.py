@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RacnnError(Exception):
     """A fault that a user can understand and mend.
@@ -21,3 +24,9 @@ class RacnnError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\ntry: {self.hint}" if self.hint else self.message
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """`; did you mean …?` for a name that is not among the known ones; empty when nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

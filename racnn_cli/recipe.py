@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RacnnError, did_you_mean
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -307,9 +307,8 @@ def find(name: str) -> Path:
     shipped = RECIPES / f"{name}.toml"
     if "/" not in name and "\\" not in name and shipped.is_file():
         return shipped
-    near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
     raise RacnnError(
-        f"there is no recipe {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+        f"there is no recipe {name!r}{did_you_mean(name, names())}",
         f"one of {', '.join(names())}, or the path of a file that ends in .toml",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import platform
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RacnnError, did_you_mean
 from racnn_cli.run import write_json, write_text
 
 NAMES = ("seeds", "attention", "ablation", "gradient", "backbones", "crop")
@@ -72,9 +71,8 @@ def run_bench(
         RacnnError: no such bench, an option that it does not take, or what the measured thing itself raises.
     """
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.55)
         raise RacnnError(
-            f"there is no bench {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+            f"there is no bench {name!r}{did_you_mean(name, NAMES, cutoff=0.55)}",
             f"one of {', '.join(NAMES)}",
         )
     takes = {

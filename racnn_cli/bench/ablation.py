@@ -7,7 +7,6 @@ figures of the boxes.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from racnn_cli.bench import Figures, Options
 from racnn_cli.bench.arms import LEARNED, Arm, Seed
 from racnn_cli.bench.attention import BOX, Claim, answer, shown, shown_pair, spread, table_of
 from racnn_cli.bench.seeds import paired
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RacnnError, did_you_mean
 
 # At the default's 5e-3 the gradient through the crop ruins the boxes; this is the best of 5e-3, 1e-3 and 1e-4.
 BACKPROP_LR = 1e-4
@@ -80,10 +79,8 @@ def choose(names: Sequence[str]) -> list[Arm]:
     known = [arm.name for arm in ARMS]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
             raise RacnnError(
-                f"the ablation has no arm {name!r}"
-                + (f"; did you mean {' or '.join(near)}?" if near else ""),
+                f"the ablation has no arm {name!r}{did_you_mean(name, known)}",
                 f"one of: {', '.join(known)}",
             )
     return [arm for arm in ARMS if not names or arm is DEFAULT or arm.name in names]

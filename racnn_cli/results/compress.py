@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,25 +27,13 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from racnn_cli.errors import RacnnError
 from racnn_cli.results.deployed import Form
+from racnn_cli.results.onnx_network import as_input
 
 Precision = Literal["float32", "half", "int8"]
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the module that a node comes from
 TURNS = 15  # of each file, in the measurement of speed
 CALIBRATION = 128  # training pictures that the ranges of int8 are taken from
 BATCH = 8
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Square pictures and their classes.
-
-    Attributes:
-        squares: (n, H, H, 3) uint8.
-        labels: (n,).
-    """
-
-    squares: np.ndarray
-    labels: np.ndarray
 
 
 def to_half(source: Path, target: Path) -> None:
@@ -111,20 +98,15 @@ class _Reader(CalibrationDataReader):
 def batches(squares: np.ndarray, form: Form) -> Iterator[np.ndarray]:
     """Square pictures (n, H, H, 3) uint8 as the graph takes them, a few at a time."""
     for start in range(0, len(squares), BATCH):
-        some = squares[start : start + BATCH]
-        yield (
-            some
-            if form.raw
-            else np.ascontiguousarray(some.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
-        )
+        yield as_input(squares[start : start + BATCH], raw=form.raw)
 
 
-def accuracy(session: onnxruntime.InferenceSession, pictures: Labelled, form: Form) -> float:
-    """Share of pictures that the file names the right class of."""
-    answers = [
-        session.run(["labels"], {"image": image})[0][:, 0] for image in batches(pictures.squares, form)
-    ]
-    return float((np.concatenate(answers) == pictures.labels).mean())
+def accuracy(
+    session: onnxruntime.InferenceSession, squares: np.ndarray, labels: np.ndarray, form: Form
+) -> float:
+    """Share of the square pictures (n, H, H, 3) uint8 whose class, of `labels` (n,), the file names."""
+    answers = [session.run(["labels"], {"image": image})[0][:, 0] for image in batches(squares, form)]
+    return float((np.concatenate(answers) == labels).mean())
 
 
 def times_faster(

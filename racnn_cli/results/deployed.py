@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor, nn
 
+from racnn_cli.core import metrics
 from racnn_cli.core.model import RACNN
 from racnn_cli.data.geometry import GREY
 
@@ -67,17 +68,9 @@ class Deployed(nn.Module):
         scales = torch.stack([logits.softmax(dim=1) for logits in output.logits], dim=1)
         found = [output.probabilities, labels, scales]
         if output.boxes:
-            boxes = torch.stack(output.boxes, dim=1)  # (B, S - 1, 3)
-            half = torch.cat([boxes[..., 2:]] * 2, dim=2)
-            side = boxes.new_tensor([1.0, 1.0]) * torch.stack(
-                [torch.scalar_tensor(square.shape[3]), torch.scalar_tensor(square.shape[2])]
-            )
-            shift = torch.stack([torch.scalar_tensor(left), torch.scalar_tensor(top)])
-            low = (boxes[..., :2] - half) * side + shift
-            high = (boxes[..., :2] + half) * side + shift
-            largest = torch.stack([torch.scalar_tensor(width), torch.scalar_tensor(height)])
-            inside = [torch.minimum(corner.clamp_min(0.0), largest) for corner in (low, high)]
-            found.append(torch.cat(inside, dim=2))
+            boxes = torch.stack([metrics.corners(box) for box in output.boxes], dim=1)  # (B, S - 1, 4)
+            pixels = boxes * _twice(square.shape[3], square.shape[2], boxes) + _twice(left, top, boxes)
+            found.append(torch.minimum(pixels.clamp_min(0.0), _twice(width, height, boxes)))
         if self.form.crops:
             model = self.model
             found += [(view * model.std + model.mean).clamp(0.0, 1.0) for view in output.views[1:]]
@@ -101,3 +94,9 @@ class Deployed(nn.Module):
         left, top = (side - width) // 2, (side - height) // 2
         borders = (left, side - width - left, top, side - height - top)
         return F.pad(image, borders, value=GREY[0] / 255), -left, -top  # type: ignore[arg-type]
+
+
+def _twice(x: int | SymInt, y: int | SymInt, like: Tensor) -> Tensor:
+    """(4,): x, y, x, y, for both corners of a box."""
+    each = [torch.scalar_tensor(value, dtype=like.dtype, device=like.device) for value in (x, y)]
+    return torch.stack(each * 2)

@@ -33,7 +33,7 @@ from racnn_cli.recipe import Recipe
 from racnn_cli.results import compress
 from racnn_cli.results.compress import Precision
 from racnn_cli.results.deployed import Deployed, Form
-from racnn_cli.results.onnx_network import open_session
+from racnn_cli.results.onnx_network import as_input, open_session
 from racnn_cli.run import Run, write_atomic, write_json, write_text
 
 OPSET = 20  # version of the ONNX operator set, unless another is asked for
@@ -117,7 +117,7 @@ def _compress(
         return np.stack([load_source(item.path, recipe.data.fit, side)[0] for item in items])
 
     held_out = index.splits["val"]
-    judged = compress.Labelled(squares(held_out), np.array([item.label for item in held_out]))
+    judged, labels = squares(held_out), np.array([item.label for item in held_out])
     smaller = file.with_suffix(".smaller.onnx")
     try:
         if precision == "half":
@@ -127,11 +127,11 @@ def _compress(
             some = train[:: math.ceil(len(train) / compress.CALIBRATION)]
             compress.to_int8(file, smaller, squares(some), deployed.form)
         before, after = open_session(file), open_session(smaller)
-        image = next(compress.batches(judged.squares[:4], deployed.form))
+        image = next(compress.batches(judged[:4], deployed.form))
         found: dict[str, Any] = {
             "precision": precision,
-            "before": compress.accuracy(before, judged, deployed.form),
-            "after": compress.accuracy(after, judged, deployed.form),
+            "before": compress.accuracy(before, judged, labels, deployed.form),
+            "after": compress.accuracy(after, judged, labels, deployed.form),
             "images": len(held_out),
             "bytes_before": file.stat().st_size,
             "times_faster": compress.times_faster(before, after, image),
@@ -160,13 +160,9 @@ def check(run: Run, path: Path | None, folder: Path) -> dict[str, Any]:
         RacnnError: the file is missing, was made from another recipe, or answers otherwise.
     """
     path = path or run.onnx
-    if not path.is_file():
-        raise RacnnError(
-            f"{path} does not exist", "`racnn export --onnx` writes it, --out FILE names another"
-        )
+    session = open_session(path)
     network, _ = store.load(run.folder)
     recipe = run.recipe()
-    session = open_session(path)
     told = session.get_modelmeta().custom_metadata_map
     if told.get("recipe_sha256") != _fingerprint(run):
         raise RacnnError(
@@ -237,13 +233,12 @@ class Pictures:
         if not self.files:
             self.kind = "noise"
 
-    def squares(self, count: int, side: int) -> Tensor:
+    def squares(self, count: int, side: int) -> np.ndarray:
         """So many of them, (count, side, side, 3) uint8; a short list starts again."""
         if not self.files:
-            generator = torch.Generator().manual_seed(side)
-            return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
+            return np.random.default_rng(side).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
         some = [load_source(file, self.data.fit, side)[0] for file in self.files[:count]]
-        return torch.from_numpy(np.stack([some[number % len(some)] for number in range(count)]))
+        return np.stack([some[number % len(some)] for number in range(count)])
 
 
 def compare(deployed: Deployed, path: Path, pictures: Pictures) -> dict[str, Any]:
@@ -262,12 +257,14 @@ def compare(deployed: Deployed, path: Path, pictures: Pictures) -> dict[str, Any
     worst = {name: 0.0 for name in deployed.names if name != "labels"}
     same = count = 0
     for side in sides:
-        for share in pictures.squares(sum(BATCHES), side).split(BATCHES):
-            image = share if deployed.form.raw else share.permute(0, 3, 1, 2).float() / 255
+        for share in np.split(pictures.squares(sum(BATCHES), side), np.cumsum(BATCHES)[:-1]):
+            image = as_input(share, raw=deployed.form.raw)
             where = f"{pictures.kind} of {side}×{side} px, {len(share)} at a time"
             with torch.inference_mode():
-                expected = dict(zip(deployed.names, [t.numpy() for t in deployed(image)], strict=True))
-            outputs = session.run(deployed.names, {"image": np.ascontiguousarray(image.numpy())})
+                expected = dict(
+                    zip(deployed.names, [t.numpy() for t in deployed(torch.from_numpy(image))], strict=True)
+                )
+            outputs = session.run(deployed.names, {"image": image})
             found = dict(zip(deployed.names, outputs, strict=True))
             for name in worst:
                 one, other = expected[name], found[name]
@@ -393,9 +390,8 @@ def export_program(run: Run, path: Path | None = None, *, form: Form | None = No
     try:
         program = torch.export.export(deployed, (example,), dynamic_shapes={"image": axes})
     except Exception as fault:
-        first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise RacnnError(
-            f"the network cannot be traced by torch.export: {first}", HINT, failure=True
+            f"the network cannot be traced by torch.export: {_first_line(fault)}", HINT, failure=True
         ) from fault
     pictures = Pictures(recipe, run.classes(), network.source)
     worst: dict[str, float] = {}
@@ -404,8 +400,7 @@ def export_program(run: Run, path: Path | None = None, *, form: Form | None = No
         extra = {"metadata.json": json.dumps(metadata(run, deployed))}
         torch.export.save(program, temporary, extra_files=extra)
         loaded = torch.export.load(temporary).module()
-        squares = pictures.squares(3, network.source)
-        image = squares if deployed.form.raw else squares.permute(0, 3, 1, 2).float() / 255
+        image = torch.from_numpy(as_input(pictures.squares(3, network.source), raw=deployed.form.raw))
         with torch.inference_mode():
             pairs = zip(deployed.names, deployed(image), loaded(image), strict=True)
             worst.update({name: float((one - other).abs().max()) for name, one, other in pairs})
@@ -464,9 +459,8 @@ def to_onnx(deployed: Deployed, opset: int) -> onnx_ir.Model:
                 verbose=False,
             )
     except Exception as fault:
-        first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise RacnnError(
-            f"the network cannot be exported to ONNX opset {opset}: {first}", HINT, failure=True
+            f"the network cannot be exported to ONNX opset {opset}: {_first_line(fault)}", HINT, failure=True
         ) from fault
     finally:
         logging.disable(before)
@@ -483,6 +477,10 @@ def _any_size(deployed: Deployed) -> tuple[Tensor, dict[int, Any]]:
     if deployed.form.raw:
         return example.permute(0, 2, 3, 1).to(torch.uint8).contiguous(), {0: batch, 1: height, 2: width}
     return example, {0: batch, 2: height, 3: width}
+
+
+def _first_line(fault: Exception) -> str:
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0]
 
 
 def _shape(value: onnx_ir.Value) -> list[str | int]:

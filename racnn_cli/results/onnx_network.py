@@ -35,21 +35,24 @@ class OnnxNetwork:
                 "a file that `racnn export --onnx` wrote",
             )
         self.classes, self.fit = json.loads(told["classes"]), told["fit"]
-        self.source, self.layout, self.scales = (
-            int(told["source"]),
-            told["layout"],
-            len(json.loads(told["sizes"])),
-        )
+        self.source, self.scales = int(told["source"]), len(json.loads(told["sizes"]))
+        self.raw = told["layout"] == "NHWC"
         self.outputs = [*OUTPUTS, *(["boxes"] if "boxes" in names else [])]
 
     def answer(self, squares: np.ndarray) -> Answers:
         """See `prediction.Network`."""
-        image = squares
-        if self.layout == "NCHW":
-            image = np.ascontiguousarray(squares.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
-        probabilities, scales, *boxes = self.session.run(self.outputs, {"image": image})
+        probabilities, scales, *boxes = self.session.run(
+            self.outputs, {"image": as_input(squares, raw=self.raw)}
+        )
         shares = boxes[0] / squares.shape[1] if boxes else np.zeros((len(squares), 0, 4), np.float32)
         return Answers(probabilities, scales, shares)
+
+
+def as_input(squares: np.ndarray, *, raw: bool) -> np.ndarray:
+    """Pictures (B, H, W, 3) uint8 as a graph takes them: as they are (`raw`), or (B, 3, H, W) float32 in [0, 1]."""
+    if raw:
+        return squares
+    return np.ascontiguousarray(squares.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:

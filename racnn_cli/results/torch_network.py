@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from racnn_cli.core import store
+from racnn_cli.core import metrics, store
 from racnn_cli.core.device import pick
 from racnn_cli.results.prediction import Answers
 
@@ -37,7 +37,5 @@ class TorchNetwork:
         scales = torch.stack([logits.float().softmax(dim=1) for logits in output.logits], dim=1)
         boxes = torch.zeros(len(squares), 0, 4)
         if output.boxes:
-            found = torch.stack(output.boxes, dim=1).float()  # (B, S - 1, 3)
-            centre, half = found[..., :2], found[..., 2:]
-            boxes = torch.cat([centre - half, centre + half], dim=2)
+            boxes = torch.stack([metrics.corners(box.float()) for box in output.boxes], dim=1)
         return Answers(*(value.cpu().numpy() for value in (output.probabilities.float(), scales, boxes)))
