@@ -335,8 +335,15 @@ def export(
         bool,
         typer.Option("--int8", help="ONNX: the backbones in 8-bit integers, calibrated on training pictures"),
     ] = False,
+    exits: Annotated[
+        bool,
+        typer.Option("--early-exit", help="ONNX: finer scales only for pictures that scale 1 is unsure of"),
+    ] = False,
     max_drop: Annotated[
-        float, typer.Option("--max-drop", min=0, help="points of accuracy that --half or --int8 may cost")
+        float,
+        typer.Option(
+            "--max-drop", min=0, help="points of accuracy that --half, --int8 or --early-exit may cost"
+        ),
     ] = 0.5,
 ) -> None:
     """Write the trained network for use elsewhere."""
@@ -346,8 +353,10 @@ def export(
         )
     if not (onnx or program) and (raw or crops or top != 5):
         raise RacnnError("--raw, --crops and --top are for --onnx and --torch", "leave them away")
-    if not onnx and (half or int8 or opset != 20):
-        raise RacnnError("--half, --int8 and --opset are for --onnx", "add --onnx, or leave them away")
+    if not onnx and (half or int8 or exits or opset != 20):
+        raise RacnnError(
+            "--half, --int8, --early-exit and --opset are for --onnx", "add --onnx, or leave them away"
+        )
     if half and int8:
         raise RacnnError("--half and --int8 are two precisions", "name one of them")
     if opset not in (18, 20):
@@ -363,6 +372,7 @@ def export(
             form=Form(raw, top, crops),
             opset=opset,
             precision="half" if half else "int8" if int8 else "float32",
+            exits=exits,
             max_drop=max_drop,
         )
         typer.echo(exporter.describe(report))

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from typer.testing import CliRunner
 
-from racnn_cli.bench import Options, backbones, crop, gradient, parse_seeds, run_bench, seeds
+from racnn_cli.bench import Options, backbones, crop, export, gradient, parse_seeds, run_bench, seeds
 from racnn_cli.cli import app
 from racnn_cli.core.attention import zoom
 from racnn_cli.data.samples.fieldguide import draw
@@ -26,7 +26,7 @@ def test_a_misspelt_name_gets_the_near_ones() -> None:
     with pytest.raises(RacnnError) as fault:
         run_bench("gradent", None, None)
     assert "did you mean gradient?" in fault.value.message
-    assert all(name in fault.value.hint for name in ("seeds", "gradient", "backbones", "crop"))
+    assert all(name in fault.value.hint for name in ("seeds", "gradient", "backbones", "export", "crop"))
 
 
 def test_an_option_that_a_bench_does_not_take_is_refused() -> None:
@@ -114,6 +114,18 @@ def test_a_backbone_that_fails_is_a_line_of_the_table() -> None:
     found = backbones.measure({"test_vit": (100, 100, 100), "resnet18x": ()}).values["models"]
     assert "100" in found[0]["fault"]
     assert "resnet18x" in found[1]["fault"]
+
+
+def test_an_exported_run_passes_its_check_and_is_timed() -> None:
+    figures = export.measure({"test_resnet": 64, "resnet18x": 64})
+    entry, missing = figures.values["models"]
+    assert entry["fault"] == ""
+    assert entry["agreement"] == [40, 40]  # twenty in the export, twenty more in the check
+    assert max(entry["max_difference"].values()) < 1e-3
+    assert entry["int8_bytes"] < 0.5 * entry["bytes"]
+    assert min(entry["over_torch"], entry["int8_over_float32"]) > 0
+    assert "resnet18x" in missing["fault"]
+    assert figures.tables[0].row_count == 2
 
 
 def test_a_frozen_tensor_that_moves_is_found(monkeypatch) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from racnn_cli.errors import RacnnError, did_you_mean
 from racnn_cli.run import write_json, write_text
 
-NAMES = ("seeds", "attention", "ablation", "gradient", "backbones", "crop")
+NAMES = ("seeds", "attention", "ablation", "gradient", "backbones", "export", "crop")
 """Each is a module of this package with `run(Options) -> Figures`."""
 
 SEEDED = ("seeds", "attention", "ablation", "gradient")

@@ -36,6 +36,15 @@ class Output(NamedTuple):
     descriptors: tuple[Tensor, ...]  # S × (B, D)
 
 
+class Glance(NamedTuple):
+    """What scale 1 makes of a picture, and all that the finer scales need of it."""
+
+    view: Tensor  # (B, 3, s, s), normalised
+    logits: Tensor  # (B, N)
+    descriptor: Tensor  # (B, D)
+    proposal: Tensor | None  # (B, 3) on `view`; None where there is no finer scale
+
+
 class Scale(nn.Module):
     """One scale: its backbone, its classifier, and the APN that proposes the next scale's box."""
 
@@ -51,6 +60,13 @@ class Scale(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """Features (B, C, h, w) to logits (B, N)."""
         return self.classifier(self.dropout(self.backbone.descriptor(features)))
+
+    def forward(self, view: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What it sees (B, 3, s, s) to logits (B, N), descriptor (B, D) and, if it has an APN, proposal (B, 3)."""
+        features = self.backbone(view)
+        descriptor = self.backbone.descriptor(features)
+        proposal = None if self.apn is None else self.apn(features)
+        return self.classifier(self.dropout(descriptor)), descriptor, proposal
 
 
 class RACNN(nn.Module):
@@ -143,19 +159,35 @@ class RACNN(nn.Module):
             given: S - 1 proposals (B, 3) to use in the place of the APNs' own, such as true boxes.
         """
         source = self.normalise(images)
-        view, box = self.first_view(source), attention.whole(source)
-        logits, descriptors, boxes, proposals, views = [], [], [], [], [view]
-        for number in range(len(self.sizes)):
-            scale = self.scale(number)
-            features = scale.backbone(view)
-            descriptors.append(scale.backbone.descriptor(features))
-            logits.append(scale.classifier(scale.dropout(descriptors[-1])))
-            if scale.apn is not None:
-                proposal = scale.apn(features) if given is None else given[number]
-                view, box = self.next_view(number + 1, source, view, box, proposal)
-                proposals.append(proposal)
-                boxes.append(box)
-                views.append(view)
+        return self.look_closer(source, self.glance(source), given)
+
+    def glance(self, source: Tensor) -> Glance:
+        """Normalised source images (B, 3, H, H) through scale 1."""
+        view = self.first_view(source)
+        return Glance(view, *self.scale(0)(view))
+
+    def look_closer(self, source: Tensor, glance: Glance, given: Sequence[Tensor] | None = None) -> Output:
+        """From what scale 1 made of them to the answer of all scales.
+
+        Args:
+            source: (B, 3, H, H) normalised source images.
+            glance: of the same.
+            given: as in `forward`.
+        """
+        view, box = glance.view, attention.whole(source)
+        logits, descriptors, proposal = [glance.logits], [glance.descriptor], glance.proposal
+        boxes, proposals, views = [], [], [view]
+        for number in range(1, len(self.sizes)):
+            if given is not None:
+                proposal = given[number - 1]
+            assert proposal is not None
+            view, box = self.next_view(number, source, view, box, proposal)
+            proposals.append(proposal)
+            boxes.append(box)
+            views.append(view)
+            answer, descriptor, proposal = self.scale(number)(view)
+            logits.append(answer)
+            descriptors.append(descriptor)
         fused = logits[0] if self.fusion is None else self.fuse(descriptors)
         return Output(
             fused.softmax(dim=1),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor, nn
 
 from racnn_cli.core import metrics
-from racnn_cli.core.model import RACNN
+from racnn_cli.core.model import RACNN, Output
 from racnn_cli.data.geometry import GREY
 
 
@@ -26,6 +28,9 @@ class Form:
     raw: bool = False
     top: int = 5
     crops: bool = False
+
+
+Inputs = dict[str, tuple[Tensor, dict[int, Any]]]
 
 
 class Deployed(nn.Module):
@@ -59,14 +64,36 @@ class Deployed(nn.Module):
             scale alone; with more than one scale boxes (B, S - 1, 4), x0, y0, x1, y1 in pixels of `image`, inside
             it; with `form.crops` what each finer scale saw, (B, 3, s, s) in [0, 1].
         """
-        if self.form.raw:
-            image = image.permute(0, 3, 1, 2).float() / 255
-        height, width = image.shape[2], image.shape[3]
+        image = self._float(image)
         square, left, top = self._square(image)
-        output = self.model(square)
-        labels = output.probabilities.topk(min(self.form.top, self.model.classes), dim=1).indices
+        return self._answer(self.model(square), image, square, left, top)
+
+    def inputs(self) -> Inputs:
+        """Name to an example to trace the network with, and which of its dimensions may be any."""
+        # No two dimensions alike, none the network's own or 1: the exporter would take them for one or for constants.
+        side = self.model.source
+        example = torch.zeros(2, 3, side + 10, side + 22)
+        batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
+        if self.form.raw:
+            example = example.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+            return {"image": (example, {0: batch, 1: height, 2: width})}
+        return {"image": (example, {0: batch, 2: height, 3: width})}
+
+    def extra(self, image: Tensor) -> Iterator[dict[str, Tensor]]:
+        """The sets of further inputs with which the graph is to be tried on these pictures."""
+        yield {}
+
+    def _float(self, image: Tensor) -> Tensor:
+        """The pictures as (B, 3, H, W) in [0, 1]."""
+        return image.permute(0, 3, 1, 2).float() / 255 if self.form.raw else image
+
+    def _answer(
+        self, output: Output, image: Tensor, square: Tensor, left: int | SymInt, top: int | SymInt
+    ) -> tuple[Tensor, ...]:
+        """What `forward` returns, from what the network gives for `square`, which lies at `left`, `top` in `image`."""
+        height, width = image.shape[2], image.shape[3]
         scales = torch.stack([logits.softmax(dim=1) for logits in output.logits], dim=1)
-        found = [output.probabilities, labels, scales]
+        found = [output.probabilities, self._labels(output.probabilities), scales]
         if output.boxes:
             boxes = torch.stack([metrics.corners(box) for box in output.boxes], dim=1)  # (B, S - 1, 4)
             pixels = boxes * _twice(square.shape[3], square.shape[2], boxes) + _twice(left, top, boxes)
@@ -75,6 +102,10 @@ class Deployed(nn.Module):
             model = self.model
             found += [(view * model.std + model.mean).clamp(0.0, 1.0) for view in output.views[1:]]
         return tuple(found)
+
+    def _labels(self, probabilities: Tensor) -> Tensor:
+        """The best classes (B, top) of (B, N)."""
+        return probabilities.topk(min(self.form.top, self.model.classes), dim=1).indices
 
     def _square(self, image: Tensor) -> tuple[Tensor, int | SymInt, int | SymInt]:
         """The square picture, and where its top left corner lies in `image`: x, y in pixels.

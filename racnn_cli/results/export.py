@@ -13,26 +13,28 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import torch
 from torch import Tensor
 
 import racnn_cli
 from racnn_cli.core import store
-from racnn_cli.data.index import Item, build_index
+from racnn_cli.data.index import build_index
 from racnn_cli.data.listing import pictures_in
 from racnn_cli.data.square import load_source
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
-from racnn_cli.results import compress
+from racnn_cli.results import compress, early_exit
 from racnn_cli.results.compress import Precision
 from racnn_cli.results.deployed import Deployed, Form
+from racnn_cli.results.early_exit import EarlyExit
 from racnn_cli.results.onnx_network import as_input, open_session
 from racnn_cli.run import Run, write_atomic, write_json, write_text
 
@@ -53,6 +55,7 @@ def export_onnx(
     form: Form | None = None,
     opset: int = OPSET,
     precision: Precision = "float32",
+    exits: bool = False,
     max_drop: float = MAX_DROP,
 ) -> dict[str, Any]:
     """Write the network as ONNX, and check it against PyTorch before the file gets its name.
@@ -68,21 +71,33 @@ def export_onnx(
         form: of input and outputs.
         opset: 18 or 20.
         precision: `half` and `int8` make the backbones smaller once the graph in float32 has passed.
-        max_drop: how many points of accuracy on the validation split that may cost.
+        exits: run the finer scales only for pictures that scale 1 is not sure of; see `early_exit`.
+        max_drop: how many points of accuracy on the validation split `precision` or `exits` may cost.
 
     Returns:
         `path`, `bytes`, `opset`, `inputs` and `outputs` (name to shape), `seconds`, what `compare` gives, and
         with another precision `compressed`: `precision`, `before` and `after` (accuracy), `images`,
-        `bytes_before`, `times_faster`.
+        `bytes_before`, `times_faster`; with `exits` `early_exit`: `threshold`, `stopped` (of `images`), and
+        again `before`, `after` and `times_faster`.
 
     Raises:
         RacnnError: no weights; the network cannot be exported; ONNX Runtime disagrees with PyTorch; the run's
-            pictures are gone, or the accuracy drops too far.
+            pictures are gone, or the accuracy drops too far; `exits` with one scale or another precision.
     """
+    if exits and precision != "float32":
+        raise RacnnError(f"--early-exit writes float32, not {precision}", "leave one of the two away")
     path, start = path or run.onnx, time.perf_counter()
     network, _ = store.load(run.folder)
     recipe = run.recipe()
     deployed = Deployed(network, recipe.data.fit, form or Form()).eval()
+    judged = _held_out(run, network.source) if exits or precision != "float32" else None
+    if exits:
+        assert judged is not None
+        if len(network.sizes) == 1:
+            raise RacnnError(
+                f"{run.folder} has one scale: there is none to leave out", "export without --early-exit"
+            )
+        deployed = with_exit(deployed, judged, max_drop)
     program = to_onnx(deployed, opset)
     program.metadata_props.update(metadata(run, deployed))
     pictures = Pictures(recipe, run.classes(), network.source)
@@ -91,8 +106,11 @@ def export_onnx(
     def verify(file: Path) -> None:
         validate(file)
         checked.update(compare(deployed, file, pictures))
-        if precision != "float32":
-            checked["compressed"] = _compress(run, deployed, file, precision, max_drop)
+        if isinstance(deployed, EarlyExit):
+            assert judged is not None
+            checked["early_exit"] = _measure_exit(deployed, file, judged)
+        elif judged is not None:
+            checked["compressed"] = _compress(run, deployed, file, precision, judged, max_drop)
 
     size = save(program, path, verify)
     return {
@@ -106,40 +124,93 @@ def export_onnx(
     }
 
 
+Labelled = tuple[np.ndarray, np.ndarray]
+"""Square pictures (n, H, H, 3) uint8 and their classes (n,)."""
+
+
+def _pictures(run: Run, split: str, side: int, at_most: int | None = None) -> Labelled:
+    """The pictures of a split, or so many of them, spread over all."""
+    recipe = run.recipe()
+    items = build_index(recipe.data, seed=recipe.seed, classes=run.classes(), verify=()).splits[split]
+    some = items[:: math.ceil(len(items) / (at_most or len(items)))]
+    squares = [load_source(item.path, recipe.data.fit, side)[0] for item in some]
+    return np.stack(squares), np.array([item.label for item in some])
+
+
+def _held_out(run: Run, side: int) -> Labelled:
+    return _pictures(run, "val", side)
+
+
+def with_exit(deployed: Deployed, judged: Labelled, max_drop: float) -> EarlyExit:
+    """The network with the threshold that lets the most of the judged pictures stop at scale 1."""
+    squares, labels = judged
+    sure, coarse, fine = [], [], []
+    with torch.inference_mode():
+        for image in compress.batches(squares, deployed.form):
+            probabilities, _, scales = deployed(torch.from_numpy(image))[:3]
+            best = scales[:, 0].max(dim=1)
+            sure.append(best.values.numpy())
+            coarse.append(best.indices.numpy())
+            fine.append(probabilities.argmax(dim=1).numpy())
+    by_coarse, by_all = (np.concatenate(answers) == labels for answers in (coarse, fine))
+    threshold = early_exit.choose(np.concatenate(sure), by_coarse, by_all, max_drop)
+    return EarlyExit(deployed.model, deployed.fit, deployed.form, threshold).eval()
+
+
+def _measure_exit(deployed: EarlyExit, file: Path, judged: Labelled) -> dict[str, Any]:
+    """What the threshold does on the pictures it was chosen on, one at a time."""
+    session, (squares, labels) = open_session(file), judged
+    never = {"threshold": np.array(early_exit.NEVER, np.float32)}
+    found: dict[bool, list[int]] = {True: [], False: []}
+    seconds, stopped = {True: 0.0, False: 0.0}, 0
+    for turn, square in enumerate([squares[0], *squares]):  # the first one warms up
+        image = as_input(square[None], raw=deployed.form.raw)
+        for exits in (True, False):
+            start = time.perf_counter()
+            answer, ran = session.run(["labels", "ran"], {"image": image, **({} if exits else never)})
+            if turn:
+                seconds[exits] += time.perf_counter() - start
+                found[exits].append(int(answer[0, 0]))
+                stopped += exits and int(ran[0]) == 1
+    before, after = (float((np.array(found[exits]) == labels).mean()) for exits in (False, True))
+    return {
+        "threshold": deployed.threshold,
+        "images": len(labels),
+        "stopped": stopped,
+        "before": before,
+        "after": after,
+        "times_faster": seconds[False] / seconds[True],
+    }
+
+
 def _compress(
-    run: Run, deployed: Deployed, file: Path, precision: Precision, max_drop: float
+    run: Run, deployed: Deployed, file: Path, precision: Precision, held_out: Labelled, max_drop: float
 ) -> dict[str, Any]:
     """Put a smaller graph in the place of one in float32 that has passed, if it is good enough."""
-    recipe, side = run.recipe(), deployed.model.source
-    index = build_index(recipe.data, seed=recipe.seed, classes=run.classes(), verify=())
-
-    def squares(items: Sequence[Item]) -> np.ndarray:
-        return np.stack([load_source(item.path, recipe.data.fit, side)[0] for item in items])
-
-    held_out = index.splits["val"]
-    judged, labels = squares(held_out), np.array([item.label for item in held_out])
+    judged, labels = held_out
     smaller = file.with_suffix(".smaller.onnx")
     try:
         if precision == "half":
             compress.to_half(file, smaller)
         else:
-            train = index.splits["train"]
-            some = train[:: math.ceil(len(train) / compress.CALIBRATION)]
-            compress.to_int8(file, smaller, squares(some), deployed.form)
+            some, _ = _pictures(run, "train", deployed.model.source, compress.CALIBRATION)
+            compress.to_int8(file, smaller, some, deployed.form)
         before, after = open_session(file), open_session(smaller)
-        image = next(compress.batches(judged[:4], deployed.form))
+        image = as_input(judged[:1], raw=deployed.form.raw)
         found: dict[str, Any] = {
             "precision": precision,
             "before": compress.accuracy(before, judged, labels, deployed.form),
             "after": compress.accuracy(after, judged, labels, deployed.form),
-            "images": len(held_out),
+            "images": len(labels),
             "bytes_before": file.stat().st_size,
-            "times_faster": compress.times_faster(before, after, image),
+            "times_faster": compress.times_faster(
+                lambda: before.run(None, {"image": image}), lambda: after.run(None, {"image": image})
+            ),
         }
         drop = 100 * (found["before"] - found["after"])
         if drop > max_drop + 1e-9:
             raise RacnnError(
-                f"{precision} costs {drop:.1f} points of accuracy on {len(held_out)} validation pictures "
+                f"{precision} costs {drop:.1f} points of accuracy on {len(labels)} validation pictures "
                 f"({found['before']:.3f} to {found['after']:.3f}); {max_drop:g} are allowed, and no file was written",
                 f"--max-drop {math.ceil(10 * drop - 1e-6) / 10:g}, or export without --{precision}",
                 failure=True,
@@ -176,9 +247,11 @@ def check(run: Run, path: Path | None, folder: Path) -> dict[str, Any]:
         )
     names = {value.name for value in session.get_outputs()}
     form = Form(told["layout"] == "NHWC", int(told["top"]), any(name.startswith("crop_") for name in names))
-    deployed = Deployed(network, recipe.data.fit, form).eval()
+    deployed = Deployed(network, recipe.data.fit, form)
+    if "threshold" in told:
+        deployed = EarlyExit(network, recipe.data.fit, form, float(told["threshold"]))
     pictures = Pictures(recipe, run.classes(), network.source, pictures_in(folder))
-    return {"path": str(path)} | compare(deployed, path, pictures)
+    return {"path": str(path)} | compare(deployed.eval(), path, pictures)
 
 
 def describe(report: Mapping[str, Any]) -> str:
@@ -207,6 +280,12 @@ def describe(report: Mapping[str, Any]) -> str:
             f"  {smaller['precision']}: {smaller['bytes_before'] / 2**20:.1f} MiB before, "
             f"{smaller['times_faster']:.2f} × as fast on this machine, accuracy {smaller['before']:.3f} before and "
             f"{smaller['after']:.3f} after on {smaller['images']} validation pictures"
+        ]
+    if exits := report.get("early_exit"):
+        lines += [
+            f"  early exit: {exits['stopped']} of {exits['images']} validation pictures stop after scale 1, "
+            f"sure to {exits['threshold']:.3f} or more; one at a time {exits['times_faster']:.2f} × as fast on this "
+            f"machine, accuracy {exits['before']:.3f} with all scales for all and {exits['after']:.3f} so"
         ]
     return "\n".join(lines)
 
@@ -260,35 +339,30 @@ def compare(deployed: Deployed, path: Path, pictures: Pictures) -> dict[str, Any
         for share in np.split(pictures.squares(sum(BATCHES), side), np.cumsum(BATCHES)[:-1]):
             image = as_input(share, raw=deployed.form.raw)
             where = f"{pictures.kind} of {side}×{side} px, {len(share)} at a time"
-            with torch.inference_mode():
-                expected = dict(
-                    zip(deployed.names, [t.numpy() for t in deployed(torch.from_numpy(image))], strict=True)
-                )
-            outputs = session.run(deployed.names, {"image": image})
-            found = dict(zip(deployed.names, outputs, strict=True))
-            for name in worst:
-                one, other = expected[name], found[name]
-                gap = float(np.abs(one - other).max()) if one.shape == other.shape else math.inf
-                gap /= side if name == "boxes" else 1
-                worst[name] = max(worst[name], gap)
-                allowed = CROPS_TOLERANCE if name.startswith("crop_") else TOLERANCE
-                if not gap <= allowed:
+            for expected, found in _both(deployed, session, image):
+                for name in worst:
+                    one, other = expected[name], found[name]
+                    gap = float(np.abs(one - other).max()) if one.shape == other.shape else math.inf
+                    gap /= side if name == "boxes" else 1
+                    worst[name] = max(worst[name], gap)
+                    allowed = CROPS_TOLERANCE if name.startswith("crop_") else TOLERANCE
+                    if not gap <= allowed:
+                        raise RacnnError(
+                            f"ONNX Runtime and PyTorch differ by {gap:.2g} in {name} on {where}; at most "
+                            f"{allowed:g} is allowed",
+                            HINT,
+                            failure=True,
+                        )
+                probabilities, answer = expected["probabilities"], found["labels"][:, 0]
+                best = probabilities.max(axis=1)
+                # Two classes that PyTorch itself cannot tell apart may swap places by rounding; nothing else may.
+                lost = best - np.take_along_axis(probabilities, answer[:, None], axis=1)[:, 0]
+                if (lost > 1e-5).any():
                     raise RacnnError(
-                        f"ONNX Runtime and PyTorch differ by {gap:.2g} in {name} on {where}; at most "
-                        f"{allowed:g} is allowed",
-                        HINT,
-                        failure=True,
+                        f"ONNX Runtime names another class than PyTorch on {where}", HINT, failure=True
                     )
-            probabilities, answer = expected["probabilities"], found["labels"][:, 0]
-            best = probabilities.max(axis=1)
-            # Two classes that PyTorch itself cannot tell apart may swap places by rounding; nothing else may.
-            lost = best - np.take_along_axis(probabilities, answer[:, None], axis=1)[:, 0]
-            if (lost > 1e-5).any():
-                raise RacnnError(
-                    f"ONNX Runtime names another class than PyTorch on {where}", HINT, failure=True
-                )
-            same += int((answer == expected["labels"][:, 0]).sum())
-            count += len(share)
+                same += int((answer == expected["labels"][:, 0]).sum())
+                count += len(share)
     return {
         "checked_on": pictures.kind,
         "batches": list(BATCHES),
@@ -296,6 +370,21 @@ def compare(deployed: Deployed, path: Path, pictures: Pictures) -> dict[str, Any
         "max_difference": worst,
         "agreement": [same, count],
     }
+
+
+def _both(
+    deployed: Deployed, session: onnxruntime.InferenceSession, image: np.ndarray
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """The outputs by name of PyTorch and of the file, once for each set of inputs that is to be tried."""
+    with torch.inference_mode():
+        for extra in deployed.extra(torch.from_numpy(image)):
+            expected = [value.numpy() for value in deployed(torch.from_numpy(image), **extra)]
+            given = {name: value.numpy() for name, value in extra.items()}
+            found = session.run(deployed.names, {"image": image, **given})
+            yield (
+                dict(zip(deployed.names, expected, strict=True)),
+                dict(zip(deployed.names, found, strict=True)),
+            )
 
 
 def validate(path: Path) -> None:
@@ -322,6 +411,7 @@ def metadata(run: Run, deployed: Deployed) -> dict[str, str]:
         "std": json.dumps(network.std.flatten().tolist()),
         "layout": "NHWC" if form.raw else "NCHW",
         "top": str(form.top),
+        **({"threshold": str(deployed.threshold)} if isinstance(deployed, EarlyExit) else {}),
         "racnn": racnn_cli.__version__,
         "recipe": run.recipe_file.read_text(encoding="utf-8"),
         "recipe_sha256": _fingerprint(run),
@@ -386,9 +476,9 @@ def export_program(run: Run, path: Path | None = None, *, form: Form | None = No
     network, _ = store.load(run.folder)
     recipe = run.recipe()
     deployed = Deployed(network, recipe.data.fit, form or Form()).eval()
-    example, axes = _any_size(deployed)
+    examples, axes = _traced(deployed)
     try:
-        program = torch.export.export(deployed, (example,), dynamic_shapes={"image": axes})
+        program = torch.export.export(deployed, examples, dynamic_shapes=axes)
     except Exception as fault:
         raise RacnnError(
             f"the network cannot be traced by torch.export: {_first_line(fault)}", HINT, failure=True
@@ -440,7 +530,10 @@ def to_onnx(deployed: Deployed, opset: int) -> onnx_ir.Model:
     Raises:
         RacnnError: the network cannot be exported.
     """
-    example, axes = _any_size(deployed)
+    if isinstance(deployed, EarlyExit):
+        coarse, fine = to_onnx(deployed.coarse, opset), to_onnx(deployed.fine, opset)
+        return early_exit.join(coarse, fine, deployed.threshold)
+    examples, axes = _traced(deployed)
     said = io.StringIO()
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -449,11 +542,11 @@ def to_onnx(deployed: Deployed, opset: int) -> onnx_ir.Model:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 deployed,
-                (example,),
+                examples,
                 dynamo=True,
-                input_names=["image"],
+                input_names=list(axes),
                 output_names=deployed.names,
-                dynamic_shapes={"image": axes},
+                dynamic_shapes=axes,
                 opset_version=opset,
                 external_data=False,
                 verbose=False,
@@ -468,15 +561,12 @@ def to_onnx(deployed: Deployed, opset: int) -> onnx_ir.Model:
     return program.model
 
 
-def _any_size(deployed: Deployed) -> tuple[Tensor, dict[int, Any]]:
-    """Pictures to trace the network with, and which of their dimensions may be any."""
-    # No two dimensions alike, none the network's own or 1: the exporter would take them for one or for constants.
-    side = deployed.model.source
-    example = torch.zeros(2, 3, side + 10, side + 22)
-    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
-    if deployed.form.raw:
-        return example.permute(0, 2, 3, 1).to(torch.uint8).contiguous(), {0: batch, 1: height, 2: width}
-    return example, {0: batch, 2: height, 3: width}
+def _traced(deployed: Deployed) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Examples of the inputs, and by name which of their dimensions may be any."""
+    inputs = deployed.inputs()
+    return tuple(example for example, _ in inputs.values()), {
+        name: axes for name, (_, axes) in inputs.items()
+    }
 
 
 def _first_line(fault: Exception) -> str:

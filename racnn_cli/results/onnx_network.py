@@ -37,15 +37,15 @@ class OnnxNetwork:
         self.classes, self.fit = json.loads(told["classes"]), told["fit"]
         self.source, self.scales = int(told["source"]), len(json.loads(told["sizes"]))
         self.raw = told["layout"] == "NHWC"
-        self.outputs = [*OUTPUTS, *(["boxes"] if "boxes" in names else [])]
+        self.outputs = [*OUTPUTS, *(name for name in ("boxes", "ran") if name in names)]
 
     def answer(self, squares: np.ndarray) -> Answers:
         """See `prediction.Network`."""
-        probabilities, scales, *boxes = self.session.run(
-            self.outputs, {"image": as_input(squares, raw=self.raw)}
-        )
-        shares = boxes[0] / squares.shape[1] if boxes else np.zeros((len(squares), 0, 4), np.float32)
-        return Answers(probabilities, scales, shares)
+        values = self.session.run(self.outputs, {"image": as_input(squares, raw=self.raw)})
+        found = dict(zip(self.outputs, values, strict=True))
+        boxes = found.get("boxes", np.zeros((len(squares), 0, 4), np.float32)) / squares.shape[1]
+        ran = found.get("ran", np.full(len(squares), self.scales))
+        return Answers(found["probabilities"], found["scales"], boxes, ran)
 
 
 def as_input(squares: np.ndarray, *, raw: bool) -> np.ndarray:

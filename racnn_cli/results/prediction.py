@@ -42,8 +42,9 @@ class Prediction:
         path: the file as it was given, or a frame's name; None for another picture in memory.
         label, probability: the answer; an empty label where the picture could not be read.
         top: up to five (label, probability), best first.
-        boxes: of scales 2, 3, …: (x0, y0, x1, y1) in pixels of the file as stored.
-        scales: (label, probability) that each scale answers on its own.
+        boxes: of scales 2, 3, …: (x0, y0, x1, y1) in pixels of the file as stored; none where a file with early exit
+            was sure after scale 1.
+        scales: (label, probability) that each scale that ran answers on its own.
         error: why there is no answer; empty where there is one.
     """
 
@@ -62,6 +63,7 @@ class Answers(NamedTuple):
     probabilities: np.ndarray  # (B, N)
     scales: np.ndarray  # (B, S, N): the probabilities of each scale alone
     boxes: np.ndarray  # (B, S - 1, 4): x0, y0, x1, y1 as shares of the square's side
+    ran: np.ndarray  # (B,): how many scales looked, 1 to S; the others' rows mean nothing
 
 
 class Network(Protocol):
@@ -165,13 +167,13 @@ class Model:
                 "the network's outputs are not finite", "its weights are damaged: train again", failure=True
             )
         for number, (_, geometry) in enumerate(sources):
-            top = self._best(found.probabilities[number], TOP)
+            top, ran = self._best(found.probabilities[number], TOP), int(found.ran[number])
             yield {
                 "label": top[0][0],
                 "probability": top[0][1],
                 "top": top,
-                "boxes": [geometry.to_file(tuple(box)) for box in found.boxes[number].tolist()],
-                "scales": [self._best(alone, 1)[0] for alone in found.scales[number]],
+                "boxes": [geometry.to_file(tuple(box)) for box in found.boxes[number, : ran - 1].tolist()],
+                "scales": [self._best(alone, 1)[0] for alone in found.scales[number, :ran]],
             }
 
     def _best(self, probabilities: np.ndarray, count: int) -> list[tuple[str, float]]:

@@ -38,4 +38,5 @@ class TorchNetwork:
         boxes = torch.zeros(len(squares), 0, 4)
         if output.boxes:
             boxes = torch.stack([metrics.corners(box.float()) for box in output.boxes], dim=1)
-        return Answers(*(value.cpu().numpy() for value in (output.probabilities.float(), scales, boxes)))
+        ran = torch.full((len(squares),), scales.shape[1])
+        return Answers(*(value.cpu().numpy() for value in (output.probabilities.float(), scales, boxes, ran)))

@@ -1,0 +1,169 @@
+"""`racnn bench export`: what leaves the house: does each file pass its check, how large is it, and how fast?
+
+Each backbone gets a run of every stage on a few drawn birds, one epoch each: enough for weights that training has
+touched, not for accuracy. Its ONNX file is then held against PyTorch, as every export is, and once more by
+`racnn export --check`'s own way; speed is that of one picture at a time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from racnn_cli import api
+from racnn_cli.bench import Figures, Options
+from racnn_cli.core import store
+from racnn_cli.errors import RacnnError
+from racnn_cli.results import compress
+from racnn_cli.results.deployed import Deployed, Form
+from racnn_cli.results.export import Pictures, check, export_onnx
+from racnn_cli.results.onnx_network import as_input, open_session
+from racnn_cli.run import Run
+
+MODELS: dict[str, int] = {
+    "vgg11": 224,
+    "tf_efficientnet_lite0": 224,
+    "resnet18": 224,
+    "convnext_tiny": 224,
+    "swin_tiny_patch4_window7_224": 224,
+    "vit_small_patch16_224": 224,
+}
+"""Backbone to the side of each of three scales."""
+
+SCALES = 3
+PICTURES = 32
+SHORT = {
+    **{f"{stage}.epochs": 1 for stage in ("pretrain_cnn", "pretrain_apn", "fusion")},
+    **{f"alternate.{key}": 1 for key in ("rounds", "cnn_epochs", "apn_epochs")},
+}
+
+
+def run(options: Options) -> Figures:
+    """One line a backbone of `MODELS`."""
+    return measure(MODELS)
+
+
+def measure(models: Mapping[str, int]) -> Figures:
+    """One line a backbone; a fault of one does not keep the others from being measured.
+
+    Args:
+        models: name to the side of every scale.
+    """
+    console, found = Console(stderr=True, highlight=False), []
+    for name, side in models.items():
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(one(name, side, Path(folder)))
+        console.print(escape(f"{name}: {found[-1]['fault'] or 'ok'}, {time.perf_counter() - start:.0f} s"))
+    return summary(found)
+
+
+def one(name: str, side: int, folder: Path) -> dict[str, Any]:
+    """A short run of one backbone, exported in float32 and in int8.
+
+    Returns:
+        `model`, `side`, `bytes`, `max_difference` and `agreement` (as `export.compare` gives them), `over_torch` (times
+        as fast as PyTorch), `int8_bytes`, `int8_over_float32`, and `fault`: empty, or what went wrong.
+    """
+    entry: dict[str, Any] = {"model": name, "side": side, "fault": ""}
+    changes = {
+        "model.backbone": name,
+        "model.sizes": [side] * SCALES,
+        "data.source": side,
+        "data.sample.size": side,
+        "data.sample.images": PICTURES,
+        "train.batch": 8,
+        "train.device": "cpu",
+        **SHORT,
+    }
+    try:
+        trained, _ = api.train("tiny", out=folder / "run", changes=changes, quiet=True)
+        report = export_onnx(trained)
+        again = check(trained, None, _birds(trained, folder / "birds", side))
+        entry |= {
+            "bytes": report["bytes"],
+            "max_difference": report["max_difference"],
+            "agreement": [a + b for a, b in zip(report["agreement"], again["agreement"], strict=True)],
+            "over_torch": _over_torch(trained),
+        }
+        smaller = export_onnx(trained, folder / "int8.onnx", precision="int8", max_drop=100.0)
+        entry |= {
+            "int8_bytes": smaller["bytes"],
+            "int8_over_float32": smaller["compressed"]["times_faster"],
+        }
+    except RacnnError as fault:
+        entry["fault"] = fault.message
+    return entry
+
+
+def _birds(trained: Run, folder: Path, side: int) -> Path:
+    """Some of the run's pictures as a user would have them: files in a folder."""
+    folder.mkdir()
+    pictures = Pictures(trained.recipe(), trained.classes(), side)
+    for number, square in enumerate(pictures.squares(4, side)):
+        Image.fromarray(square).save(folder / f"{number}.png")
+    return folder
+
+
+def _over_torch(trained: Run) -> float:
+    """How many times as fast as PyTorch the file answers, one picture at a time."""
+    network, _ = store.load(trained.folder)
+    deployed = Deployed(network, trained.recipe().data.fit, Form()).eval()
+    session = open_session(trained.onnx)
+    squares = Pictures(trained.recipe(), trained.classes(), network.source).squares(1, network.source)
+    image = as_input(squares, raw=False)
+    given = torch.from_numpy(image)
+
+    def in_torch() -> object:
+        with torch.inference_mode():
+            return deployed(given)
+
+    return compress.times_faster(in_torch, lambda: session.run(None, {"image": image}))
+
+
+def summary(found: list[dict[str, Any]]) -> Figures:
+    """What `one` found of each backbone, as a table."""
+    table = Table(title=f"Exported files of {SCALES} scales", title_justify="left")
+    table.add_column("backbone", no_wrap=True)
+    for column in (
+        "side",
+        "MiB",
+        "same class",
+        "probabilities\ndiffer by",
+        "boxes by\n(of the side)",
+        "× PyTorch",
+        "int8\nMiB",
+        "int8\n× float32",
+    ):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for entry in found:
+        cells = [""] * 7
+        if not entry["fault"]:
+            gaps = entry["max_difference"]
+            cells = [
+                f"{entry['bytes'] / 2**20:.0f}",
+                "{} of {}".format(*entry["agreement"]),
+                f"{gaps['probabilities']:.0e}",
+                f"{gaps['boxes']:.0e}",
+                f"{entry['over_torch']:.2f}",
+                f"{entry['int8_bytes'] / 2**20:.0f}",
+                f"{entry['int8_over_float32']:.2f}",
+            ]
+        table.add_row(entry["model"], str(entry["side"]), *cells, "FAILED" if entry["fault"] else "ok")
+    notes = [
+        f"a run of every stage on {PICTURES} drawn birds each; ok: the file passed its check, and --check after it",
+        "× : times as fast, one picture at a time, median of 15 alternating turns, on the CPU",
+        *(escape(f"{entry['model']}: {entry['fault']}") for entry in found if entry["fault"]),
+    ]
+    table.caption, table.caption_justify = "\n".join(notes), "left"
+    return Figures([table], {"models": found})
