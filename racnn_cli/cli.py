@@ -6,9 +6,8 @@ Nothing heavy is imported here at module level: `racnn --help` and shell complet
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -388,14 +387,6 @@ def export(
         typer.echo(f"wrote {exporter.export_safetensors(opened, out or opened.folder / 'export')}")
 
 
-class Rows(StrEnum):
-    """How `racnn predict` writes its answers."""
-
-    table = "table"
-    jsonl = "jsonl"
-    csv = "csv"
-
-
 @app.command()
 def predict(
     images: Annotated[
@@ -409,7 +400,9 @@ def predict(
         ),
     ],
     run: RunFolder = None,
-    rows: Annotated[Rows, typer.Option("--format", help="how the rows are written")] = Rows.table,
+    rows: Annotated[
+        Literal["table", "jsonl", "csv"], typer.Option("--format", help="how the rows are written")
+    ] = "table",
     save: Annotated[
         Path | None, typer.Option("--save", help="folder for pictures with the boxes drawn")
     ] = None,
@@ -442,7 +435,7 @@ def predict(
 
     sources = predictor.gather(images)
     code = predictor.predict_command(
-        load(trained, source=source), sources, rows=rows.value, save=save, batch=batch, every=every
+        load(trained, source=source), sources, rows=rows, save=save, batch=batch, every=every
     )
     if code:
         raise typer.Exit(code)

@@ -302,6 +302,9 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     shutil.move(folder, moved)
     file = next((place / "data").glob("test-*.png"))
     assert load(moved / "net.onnx").predict(file)[0].label == load(run.onnx).predict(file)[0].label
+    smaller = export.export_onnx(run, folder / "half.onnx", precision="half", max_drop=100)
+    assert [file.name for file in folder.iterdir()] == ["half.onnx"]  # it needs no weights beside it
+    assert smaller["bytes"] == (folder / "half.onnx").stat().st_size
 
 
 def test_a_file_is_checked_again_later(run: Run, exported: dict, place: Path, data: Path) -> None:
@@ -355,6 +358,13 @@ def test_smaller_precisions_leave_the_boxes_in_float(
     inside, outside = backbone_types(made["path"])
     assert kind in inside
     assert outside == {1}  # float32
+    onnx.checker.check_model(made["path"], full_check=True)
+    casts = [
+        node
+        for node in onnx.load(made["path"]).graph.node
+        if "image" in node.input and node.op_type == "Cast"
+    ]
+    assert not casts  # nor are the pictures rounded on their way to the crops
     files = sorted((place / "data").glob("val-*.png"))
     answers = [load(file).predict(files) for file in (run.onnx, made["path"])]
     right = [

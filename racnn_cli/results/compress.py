@@ -14,7 +14,10 @@ from typing import Literal
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common
 import onnxruntime
+from onnx_ir.convenience import replace_all_uses_with
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -41,7 +44,20 @@ def to_half(source: Path, target: Path) -> None:
     proto = onnx.load(source)
     backbone = set(backbone_nodes(proto))
     others = [node.name for node in proto.graph.node if node.name not in backbone]
-    onnx.save(convert_float_to_float16(proto, keep_io_types=True, node_block_list=others), target)
+    proto = convert_float_to_float16(proto, keep_io_types=True, node_block_list=others)
+    # The converter leaves wrong types of values behind, nodes out of order, and a detour of the pictures through
+    # float16 on their way to float nodes.
+    del proto.graph.value_info[:]
+    halved = ir.from_proto(proto)
+    for node in halved.graph:
+        first = node.inputs[0].producer() if node.op_type == "Cast" and node.inputs[0] else None
+        if first is None or first.op_type != "Cast" or first.inputs[0] not in halved.graph.inputs:
+            continue
+        if node.attributes.get_int("to") == first.inputs[0].dtype:
+            replace_all_uses_with(node.outputs[0], first.inputs[0])
+    ir.passes.common.RemoveUnusedNodesPass()(halved)
+    ir.passes.common.TopologicalSortPass()(halved)
+    ir.save(halved, target)
 
 
 def to_int8(source: Path, target: Path, pictures: np.ndarray, form: Form) -> None:

@@ -195,6 +195,7 @@ def _compress(
         else:
             some, _ = _pictures(run, "train", deployed.model.source, compress.CALIBRATION)
             compress.to_int8(file, smaller, some, deployed.form)
+        validate(smaller)
         before, after = open_session(file), open_session(smaller)
         image = as_input(judged[:1], raw=deployed.form.raw)
         found: dict[str, Any] = {
@@ -444,6 +445,8 @@ def save(program: onnx_ir.Model, path: Path, verify: Callable[[Path], None]) -> 
     def write(temporary: Path) -> None:
         onnx_ir.save(program, temporary, external_data=beside and beside.name)
         verify(temporary)
+        if beside is not None and not _refers_to(temporary, beside.name):
+            beside.unlink()  # what `verify` put in its place holds its own weights
 
     try:
         write_atomic(path, write)
@@ -453,7 +456,17 @@ def save(program: onnx_ir.Model, path: Path, verify: Callable[[Path], None]) -> 
             beside.unlink(missing_ok=True)
     for file in old:  # the weights of the graph that was replaced
         file.unlink(missing_ok=True)
-    return path.stat().st_size + (beside.stat().st_size if beside else 0)
+    return path.stat().st_size + (beside.stat().st_size if beside and beside.exists() else 0)
+
+
+def _refers_to(path: Path, name: str) -> bool:
+    """Whether a graph keeps weights in a file of that name."""
+    proto = onnx.load(path, load_external_data=False)
+    return any(
+        entry.key == "location" and entry.value == name
+        for tensor in proto.graph.initializer
+        for entry in tensor.external_data
+    )
 
 
 def export_program(run: Run, path: Path | None = None, *, form: Form | None = None) -> dict[str, Any]:
