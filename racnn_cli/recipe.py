@@ -193,9 +193,13 @@ class PretrainApn(Phase):
 
 class Alternate(Section):
     rounds: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        4, description="at most so many rounds of CNN and APN phase"
+        5, description="at most so many rounds of CNN and APN phase"
     )
     cnn_epochs: Annotated[int, Field(ge=1)] = 2
+    ramp: bool = Field(
+        True,
+        description="short rounds first, so that the boxes move early: CNN phase r has at most r epochs",
+    )
     apn_epochs: Annotated[int, Field(ge=0)] = Field(
         1, description="0: the boxes stay as pretrain-apn left them"
     )
@@ -226,6 +230,14 @@ class Alternate(Section):
     tolerance: Annotated[float, Field(ge=0.0)] = Field(
         0.01, description="relative change that counts as change"
     )
+
+    def cnn_epochs_of(self, round_: int) -> int:
+        """CNN epochs of a round, counted from 0."""
+        return min(round_ + 1, self.cnn_epochs) if self.ramp else self.cnn_epochs
+
+    def cnn_epochs_in(self, rounds: int) -> int:
+        """CNN epochs of the first so many rounds together."""
+        return sum(map(self.cnn_epochs_of, range(rounds)))
 
 
 class Fusion(Phase):

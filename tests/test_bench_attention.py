@@ -478,3 +478,11 @@ def test_quick_and_data_reach_the_pictures(here) -> None:
     assert quick.folder.parent.name == "bench-attention-mini-quick"
     with pytest.raises(RacnnError, match="gradient takes no --data"):
         run_bench("gradient", None, None, data="items")
+
+
+def test_an_arm_without_the_ramp_has_as_many_cnn_epochs_in_all() -> None:
+    seed = Seed(Options((0,), "clutter"), 0)
+    (level,) = ablation.choose(["no ramp"])[1:]
+    sections = [seed.recipe_of(arm).alternate for arm in (ablation.DEFAULT, level)]
+    assert [(one.ramp, one.rounds, one.cnn_epochs) for one in sections] == [(True, 5, 3), (False, 4, 3)]
+    assert [one.cnn_epochs_in(one.rounds) for one in sections] == [12, 12]

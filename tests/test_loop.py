@@ -253,6 +253,17 @@ def test_the_best_round_is_restored(here, data, monkeypatch) -> None:
         assert not torch.equal(kept["scales.0.apn.box.weight"], other["scales.0.apn.box.weight"])
 
 
+def test_the_first_rounds_are_short(here, data) -> None:
+    recipe = tiny(data, alternate__rounds=5, alternate__cnn_epochs=3, alternate__ramp=True)
+    assert [stages.cnn_phase(recipe, None, number).epochs for number in range(5)] == [1, 2, 3, 3, 3]
+    level = recipe.override({"alternate.ramp": False})
+    assert [stages.cnn_phase(level, None, number).epochs for number in range(5)] == [3] * 5
+    started = alternating(here, data, rounds=2, cnn_epochs=2, tolerance=0.0)
+    started.run_all()
+    phases = [event for event in started.context.run.read_log() if event.get("phase") == "CNN phase"]
+    assert [(event["round"], event["epoch"]) for event in phases] == [(1, 1), (2, 1), (2, 2)]
+
+
 def test_without_apn_epochs_the_boxes_stay(here, data) -> None:
     started = alternating(here, data, apn_epochs=0)
     started.run_stage("pretrain-cnn")
@@ -279,13 +290,16 @@ def test_the_baseline_has_the_same_budget(data) -> None:
         alternate__apn_epochs=1,
         alternate__rounds=9,
     )
-    base = baseline_recipe(recipe, rounds=3)
+    base = baseline_recipe(recipe.override({"alternate.ramp": False}), rounds=3)
     assert base.model.scales == 1
     assert base.model.sizes == (96,)  # sqrt(3 * 64²) = 110.9, and 3.46 * 32 rounds to 96
     assert base.data.source == 96
     cost = 10 * 64**2 + 3 * (2 + 1) * 3 * 64**2
     assert base.pretrain_cnn.epochs == math.ceil(cost / 96**2) == 17
     assert base.baseline is False
+    ramped = baseline_recipe(recipe, rounds=3).pretrain_cnn.epochs
+    cost -= 3 * 64**2  # its first round is one CNN epoch shorter
+    assert ramped == math.ceil(cost / 96**2) == 16
 
 
 def test_training_with_a_baseline_measures_both(here, data) -> None:

@@ -25,6 +25,7 @@ ARMS = (
     DEFAULT,
     Arm("no tighter boxes", "boxes in the CNN phase are not drawn smaller", {"alternate.tighten": 0.0}),
     Arm("no jitter", "boxes in the CNN phase are not moved", {"alternate.jitter": 0.0}),
+    Arm("no ramp", "every round has as many CNN epochs as the last one", {"alternate.ramp": False}),
     Arm("no settling", "jitter and tightening stay as they are to the end", {"alternate.settle": False}),
     Arm(
         "no perturbation",
@@ -42,6 +43,7 @@ ARMS = (
             "alternate.jitter": 0.0,
             "alternate.tighten": 0.0,
             "alternate.settle": False,
+            "alternate.ramp": False,
         },
     ),
     Arm("boxes never trained", "the boxes stay as pretrain-apn left them", {"alternate.apn_epochs": 0}),

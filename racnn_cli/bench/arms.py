@@ -134,14 +134,21 @@ class Seed:
     def recipe_of(self, arm: Arm) -> Recipe:
         """The recipe of an arm; that of a plain one depends on the rounds that the learned arm ran."""
         if not arm.plain:
-            return resolve(self.recipe.override(arm.changes))
-        section = self.recipe.alternate
+            return resolve(self.recipe.override(self._as_long(arm.changes)))
         rounds = rounds_run(self.learned)
         if arm.plain == "equal compute":
             return resolve(baseline_recipe(self.recipe, rounds, self.compute.size))
         alone = baseline_recipe(self.recipe, rounds, self.recipe.model.sizes[0])
-        epochs = self.recipe.pretrain_cnn.epochs + rounds * section.cnn_epochs
+        epochs = self.recipe.pretrain_cnn.epochs + self.recipe.alternate.cnn_epochs_in(rounds)
         return resolve(alone.override({"pretrain_cnn.epochs": epochs, "pretrain_cnn.patience": epochs}))
+
+    def _as_long(self, changes: Mapping[str, object]) -> Mapping[str, object]:
+        """An arm without the ramp has rounds of one length, and fewer of them, for as many CNN epochs in all."""
+        section = self.recipe.alternate
+        if not section.ramp or changes.get("alternate.ramp", True):
+            return changes
+        rounds = round(section.cnn_epochs_in(section.rounds) / section.cnn_epochs)
+        return {"alternate.rounds": max(rounds, 1), **changes}
 
     def guide(self, kind: str) -> Guide | None:
         """Boxes in the place of the APNs'; None: the APNs' own."""

@@ -158,10 +158,8 @@ def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> St
                         proposal = attention.jitter(proposal, shake, *bounds, tighten)
                     view, box = model.next_view(number + 1, source, view, box, proposal)
 
-    scales = range(recipe.model.scales)
-    return Stage(
-        "alternate: CNN phase", "cnn", scales, losses, section.cnn_epochs, section.cnn_lr, "alternate.cnn_lr"
-    )
+    scales, epochs = range(recipe.model.scales), section.cnn_epochs_of(round_)
+    return Stage("alternate: CNN phase", "cnn", scales, losses, epochs, section.cnn_lr, "alternate.cnn_lr")
 
 
 def apn_phase(recipe: Recipe, teacher: Teacher | None = None) -> Stage:

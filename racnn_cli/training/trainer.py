@@ -409,7 +409,7 @@ def baseline_recipe(recipe: Recipe, rounds: int, size: int | None = None) -> Rec
             backbones.build(recipe.model.backbone, size=size, weights="none")
         except RacnnError:
             size = sizes[0]
-    phases = rounds * (recipe.alternate.cnn_epochs + recipe.alternate.apn_epochs)
+    phases = recipe.alternate.cnn_epochs_in(rounds) + rounds * recipe.alternate.apn_epochs
     cost = recipe.pretrain_cnn.epochs * sizes[0] ** 2 + phases * sum(s * s for s in sizes)
     epochs = max(math.ceil(cost / size**2), 1)
     return recipe.override(
