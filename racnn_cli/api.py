@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def train(
         recipe.override(changes) if isinstance(recipe, Recipe) else recipes.load(str(recipe), (), changes)
     )
     trainer = Trainer.start(loaded.as_used(), Path(out) if out is not None else None, quiet=quiet)
-    trainer.run_all()
-    return trainer.context.run, finish(trainer, quiet=quiet)
+    with closing(trainer):
+        trainer.run_all()
+        return trainer.context.run, finish(trainer, quiet=quiet)
 
 
 def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = False) -> dict[str, Any]:
@@ -59,9 +61,9 @@ def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = 
     Changes of what it shares with its baseline are for a baseline that has begun, too.
     """
     changes = dict(changes or {})
-    trainer = Trainer.proceed(run, sets=changes, quiet=quiet)
-    trainer.run_all()
-    return finish(trainer, changes, quiet=quiet)
+    with closing(Trainer.proceed(run, sets=changes, quiet=quiet)) as trainer:
+        trainer.run_all()
+        return finish(trainer, changes, quiet=quiet)
 
 
 def stage(
@@ -88,7 +90,8 @@ def stage(
     else:
         assert run is not None
         trainer = Trainer.proceed(run, sets=dict(changes or {}), quiet=quiet)
-    trainer.run_stage(name)
+    with closing(trainer):
+        trainer.run_stage(name)
     return trainer.context.run
 
 
@@ -118,7 +121,8 @@ def _baseline(run: Run, recipe: Recipe, changes: Mapping[str, Any], *, quiet: bo
         trainer = Trainer.start(
             baseline_recipe(recipe, rounds_run(run)), base.folder, owner=run.folder, quiet=quiet
         )
-    trainer.run_all()
+    with closing(trainer):
+        trainer.run_all()
     if distributed.rank() == 0:
         evaluate(base)
 

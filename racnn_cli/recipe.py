@@ -165,6 +165,15 @@ class Train(Section):
     batchnorm: Literal["train", "frozen"] = Field(
         "train", description="frozen: keep the statistics of the weights that training started from"
     )
+    save_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="write a checkpoint after so many updates, besides the end of each epoch; 0: do not"
+    )
+    save_minutes: Annotated[float, Field(ge=0.0)] = Field(
+        10.0, description="and whenever so many minutes have passed since the last one; 0: do not"
+    )
+    keep: Annotated[int, Field(ge=1)] = Field(
+        1, description="checkpoints that are kept besides the newest, in case that it is damaged"
+    )
     amp: bool = Field(True, description="bfloat16 autocast on CUDA")
     channels_last: bool = True
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

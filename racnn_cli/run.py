@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from racnn_cli import recipe as recipes
 from racnn_cli.errors import RacnnError
@@ -25,11 +28,15 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as fault:
-        raise RacnnError(
-            f"{path} could not be written: {fault.strerror or fault}",
-            "free some space, or choose another folder",
-            failure=True,
-        ) from fault
+        raise _unwritable(path, fault) from fault
+
+
+def _unwritable(path: Path, fault: OSError) -> RacnnError:
+    return RacnnError(
+        f"{path} could not be written: {fault.strerror or fault}",
+        "free some space, or choose another folder",
+        failure=True,
+    )
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -42,15 +49,30 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.close(handle)
             temporary = Path(name)
             write(temporary)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
             os.replace(temporary, path)
+            _sync(path.parent)  # the name, too, outlives a power cut
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _sync(path: Path) -> None:
+    """Let the system put a file, or the names in a folder, on the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # no such thing on this system
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -107,25 +129,60 @@ class Run:
         return self.folder / "model.onnx"
 
     @classmethod
-    def create(cls, recipe: Recipe, classes: list[str], out: Path | None, *, latest: bool = True) -> Run:
+    def create(
+        cls,
+        recipe: Recipe,
+        classes: list[str],
+        out: Path | None,
+        *,
+        fingerprint: str = "",
+        latest: bool = True,
+    ) -> Run:
         """Make the folder of a new run (`out`, or the next free `runs/NAME`) and point `runs/latest` at it.
+
+        The folder is there with all that it needs, or not at all.
+
+        Args:
+            recipe, classes: of the run.
+            out: the folder; it may be there if it is empty.
+            fingerprint: of the data and their split.
+            latest: point `runs/latest` at it.
 
         Raises:
             RacnnError: `out` holds something already.
         """
-        folder = out or _next_free(RUNS / recipe.name)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RacnnError(
-                f"{folder} is there already and not empty; nothing was overwritten",
-                f"another --out, or `racnn train --resume --run {folder}` to go on with that run",
-            )
-        run = cls(folder)
-        write_text(run.recipe_file, recipes.dump(recipe))
-        write_json(run.classes_file, classes)
-        run.state.mkdir(exist_ok=True)
-        if latest:
-            _point_latest(folder)
-        return run
+        while True:
+            folder = out or _next_free(RUNS / recipe.name)
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise RacnnError(
+                    f"{folder} is there already and not empty; nothing was overwritten",
+                    f"another --out, or `racnn train --resume --run {folder}` to go on with that run",
+                )
+            with _explained(folder):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                half = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+                try:
+                    half.chmod(0o777 & ~_umask())
+                    run = cls(half)
+                    write_text(run.recipe_file, recipes.dump(recipe))
+                    write_json(run.classes_file, classes)
+                    run.state.mkdir()
+                    if fingerprint:
+                        write_text(run.data, fingerprint)
+                    if folder.is_dir():
+                        folder.rmdir()
+                    try:
+                        half.rename(folder)
+                    except OSError:
+                        if folder.exists():  # another process was faster
+                            continue
+                        raise
+                    _sync(folder.parent)
+                finally:
+                    shutil.rmtree(half, ignore_errors=True)
+            if latest:
+                _point_latest(folder)
+            return cls(folder)
 
     @classmethod
     def open(cls, folder: Path | None) -> Run:
@@ -181,10 +238,50 @@ class Run:
                 "put the data back as they were, or `racnn eval --data FOLDER` with pictures that it has never seen",
             )
 
+    def lock(self) -> FileLock:
+        """Hold the folder for this process, until the lock is released or the process ends, however it ends.
+
+        Raises:
+            RacnnError: another process holds it.
+        """
+        lock = FileLock(self.state / "lock", timeout=0, is_singleton=True)
+        try:
+            self.state.mkdir(exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise RacnnError(
+                f"another process is training in {self.folder}",
+                "wait for it or stop it, or start a run of its own with --out DIR",
+            ) from None
+        except OSError as fault:
+            raise _unwritable(self.state, fault) from fault
+        return lock
+
     def append_log(self, event: dict[str, Any]) -> None:
         """Add one line to log.jsonl."""
         with _explained(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
+
+    def sync_log(self) -> int:
+        """Put log.jsonl on the disk; returns its bytes."""
+        if not self.log.is_file():
+            return 0
+        with _explained(self.log):
+            _sync(self.log)
+        return self.log.stat().st_size
+
+    def cut_log(self, size: int) -> None:
+        """Forget all events after the first `size` bytes: they are of steps that will be made again."""
+        if self.log.is_file() and self.log.stat().st_size > size:
+            with _explained(self.log):
+                os.truncate(self.log, size)
+
+    def sweep(self) -> None:
+        """Delete half-written files that a killed process left."""
+        for folder in (self.folder, self.state):
+            for file in folder.glob(".*"):
+                if file.is_file():
+                    file.unlink(missing_ok=True)
 
     def read_log(self) -> list[dict[str, Any]]:
         """All events so far; a last line cut short by a crash is left out."""

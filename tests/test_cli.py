@@ -19,6 +19,7 @@ import racnn_cli
 from racnn_cli import recipe as recipes
 from racnn_cli.cli import main
 from racnn_cli.run import Run
+from racnn_cli.training import checkpoint
 from racnn_cli.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -344,11 +345,11 @@ def test_corrupt_files_of_a_run_are_failures(racnn, here, data, damage) -> None:
     file = write_recipe(here / "mine.toml", data, pretrain_cnn__epochs=1)
     assert racnn("pretrain-cnn", file).code == 0
     run = Run.open(None)
-    for broken in (run.weights, run.state / "last.safetensors"):
+    for broken in (run.weights, *checkpoint.saved(run)):
         whole = broken.read_bytes()
         broken.write_bytes(whole[:1000] if damage == "cut" else b"\x00\x01" * 500)
     is_fault(racnn("eval"), "weights.safetensors", "damaged", hint="backup", code=1)
-    is_fault(racnn("pretrain-apn"), "last.safetensors", "damaged", hint="backup", code=1)
+    is_fault(racnn("pretrain-apn"), "no checkpoint can be read", "damaged", hint="backup", code=1)
     run.classes_file.write_text("{")
     is_fault(racnn("eval"), "classes.json", hint="backup", code=1)
     run.recipe_file.write_text("{")

@@ -16,7 +16,7 @@ from torch import nn
 from racnn_cli import api
 from racnn_cli.core.model import RACNN, build
 from racnn_cli.recipe import Recipe
-from racnn_cli.training import loop, stages, trainer
+from racnn_cli.training import checkpoint, loop, stages, trainer
 from racnn_cli.training.loop import Averaged, fit, freeze_all_but, make_optimizer, rate_at
 from racnn_cli.training.trainer import Trainer, baseline_recipe
 
@@ -122,7 +122,7 @@ def test_a_stage_ends_with_the_averaged_weights(here, data) -> None:
     started = Trainer.start(tiny(data, train__ema=0.9, pretrain_cnn__lr=0.01), here / "mine", quiet=True)
     context = started.context
     fit(context, stages.pretrain_cnn(context.recipe))
-    saved = load_file(context.run.state / "last.safetensors")
+    saved = load_file(checkpoint.saved(context.run)[0])
     averages = {k.removeprefix("averaged."): v for k, v in saved.items() if k.startswith("averaged.")}
     assert len(averages) > 20
     state = context.model.state_dict()

@@ -19,7 +19,7 @@ from racnn_cli.cli import main
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
-from racnn_cli.training import stages
+from racnn_cli.training import checkpoint, loop, stages
 from racnn_cli.training.console import Console
 from racnn_cli.training.loop import Interrupted
 from racnn_cli.training.trainer import asdict_flat
@@ -84,9 +84,9 @@ def stop_at(monkeypatch) -> Callable[..., None]:
     return arm
 
 
-def validations(run: Run) -> list[Any]:
-    events = [e for e in run.read_log() if e["event"] in ("epoch", "round")]
-    return [(e["stage"], e["round"], e.get("phase"), e.get("epoch"), e["val"]) for e in events]
+def timeless_log(run: Run) -> list[dict[str, Any]]:
+    times = ("seconds", "images_per_second")
+    return [{key: e[key] for key in e if key not in times} for e in run.read_log()]
 
 
 def trained(recipe: Recipe, out: Path) -> Run:
@@ -114,12 +114,37 @@ def test_a_run_that_was_stopped_in_every_stage_ends_bit_identical(here, data, st
     api.resume(Run.open(here / "parts"), quiet=True)
 
     parts = Run.open(here / "parts")
-    assert validations(parts) == validations(whole)
+    assert timeless_log(parts) == timeless_log(whole)
     one, two = load_file(whole.weights), load_file(parts.weights)
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
-    assert [p.name for p in parts.state.iterdir() if p.suffix == ".safetensors"] == ["last.safetensors"]
+    assert sorted(parts.state.glob("*.safetensors"), reverse=True) == checkpoint.saved(parts)
+    assert len(checkpoint.saved(parts)) == 2  # the newest, and one in case that it is damaged
     assert [p.name for p in parts.state.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 7, 9, 11, 13])
+def test_a_signal_while_it_validates_costs_nothing(here, data, monkeypatch, at) -> None:
+    """At an epoch's end, a round's, a stage's: the validation is not finished first."""
+    recipe = tiny(data, train__ema=0.9)
+    whole = trained(recipe, here / "whole")
+    honest, calls = loop.validate, []
+
+    def interrupted(model, batches, *rest, **options):
+        calls.append(0)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return honest(model, batches, *rest, **options)
+
+    monkeypatch.setattr(loop, "validate", interrupted)
+    with pytest.raises(Interrupted):
+        api.train(recipe, out=here / "parts", quiet=True)
+    assert len(calls) == at
+    api.resume(Run.open(here / "parts"), quiet=True)
+    parts = Run.open(here / "parts")
+    assert timeless_log(parts) == timeless_log(whole)
+    one, two = load_file(whole.weights), load_file(parts.weights)
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -136,7 +161,7 @@ def test_a_signal_saves_and_says_how_to_go_on(here, data, stop_at, monkeypatch, 
     assert "racnn train --resume --run mine" in said
     assert "Traceback" not in said
     assert signal.getsignal(number) == before
-    assert (here / "mine" / "state" / "last.safetensors").is_file()
+    assert checkpoint.saved(Run(here / "mine"))
     monkeypatch.setattr(sys, "argv", ["racnn", "train", "--resume", "--run", "mine"])
     with pytest.raises(SystemExit) as end:
         main()
@@ -294,11 +319,12 @@ def test_what_is_not_finite_stops_before_the_update(here, data, monkeypatch, val
     message = caught.value.message
     assert "pretrain-cnn, epoch 2, step 3" in message
     assert part in message
-    assert "last.safetensors is intact" in message
+    newest = checkpoint.saved(Run(here / "mine"))[0]
+    assert f"{newest} is intact" in message
     assert "lr" in caught.value.hint
 
     # The checkpoint is that of the first epoch: going on from it is the run that never failed.
-    tensors = load_file(here / "mine" / "state" / "last.safetensors")
+    tensors = load_file(newest)
     assert all(torch.isfinite(t).all() for t in tensors.values())
     api.resume(Run.open(here / "mine"), quiet=True)
     whole = trained(recipe, here / "whole")

@@ -216,6 +216,7 @@ class Seed:
                 trainer.run_stage(stage)
             if arm.place == LEARNED.place and stage == trainer.plan[0]:
                 self._keep_pretrained(trainer)
+        trainer.close()
         found = self._test(trainer, guide) | {
             "seconds": sum(event["seconds"] for event in run.read_log() if event["event"] == "epoch")
         }

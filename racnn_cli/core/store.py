@@ -27,33 +27,20 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     write_atomic(path, write)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, without its tensors.
-
-    Raises:
-        RacnnError: the file is missing or damaged.
-    """
-    return _open(path, names=False)[1]
-
-
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
     Raises:
         RacnnError: the file is missing or damaged.
     """
-    return _open(path, names=True)
-
-
-def _open(path: Path, names: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not path.is_file():
         raise RacnnError(
             f"{path} does not exist", "finish a training stage first, or name another run with --run"
         )
     try:
         with safe_open(path, framework="pt") as file:
-            wanted = list(file.keys()) if names else []
-            return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as fault:
         raise RacnnError(
             f"{path} is damaged: {fault}", "take the file from a backup, or train again", failure=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,10 +177,32 @@ def batches(
 
 class _Loader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, RacnnError):
-                raise batch
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, RacnnError):
+                    raise batch
+                yield batch
+        except RuntimeError as fault:
+            if "DataLoader worker" not in str(fault):
+                raise
+            raise _worker_fault(str(fault), self.num_workers) from None
+
+
+def _worker_fault(text: str, workers: int) -> RacnnError:
+    """What torch says of a process that reads pictures and died, as a person would."""
+    again = "then `racnn train --resume` goes on from the last checkpoint"
+    if "shared memory" in text or "</torch_" in text:
+        return RacnnError(
+            f"the {workers} processes that read pictures (data.workers) ran out of shared memory",
+            f"a larger /dev/shm (of a container: --shm-size), or --set data.workers=0; {again}",
+            failure=True,
+        )
+    said = re.search(r"DataLoader worker.*", text)
+    return RacnnError(
+        f"one of the {workers} processes that read pictures (data.workers) died: {said[0] if said else text}",
+        f"if the machine ran out of memory, --set data.workers={workers // 2}; {again}",
+        failure=True,
+    )
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,8 +1,14 @@
-"""What resume needs, in one file of tensors and primitives: weights, averaged weights, optimizer, position."""
+"""What resume needs, in files of tensors and primitives: weights, averaged weights, optimizer, position.
+
+`state/checkpoint-NUMBER.safetensors`: the newest is where the run stands, the ones before it are kept in case that it
+is damaged. A file gets its name only when all of it is on the disk, and carries a checksum of its contents.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +17,13 @@ import torch
 from torch import Tensor
 
 from racnn_cli.core.model import RACNN
-from racnn_cli.core.store import fill, read_metadata, read_tensors, save_tensors
+from racnn_cli.core.store import fill, read_tensors, save_tensors
 from racnn_cli.errors import RacnnError
 from racnn_cli.run import Run
+
+NAME = "checkpoint-{:08d}.safetensors"
+PATTERN = "checkpoint-*.safetensors"
+HINT = "start again with another --out, or take the folder from a backup"
 
 
 @dataclass
@@ -26,9 +36,12 @@ class Progress:
         round, phase: of `alternate`: rounds that are finished, and what comes next in this one.
         epoch, step: position in the present call of the loop; `step` counts batches.
         views: epochs since the start of the run: every epoch sees its own augmentations.
+        sums: every loss of the present epoch, added up over its steps so far.
         best, stall: of the present call of the loop: lowest validation loss, and epochs since.
         best_round, best_round_loss: of `alternate`: the round that will be restored.
         smoothed, still: of `alternate`: the smoothed losses, and rounds since one of them changed.
+        number: of the checkpoint; each has the next one.
+        logged: bytes of log.jsonl that were written before it; what follows them is written again.
     """
 
     done: list[str] = field(default_factory=list)
@@ -38,23 +51,27 @@ class Progress:
     epoch: int = 0
     step: int = 0
     views: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     stall: int = 0
     best_round: int = 0
     best_round_loss: float | None = None
     smoothed: dict[str, float] = field(default_factory=dict)
     still: int = 0
+    number: int = 0
+    logged: int = 0
 
 
 def save(
     run: Run,
-    name: str,
     model: RACNN,
     progress: Progress,
     optimizer: torch.optim.Optimizer | None = None,
     averaged: dict[str, Tensor] | None = None,
+    *,
+    keep: int,
 ) -> None:
-    """Write `state/NAME.safetensors` in one step."""
+    """Write where the run stands, and delete all but the newest `keep` checkpoints before it."""
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     tensors |= {f"averaged.{key}": value for key, value in (averaged or {}).items()}
     if optimizer is not None:
@@ -62,34 +79,89 @@ def save(
             tensors |= {
                 f"optimizer.{number}.{key}": value for key, value in entries.items() if value is not None
             }
-    save_tensors(_file(run, name), tensors, {"progress": json.dumps(asdict(progress))})
+    progress.number += 1
+    progress.logged = run.sync_log()
+    _write(run.state / NAME.format(progress.number), tensors, progress)
+    for path in saved(run)[keep + 1 :]:
+        path.unlink(missing_ok=True)
 
 
-def exists(run: Run, name: str) -> bool:
-    return _file(run, name).is_file()
+def saved(run: Run) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    return sorted(run.state.glob(PATTERN), reverse=True)
+
+
+def put_aside(run: Run, name: str, model: RACNN, progress: Progress) -> None:
+    """Keep the weights as they are under a name, such as `best`, to be restored by `restore`."""
+    _write(
+        run.state / f"{name}.safetensors",
+        {f"model.{key}": value for key, value in model.state_dict().items()},
+        progress,
+    )
+
+
+def restore(run: Run, name: str, model: RACNN) -> None:
+    """Read the weights that `put_aside` wrote into the network.
+
+    Raises:
+        RacnnError: the file is missing or damaged.
+    """
+    _read(run.state / f"{name}.safetensors", model)
 
 
 def remove(run: Run, name: str) -> None:
-    _file(run, name).unlink(missing_ok=True)
+    """Delete what `put_aside` wrote."""
+    (run.state / f"{name}.safetensors").unlink(missing_ok=True)
 
 
 @dataclass
 class Saved:
-    """A checkpoint that was read."""
+    """A checkpoint that was read.
+
+    Attributes:
+        progress: where the run stood.
+        optimizer: parameter's number to the entries of its state.
+        averaged: of the weights that move.
+        faults: what was wrong with newer checkpoints, which were passed over.
+    """
 
     progress: Progress
     optimizer: dict[int, dict[str, Tensor]]
     averaged: dict[str, Tensor]
+    faults: list[str] = field(default_factory=list)
 
 
-def load(run: Run, name: str, model: RACNN) -> Saved:
-    """Read `state/NAME.safetensors` into the network; the rest is returned.
+def load(run: Run, model: RACNN) -> Saved | None:
+    """Read the newest checkpoint that is whole into the network; None where there is none at all.
 
     Raises:
-        RacnnError: the file is missing, damaged, or of another network.
+        RacnnError: every one of them is damaged, or of another network.
     """
-    path = _file(run, name)
+    faults: list[str] = []
+    for path in saved(run):
+        try:
+            found = _read(path, model)
+        except RacnnError as fault:
+            faults.append(fault.message)
+        else:
+            found.faults = faults
+            return found
+    if faults:
+        raise RacnnError("\n  ".join(["no checkpoint can be read:", *faults]), HINT, failure=True)
+    return None
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+    told = json.dumps(asdict(progress))
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(path, flat, {"progress": told, "sha256": _checksum(flat, told)})
+
+
+def _read(path: Path, model: RACNN) -> Saved:
     tensors, metadata = read_tensors(path)
+    progress = _progress(metadata, path)
+    if metadata.get("sha256") != _checksum(tensors, metadata["progress"]):
+        raise RacnnError(f"{path} is damaged: its contents do not match their checksum", HINT, failure=True)
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}}
     for key, value in tensors.items():
         group, _, rest = key.partition(".")
@@ -99,13 +171,17 @@ def load(run: Run, name: str, model: RACNN) -> Saved:
     for key, value in groups["optimizer"].items():
         number, _, rest = key.partition(".")
         optimizer.setdefault(int(number), {})[rest] = value
-    return Saved(_progress(metadata, path), optimizer, groups["averaged"])
+    return Saved(progress, optimizer, groups["averaged"])
 
 
-def peek(run: Run) -> Progress:
-    """Where the run stands, without reading a tensor into the network; the very start if nothing is saved."""
-    path = _file(run, "last")
-    return _progress(read_metadata(path), path) if path.is_file() else Progress()
+def _checksum(tensors: Mapping[str, Tensor], told: str) -> str:
+    """Of every tensor's name, kind, shape and bytes, and of the position."""
+    found = hashlib.sha256(told.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
@@ -115,17 +191,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict[st
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _file(run: Run, name: str) -> Path:
-    return run.state / f"{name}.safetensors"
-
-
 def _progress(metadata: dict[str, str], path: Path) -> Progress:
     try:
         values = json.loads(metadata["progress"])
         return Progress(**{f.name: values[f.name] for f in fields(Progress)})
     except (KeyError, ValueError, TypeError) as fault:
         raise RacnnError(
-            f"{path} does not say where the run stood ({fault})",
-            "start again with another --out, or take the file from a backup",
+            f"{path} does not say where the run stood ({fault}); it was written by racnn "
+            f"{metadata.get('racnn', 'of an unknown version')}",
+            HINT,
             failure=True,
         ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,25 +40,12 @@ class Interrupted(RacnnError):
         self.exit_code = 128 + number
 
 
-@dataclass
-class Context:
-    """What all stages of a run share."""
-
-    run: Run
-    recipe: Recipe
-    model: RACNN
-    train: Pictures
-    val: Pictures
-    device: torch.device
-    console: Console
-    progress: Progress
-    guide: stages.Guide | None  # boxes in the place of the APNs'
-    teacher: stages.Teacher | None  # what the APNs learn in the place of the peak and the rank loss
-    resume: Path  # the folder that `--resume --run` names: for a baseline, that of the run it belongs to
+class Stopped(Exception):
+    """A signal came while nothing was learned: there is nothing to finish first."""
 
 
 class Signals:
-    """Remembers SIGINT and SIGTERM, so that the loop can stop between two steps; a second one stops at once."""
+    """Remembers SIGINT and SIGTERM, so that training can stop between two steps; a second one stops at once."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -80,6 +67,29 @@ class Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@dataclass
+class Context:
+    """What all stages of a run share."""
+
+    run: Run
+    recipe: Recipe
+    model: RACNN
+    train: Pictures
+    val: Pictures
+    device: torch.device
+    console: Console
+    progress: Progress
+    guide: stages.Guide | None  # boxes in the place of the APNs'
+    teacher: stages.Teacher | None  # what the APNs learn in the place of the peak and the rank loss
+    signals: Signals
+    saved: float  # when the last checkpoint was written, on a clock that never jumps
+    resume: Path  # the folder that `--resume --run` names: for a baseline, that of the run it belongs to
+
+    def interrupted(self) -> Interrupted:
+        """What to raise once everything is saved after a signal (another process' own, if none came here)."""
+        return Interrupted(self.resume, self.signals.number or signal.SIGTERM)
 
 
 @contextmanager
@@ -212,22 +222,23 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
     accumulate = recipe.train.accumulate
     steps = len(loader(context, context.train, shuffle=True))
     updates_per_epoch = math.ceil(steps / accumulate)
-    averaged.updates = progress.epoch * updates_per_epoch + progress.step // accumulate
-    signals = Signals()
+    averaged.updates = progress.epoch * updates_per_epoch + math.ceil(progress.step / accumulate)
+    if averaged.updates:  # the log names the last one's, also where no step of the epoch is left
+        _set_rate(recipe, stage, optimizer, averaged.updates - 1, updates_per_epoch)
     watched = len(stage.scales) if stage.name == "pretrain-cnn" else recipe.model.scales
 
     def check() -> dict[str, Any]:
         averaged.swap()
         try:
-            plain = loader(context, context.val, shuffle=False)
-            margin = recipe.alternate.margin
-            return validate(model, plain, device, scales=watched, margin=margin, guide=context.guide)
+            return measure(context, watched)
         finally:
             averaged.swap()
 
     def save(optimizer: torch.optim.Optimizer | None) -> None:
         if distributed.rank() == 0:
-            checkpoint.save(context.run, "last", model, progress, optimizer, averaged.values)
+            keep = recipe.train.keep
+            checkpoint.save(context.run, model, progress, optimizer, averaged.values, keep=keep)
+        context.saved = time.monotonic()
 
     def keep_if_best(val: dict[str, Any]) -> None:
         loss = val["fused"]["nll"] if stage.part == "fusion" else val["scales"][0]["nll"]
@@ -235,36 +246,40 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
             progress.best, progress.stall = loss, 0
             averaged.swap()
             if distributed.rank() == 0:
-                checkpoint.save(context.run, "best", model, progress)
+                checkpoint.put_aside(context.run, "best", model, progress)
             averaged.swap()
         else:
             progress.stall += 1
 
     context.console.begin(stage.name, stage.epochs, steps, progress.epoch * steps + progress.step)
     try:
-        with out_of_memory_explained(context), signals.caught():
+        with out_of_memory_explained(context):
             if stage.keep_best and stage.from_start and progress.best is None:
                 keep_if_best(check())
             while progress.epoch < stage.epochs and not (stage.patience and progress.stall >= stage.patience):
                 started = time.perf_counter()
                 freeze_all_but(model, moving, recipe.train.batchnorm == "frozen")
-                losses = _epoch(context, stage, optimizer, parameters, averaged, signals, steps, save)
+                losses = _epoch(context, stage, optimizer, parameters, averaged, steps, save)
                 seconds = time.perf_counter() - started
                 distributed.share_buffers(moving)
                 val = check()
                 progress.epoch, progress.step, progress.views = progress.epoch + 1, 0, progress.views + 1
+                progress.sums = {}
                 if stage.keep_best:
                     keep_if_best(val)
                 _log(context, stage, losses, val, seconds, optimizer)
                 save(optimizer)
-                if distributed.any_process(bool(signals.number), device):
-                    raise Interrupted(context.resume, signals.number or signal.SIGTERM)
+                if distributed.any_process(bool(context.signals.number), device):
+                    raise context.interrupted()
+    except Stopped:
+        save(optimizer)
+        raise context.interrupted() from None
     finally:
         context.console.end()
     averaged.swap()
     if stage.keep_best and progress.best is not None:
         distributed.barrier()
-        checkpoint.load(context.run, "best", model)
+        checkpoint.restore(context.run, "best", model)
     model.eval().requires_grad_(False)
     progress.epoch, progress.step, progress.stall, progress.best = 0, 0, 0, None
 
@@ -275,7 +290,6 @@ def _epoch(
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     averaged: Averaged,
-    signals: Signals,
     steps: int,
     save: Callable[[torch.optim.Optimizer], None],
 ) -> dict[str, float]:
@@ -283,7 +297,7 @@ def _epoch(
     recipe, progress, device = context.recipe, context.progress, context.device
     accumulate = recipe.train.accumulate
     updates_per_epoch = math.ceil(steps / accumulate)
-    sums: dict[str, float] = {}
+    sums = progress.sums
     first, began, images_seen = progress.step, time.perf_counter(), 0
     optimizer.zero_grad(set_to_none=True)
     for step, batch in enumerate(loader(context, context.train, shuffle=True, skip=first), start=first):
@@ -304,21 +318,33 @@ def _epoch(
             if not math.isfinite(figures[name]):
                 raise _not_finite(context, stage, f"the loss `{name}` is {figures[name]}", step)
             (loss / group).backward()
-        if (step + 1) % accumulate == 0 or step + 1 == steps:
+        if moved := (step + 1) % accumulate == 0 or step + 1 == steps:
             update = progress.epoch * updates_per_epoch + step // accumulate
             _update(context, stage, optimizer, parameters, update, updates_per_epoch, step)
             averaged.update()
-            progress.step = step + 1
-            if progress.step < steps and distributed.any_process(bool(signals.number), device):
-                save(optimizer)
-                raise Interrupted(context.resume, signals.number or signal.SIGTERM)
         for name, value in figures.items():
             sums[name] = sums.get(name, 0.0) + value
+        if moved:
+            progress.step = step + 1
+            if progress.step < steps:
+                if distributed.any_process(bool(context.signals.number), device):
+                    save(optimizer)
+                    raise context.interrupted()
+                if _due(context, update):
+                    save(optimizer)
         images_seen += len(batch["label"])
         context.console.step(
             progress.epoch, stage.epochs, figures, images_seen / (time.perf_counter() - began)
         )
-    return {name: value / max(steps - first, 1) for name, value in sums.items()}
+    return {name: value / max(steps, 1) for name, value in sums.items()}
+
+
+def _due(context: Context, update: int) -> bool:
+    """Whether the recipe asks for a checkpoint after this update of a stage, counted from 0."""
+    train = context.recipe.train
+    if train.save_steps and (update + 1) % train.save_steps == 0:
+        return True
+    return bool(train.save_minutes) and time.monotonic() - context.saved >= 60 * train.save_minutes
 
 
 def _update(
@@ -337,16 +363,23 @@ def _update(
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     if not math.isfinite(norm):
         raise _not_finite(context, stage, f"the gradient's norm is {norm}", step)
-    rate = rate_at(recipe, update, stage.epochs * updates_per_epoch, updates_per_epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * rate
+    _set_rate(recipe, stage, optimizer, update, updates_per_epoch)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
+def _set_rate(
+    recipe: Recipe, stage: Stage, optimizer: torch.optim.Optimizer, update: int, updates_per_epoch: int
+) -> None:
+    """Give the optimizer the learning rates of an update."""
+    rate = rate_at(recipe, update, stage.epochs * updates_per_epoch, updates_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * rate
+
+
 def _not_finite(context: Context, stage: Stage, what: str, step: int) -> RacnnError:
-    saved = context.run.state / "last.safetensors"
-    kept = f"the last checkpoint {saved} is intact" if saved.is_file() else "no checkpoint was written yet"
+    saved = checkpoint.saved(context.run)
+    kept = f"the last checkpoint {saved[0]} is intact" if saved else "no checkpoint was written yet"
     return RacnnError(
         f"{stage.name}, epoch {context.progress.epoch + 1}, step {step + 1}: {what}; "
         f"the weights were not updated, {kept}",
@@ -354,6 +387,25 @@ def _not_finite(context: Context, stage: Stage, what: str, step: int) -> RacnnEr
         f"`racnn train --resume --run {context.resume} --set {stage.lr_key}={stage.lr / 10:g}`",
         failure=True,
     )
+
+
+def measure(context: Context, scales: int) -> dict[str, Any]:
+    """The validation figures of the first `scales` scales as the network stands.
+
+    Raises:
+        Stopped: a signal came meanwhile.
+    """
+    plain = polled(context, loader(context, context.val, shuffle=False))
+    margin = context.recipe.alternate.margin
+    return validate(context.model, plain, context.device, scales=scales, margin=margin, guide=context.guide)
+
+
+def polled(context: Context, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, unless a signal comes; of several processes, all go on to the end."""
+    for batch in batches:
+        if context.signals.number and distributed.world() == 1:
+            raise Stopped
+        yield batch
 
 
 def loader(context: Context, pictures: Pictures, *, shuffle: bool, skip: int = 0) -> Any:

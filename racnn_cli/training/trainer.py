@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 import backbones
 from racnn_cli import recipe as recipes
@@ -23,9 +25,18 @@ from racnn_cli.training import checkpoint, distributed, stages
 from racnn_cli.training.checkpoint import Progress, Saved
 from racnn_cli.training.console import Console
 from racnn_cli.training.health import warnings
-from racnn_cli.training.loop import Context, fit, freeze_all_but, loader, seed_step
+from racnn_cli.training.loop import (
+    Context,
+    Signals,
+    Stopped,
+    fit,
+    freeze_all_but,
+    loader,
+    measure,
+    polled,
+    seed_step,
+)
 from racnn_cli.training.stages import Guide, Stage, Teacher
-from racnn_cli.training.validate import validate
 
 SMOOTHING = 0.5  # weight of the newest round in the smoothed losses that end `alternate`
 
@@ -43,6 +54,7 @@ class Trainer:
         model: RACNN,
         source: Source,
         console: Console,
+        lock: FileLock | None,
         saved: Saved | None,
         owner: Path | None,
         guide: Guide | None = None,
@@ -64,9 +76,12 @@ class Trainer:
             progress=saved.progress if saved else Progress(),
             guide=guide,
             teacher=teacher,
+            signals=Signals(),
+            saved=time.monotonic(),
             resume=owner or run.folder,
         )
         self.source = source
+        self.lock = lock
         self.warned = {event["kind"] for event in run.read_log() if event["event"] == "warning"}
         self.watch: Callable[[str], None] = lambda moment: None
 
@@ -105,11 +120,12 @@ class Trainer:
         model = build(recipe.model, len(index.classes), source=recipe.data.source)
         folder = None
         if distributed.rank() == 0:
-            created = Run.create(recipe, list(index.classes), out, latest=owner is None)
-            write_text(created.data, index.fingerprint)
+            created = Run.create(
+                recipe, list(index.classes), out, fingerprint=index.fingerprint, latest=owner is None
+            )
             folder = str(created.folder)
         run = Run(Path(distributed.from_first(folder)))
-        trainer = cls(run, recipe, model, source, console, None, owner, guide, teacher)
+        trainer = cls(run, recipe, model, source, console, _locked(run), None, owner, guide, teacher)
         trainer._introduce()
         return trainer
 
@@ -137,22 +153,32 @@ class Trainer:
         Raises:
             RacnnError: the run folder is damaged, the data are not what they were, `sets` would change the network.
         """
-        recipe = run.recipe()
+        recipe, classes, lock = run.recipe(), run.classes(), _locked(run)
+        seed_step(recipe.seed)
+        weights = "none" if checkpoint.saved(run) else recipe.model.weights
+        model = build(recipe.model, len(classes), source=recipe.data.source, weights=weights)
+        saved = checkpoint.load(run, model)
         if sets:
-            recipe = _changed(run, recipe, sets, checkpoint.peek(run))
+            recipe = _changed(run, recipe, sets, saved.progress if saved else Progress())
         distributed.start(pick(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
         if source is None:
-            index = build_index(recipe.data, seed=recipe.seed, classes=run.classes())
+            index = build_index(recipe.data, seed=recipe.seed, classes=classes)
             source = Files(index, recipe.data, recipe.seed)
-        index = source.index
-        run.check_data(index.fingerprint)
-        seed_step(recipe.seed)
-        unsaved = not checkpoint.exists(run, "last")
-        weights = recipe.model.weights if unsaved else "none"
-        model = build(recipe.model, len(index.classes), source=recipe.data.source, weights=weights)
-        saved = None if unsaved else checkpoint.load(run, "last", model)
-        return cls(run, recipe, model, source, console, saved, owner, guide, teacher)
+        run.check_data(source.index.fingerprint)
+        for fault in saved.faults if saved else ():
+            console.say(f"note: {fault}; the one before it is used")
+        if distributed.rank() == 0:
+            run.sweep()
+            run.cut_log(saved.progress.logged if saved else 0)
+        distributed.barrier()
+        return cls(run, recipe, model, source, console, lock, saved, owner, guide, teacher)
+
+    def close(self) -> None:
+        """Let other processes have the run folder."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     def _introduce(self) -> None:
         index = self.source.index
@@ -188,14 +214,23 @@ class Trainer:
 
         Raises:
             RacnnError: the stage before it is missing, or a later one is done already.
+            Interrupted: a signal came; the state is saved.
         """
         self.check_turn(name)
+        with self.context.signals.caught():
+            try:
+                self._run_stage(name)
+            except Stopped:
+                raise self.context.interrupted() from None
+
+    def _run_stage(self, name: str) -> None:
         progress = self.context.progress
         if distributed.rank() == 0 and self.context.run.recipe() != self.context.recipe:
             write_text(self.context.run.recipe_file, recipes.dump(self.context.recipe))
         if progress.stage != name:
+            done = [stage for stage in progress.done if stage != name]
             self.context.progress = Progress(
-                done=[s for s in progress.done if s != name], stage=name, views=progress.views
+                done=done, stage=name, views=progress.views, number=progress.number
             )
         self.context.console.title(name)
         {
@@ -206,15 +241,16 @@ class Trainer:
         val = self.validate()
         if name != stages.NAMES[0]:  # no APN has been trained before
             self._warn(val)
-        done = [*self.context.progress.done, name]
-        self.context.progress = Progress(done=done, views=self.context.progress.views)
+        progress = self.context.progress
+        done = [*progress.done, name]
+        self.context.progress = Progress(done=done, views=progress.views, number=progress.number)
         if distributed.rank() == 0:
             store.save_weights(self.context.run.weights, self.context.model)
             self.context.run.append_log(
-                {"event": "stage", "stage": name, "views": self.context.progress.views, "val": val}
+                {"event": "stage", "stage": name, "views": progress.views, "val": val}
             )
+        self.watch(name)  # before it is saved: what is logged after that is not kept by a resume
         self._save()
-        self.watch(name)
         distributed.barrier()  # another process may still be reading the best weights
         if distributed.rank() == 0:
             for file in ("best", "best-round"):
@@ -250,7 +286,8 @@ class Trainer:
 
     def _save(self) -> None:
         if distributed.rank() == 0:
-            checkpoint.save(self.context.run, "last", self.context.model, self.context.progress)
+            context = self.context
+            checkpoint.save(context.run, context.model, context.progress, keep=context.recipe.train.keep)
 
     def _pretrain_cnn(self) -> None:
         model = self.context.model
@@ -283,7 +320,7 @@ class Trainer:
                 self._save()
         if not (progress.epoch or progress.step or progress.best is not None):
             distributed.barrier()
-            checkpoint.load(context.run, "best-round", context.model)
+            checkpoint.restore(context.run, "best-round", context.model)
             context.console.say(f"  round {progress.best_round} had the lowest validation loss and is kept")
             self._start_fusion()
         fit(context, stages.fusion(recipe, context.guide), self._resumed())
@@ -295,8 +332,8 @@ class Trainer:
     def _phase(self, stage: Stage, then: str) -> None:
         fit(self.context, stage, self._resumed())
         self.context.progress.phase = then
-        self._save()
         self.watch(f"{stage.name}, round {self.context.progress.round + 1}")
+        self._save()
 
     def _judge(self) -> bool:
         """Measure a finished round; keep it if it is the best; true if `alternate` is at its end.
@@ -313,7 +350,7 @@ class Trainer:
         if progress.best_round_loss is None or loss < progress.best_round_loss:
             progress.best_round, progress.best_round_loss = progress.round, loss
             if distributed.rank() == 0:
-                checkpoint.save(context.run, "best-round", context.model, progress)
+                checkpoint.put_aside(context.run, "best-round", context.model, progress)
         now = {
             "classification": sum(scale["nll"] for scale in val["scales"]) / len(val["scales"]),
             "rank": val["rank"],
@@ -362,12 +399,7 @@ class Trainer:
 
     def validate(self) -> dict:
         """The validation figures of all scales as the network stands."""
-        context = self.context
-        plain = loader(context, context.val, shuffle=False)
-        scales, margin = context.recipe.model.scales, context.recipe.alternate.margin
-        return validate(
-            context.model, plain, context.device, scales=scales, margin=margin, guide=context.guide
-        )
+        return measure(self.context, self.context.recipe.model.scales)
 
     @torch.no_grad()
     def _start_fusion(self) -> None:
@@ -378,11 +410,16 @@ class Trainer:
         plain = self.source.pictures("train", model.source, augment=False)
         plain.items = plain.items[:: math.ceil(len(plain.items) / 512)]
         sums = torch.zeros(len(model.sizes), device=context.device)
-        for batch in loader(context, plain, shuffle=False):
+        for batch in polled(context, loader(context, plain, shuffle=False)):
             batch = {name: value.to(context.device) for name, value in batch.items()}
             output = model(batch["image"], context.guide and context.guide(batch))
             sums += torch.stack([d.float().norm(dim=1).sum() for d in output.descriptors])
         stages.start_fusion(model, (distributed.total(sums) / len(plain)).tolist())
+
+
+def _locked(run: Run) -> FileLock | None:
+    """The lock on a run's folder, for the process that writes."""
+    return run.lock() if distributed.rank() == 0 else None
 
 
 def rounds_run(run: Run) -> int:
