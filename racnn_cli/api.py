@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from racnn_cli import recipe as recipes
+from racnn_cli.core.model import resolve
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.results.evaluate import evaluate
@@ -35,7 +36,8 @@ def train(
     Args:
         recipe: the name of a recipe, a TOML file, or a `Recipe`.
         data: a folder, a CSV file or a built-in set, in the place of the recipe's.
-        out: the run's folder; by default the next free one in `runs/`.
+        out: the run's folder; by default the next free one in `runs/`. Where torchrun has started the processes
+            again, the run that they left there goes on.
         changes: dotted recipe keys to values, such as `{"train.batch": 8}`.
         quiet: print nothing.
 
@@ -49,10 +51,19 @@ def train(
     loaded = (
         recipe.override(changes) if isinstance(recipe, Recipe) else recipes.load(str(recipe), (), changes)
     )
-    trainer = Trainer.start(loaded.as_used(), Path(out) if out is not None else None, quiet=quiet)
+    loaded, folder = loaded.as_used(), Path(out) if out is not None else None
+    if distributed.restarted() and folder is not None and _same(folder, loaded):
+        run = Run.open(folder)
+        return run, resume(run, quiet=quiet)
+    trainer = Trainer.start(loaded, folder, quiet=quiet)
     with closing(trainer):
         trainer.run_all()
         return trainer.context.run, finish(trainer, quiet=quiet)
+
+
+def _same(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a run of this recipe."""
+    return (folder / "recipe.toml").is_file() and Run(folder).recipe() == resolve(recipe)
 
 
 def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = False) -> dict[str, Any]:

@@ -343,7 +343,7 @@ def load(name: str, sets: Iterable[str] = (), changes: Mapping[str, Any] | None 
     path = find(name)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as fault:
         raise RacnnError(f"{path}: not a TOML file: {fault}", "mend the line that is named") from None
     tree.setdefault("name", path.stem)
     changes = {**parse_sets(sets), **(changes or {})}

@@ -215,7 +215,7 @@ class Run:
         """Class names in index order."""
         try:
             names = json.loads(self.classes_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as fault:
+        except (OSError, ValueError, RecursionError) as fault:
             raise RacnnError(
                 f"{self.classes_file} cannot be read: {fault}",
                 "the run folder is damaged; take it from a backup",
@@ -231,7 +231,9 @@ class Run:
 
     def check_data(self, fingerprint: str) -> None:
         """Raise a RacnnError if the data, or what is in which split, are not what the run was started with."""
-        if self.data.is_file() and self.data.read_text(encoding="utf-8").strip() != fingerprint:
+        if not self.data.is_file():
+            return
+        if self.data.read_text(encoding="utf-8", errors="replace").strip() != fingerprint:
             raise RacnnError(
                 f"the pictures of {self.folder} have changed since it was started: files came, went or were renamed, "
                 "and the split with them, so that test pictures may be ones that it was trained on",
@@ -284,15 +286,17 @@ class Run:
                     file.unlink(missing_ok=True)
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All events so far; a last line cut short by a crash is left out."""
+        """All events so far; a line that is none, such as one cut short by a crash, is left out."""
         if not self.log.is_file():
             return []
         events = []
-        for line in self.log.read_text(encoding="utf-8").splitlines():
+        for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                events.append(json.loads(line))
-            except ValueError:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                events.append(event)
         return events
 
 

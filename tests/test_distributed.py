@@ -1,10 +1,11 @@
-"""Two processes under torchrun are one process with the doubled batch."""
+"""Several processes under torchrun are one process with their batches together."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,12 +42,18 @@ KEYS: dict[str, Any] = {
 }
 
 
-def torchrun(folder: Path, processes: int, *program: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def torchrun(
+    folder: Path, processes: int, *program: str, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
+    options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     return subprocess.run(
-        [sys.executable, *launcher, *program],
+        [*LAUNCHER, *options, *program],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
@@ -66,18 +73,31 @@ def numbers(value: Any) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Run, Run, str]:
-    """The whole way by one process with batches of 12, and by two with batches of 6 each."""
-    folder = tmp_path_factory.mktemp("two")
+def place(tmp_path_factory) -> Path:
+    """A folder with data, and a recipe for each number of processes that share a batch of 12."""
+    folder = tmp_path_factory.mktemp("several")
     # 15 validation pictures over two processes with batches of 6: 12 and 3, so the shares are uneven.
     data = write_blobs(folder / "data", {"train": 8, "val": 5, "test": 3})
-    for name, batch in (("one", 12), ("two", 6)):
-        write_recipe(folder / f"{name}.toml", data, train__batch=batch, name="blobs", **KEYS)
-    with contextlib.chdir(folder):
-        api.train("one.toml", out="one", quiet=True)
-    two = torchrun(folder, 2, "-m", "racnn_cli", "train", "two.toml", "--out", "two")
-    assert two.returncode == 0, two.stderr
-    return Run(folder / "one"), Run(folder / "two"), two.stdout + two.stderr
+    for number in (1, 2, 3):
+        write_recipe(folder / f"{number}.toml", data, train__batch=12 // number, name="blobs", **KEYS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> Run:
+    """The whole way by one process."""
+    with contextlib.chdir(place):
+        api.train("1.toml", out="one", quiet=True)
+    return Run(place / "one")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def runs(place: Path, alone: Run, request) -> tuple[Run, Run, str]:
+    """The whole way by one process, by several, and what these said."""
+    number = request.param
+    done = torchrun(place, number, "-m", "racnn_cli", "train", f"{number}.toml", "--out", f"by-{number}")
+    assert done.returncode == 0, done.stderr
+    return alone, Run(place / f"by-{number}"), done.stdout + done.stderr
 
 
 def test_the_weights_are_those_of_one_process_with_the_doubled_batch(runs) -> None:
@@ -103,7 +123,7 @@ def test_validation_counts_every_picture_once(runs) -> None:
     expected, found = figures(one), figures(two)
     assert len(expected) == len(found) > 8
     for number, (a, b) in enumerate(zip(expected, found, strict=True)):
-        assert numbers(b) == pytest.approx(numbers(a), rel=2e-3, abs=2e-4), number
+        assert numbers(b) == pytest.approx(numbers(a), rel=2e-3, abs=5e-4), number
         assert all(scale["top1"] * 15 == pytest.approx(round(scale["top1"] * 15)) for scale in b["scales"])
 
 
@@ -111,7 +131,7 @@ def test_only_one_process_writes_and_speaks(runs) -> None:
     one, two, said = runs
     events = [(e["event"], e["stage"], e.get("epoch")) for e in two.read_log()]
     assert events == [(e["event"], e["stage"], e.get("epoch")) for e in one.read_log()]
-    assert said.count("run folder two") == 1
+    assert said.count(f"run folder {two.folder.name}") == 1
     assert said.count("look next:") == 1
     assert sorted(p.name for p in two.folder.iterdir()) == sorted(p.name for p in one.folder.iterdir())
     assert json.loads(two.eval.read_text())["images"] == 9
@@ -143,3 +163,60 @@ def test_batchnorm_statistics_are_shared(tmp_path) -> None:
     done = torchrun(tmp_path, 2, "job.py")
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["1.5 0", "1.5 0"]
+
+
+KILLED = """
+import os, signal, sys
+from racnn_cli.training import loop
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    honest, made, at = loop._update, [], int(sys.argv[2])
+    def shot(*words):
+        made.append(0)
+        if len(made) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        honest(*words)
+    loop._update = shot
+sys.argv = ["racnn", "train", "2.toml", "--out", sys.argv[1]]
+from racnn_cli.cli import main
+main()
+"""
+
+
+def test_a_process_that_is_killed_is_started_again_from_the_last_checkpoint(place: Path) -> None:
+    (place / "killed.py").write_text(KILLED)
+    whole = torchrun(place, 2, "-m", "racnn_cli", "train", "2.toml", "--out", "left-alone")
+    assert whole.returncode == 0, whole.stderr
+    done = torchrun(place, 2, "killed.py", "killed", "8", restarts=1)
+    assert done.returncode == 0, done.stderr
+    one, two = Run(place / "left-alone"), Run(place / "killed")
+    assert figures(two) == figures(one)
+    first, second = load_file(one.weights), load_file(two.weights)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    again = torchrun(place, 2, "killed.py", "killed-for-good", "8")
+    assert again.returncode != 0
+    assert "another process of this training is gone" in again.stderr
+    assert "racnn_cli/training" not in again.stderr  # no traceback but torchrun's own
+
+
+def test_two_nodes_meet(place: Path) -> None:
+    """Two launchers, as on two machines, that find each other at an address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "7"]
+    program = ["-m", "racnn_cli", "train", "2.toml", "--out", "nodes"]
+    nodes = [
+        subprocess.Popen(
+            [*LAUNCHER, "--nnodes", "2", "--nproc-per-node", "1", *meeting, *program],
+            cwd=place,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum(text.count("run folder nodes") for text in said) == 1
+    assert (place / "nodes" / "eval.json").is_file()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from racnn_cli import api
 from racnn_cli.cli import main
+from racnn_cli.data import images
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
@@ -197,7 +198,6 @@ def test_what_the_optimizer_is_bound_to_cannot_change_in_mid_stage(here, data, s
     for key, value in (
         ("train.optimizer", "sgd"),
         ("train.weight_decay", 0.0),
-        ("train.batch", 2),
         ("train.ema", 0.5),
     ):
         with pytest.raises(RacnnError, match=f"in the middle of pretrain-cnn; {key} cannot change"):
@@ -205,6 +205,33 @@ def test_what_the_optimizer_is_bound_to_cannot_change_in_mid_stage(here, data, s
     with pytest.raises(RacnnError, match="quick"):
         api.resume(run, {"quick": True}, quiet=True)
     assert run.recipe_file.read_bytes() == before
+
+
+def test_an_epoch_goes_on_in_smaller_batches_with_the_same_pictures(here, data, stop_at, monkeypatch) -> None:
+    """As the hint says where memory ran out: half the batch, twice as many of them an update."""
+    recipe = tiny(
+        data, model__scales=1, model__sizes=[64], model__backbone="test_convnext", pretrain_cnn__epochs=1
+    )
+    whole = trained(recipe, here / "whole")
+    stop_at("pretrain-cnn", 1)
+    with pytest.raises(Interrupted):
+        api.train(recipe, out=here / "parts", quiet=True)
+    run = Run.open(here / "parts")
+    with pytest.raises(RacnnError, match=r"after 12 pictures; updates of 10 .* do not fit"):
+        api.resume(run, {"train.batch": 5, "train.accumulate": 2}, quiet=True)
+    read: list[int] = []
+    honest = images.Pictures.__getitem__
+    monkeypatch.setattr(
+        images.Pictures, "__getitem__", lambda self, key: (read.append(key[1]), honest(self, key))[1]
+    )
+    api.resume(run, {"train.batch": 3, "train.accumulate": 2}, quiet=True)
+    order = images.plan(24, batch=6, epoch=0, seed=3, shuffle=True)
+    assert read[:12] == [position for step in order[2:] for position in step]
+    losses = [next(e for e in r.read_log() if e["event"] == "epoch")["train_loss"] for r in (whole, run)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    one, two = load_file(whole.weights), load_file(run.weights)
+    for name in one:  # one update of 6 is two batches of 3, but for rounding
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
 
 
 def test_the_baseline_that_was_stopped_goes_on_with_its_run(here, data, stop_at) -> None:

@@ -35,6 +35,7 @@ class Progress:
         stage: the stage under way; empty between stages.
         round, phase: of `alternate`: rounds that are finished, and what comes next in this one.
         epoch, step: position in the present call of the loop; `step` counts batches.
+        batch: pictures of such a step, over all processes.
         views: epochs since the start of the run: every epoch sees its own augmentations.
         sums: every loss of the present epoch, added up over its steps so far.
         best, stall: of the present call of the loop: lowest validation loss, and epochs since.
@@ -50,6 +51,7 @@ class Progress:
     phase: str = "cnn"
     epoch: int = 0
     step: int = 0
+    batch: int = 0
     views: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     best: float | None = None

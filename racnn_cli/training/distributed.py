@@ -27,11 +27,25 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def restarted() -> bool:
+    """Whether torchrun has started these processes again after one of them died."""
+    return _starts() > 0
+
+
+def _starts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun started; nothing to do when there are none."""
     if world() > 1 and not dist.is_initialized():
         local_device(device)  # NCCL speaks through the current GPU, so it is chosen first
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, number, processes = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it starts the processes again: without a prefix they may read there
+        # where those that have died could be reached.
+        store = dist.PrefixStore(f"start {_starts()}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=processes)
         # Left to the interpreter's end, its threads can outlive what they use and abort the process.
         atexit.register(dist.destroy_process_group)
 

@@ -92,13 +92,30 @@ class Context:
         return Interrupted(self.resume, self.signals.number or signal.SIGTERM)
 
 
+LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "nccl error",
+    "timed out waiting",
+)
+"""What gloo and NCCL say when the process at the other end has died."""
+
+
 @contextmanager
-def out_of_memory_explained(context: Context) -> Iterator[None]:
-    """Turn a failed allocation, on a device or on the CPU, into one that says which setting to lower."""
+def explained(context: Context) -> Iterator[None]:
+    """Turn a failed allocation, on a device or on the CPU, into a fault that says which setting to lower; and a
+    process that has died into one that says how to go on."""
     try:
         yield
     except RuntimeError as fault:
         text = str(fault).lower()
+        if distributed.world() > 1 and any(said in text for said in LOST):
+            raise RacnnError(
+                f"another process of this training is gone: {str(fault).splitlines()[0]}",
+                f"`racnn train --resume --run {context.resume}`, or torchrun with --max-restarts, which does so",
+                failure=True,
+            ) from None
         if not isinstance(fault, torch.OutOfMemoryError) and "can't allocate memory" not in text:
             raise
         train = context.recipe.train
@@ -253,7 +270,7 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
 
     context.console.begin(stage.name, stage.epochs, steps, progress.epoch * steps + progress.step)
     try:
-        with out_of_memory_explained(context):
+        with explained(context):
             if stage.keep_best and stage.from_start and progress.best is None:
                 keep_if_best(check())
             while progress.epoch < stage.epochs and not (stage.patience and progress.stall >= stage.patience):
@@ -325,7 +342,7 @@ def _epoch(
         for name, value in figures.items():
             sums[name] = sums.get(name, 0.0) + value
         if moved:
-            progress.step = step + 1
+            progress.step, progress.batch = step + 1, recipe.train.batch * distributed.world()
             if progress.step < steps:
                 if distributed.any_process(bool(context.signals.number), device):
                     save(optimizer)

@@ -166,6 +166,8 @@ class Trainer:
             index = build_index(recipe.data, seed=recipe.seed, classes=classes)
             source = Files(index, recipe.data, recipe.seed)
         run.check_data(source.index.fingerprint)
+        if saved:
+            _rebatch(run, recipe, saved.progress, len(source.index.splits["train"]))
         for fault in saved.faults if saved else ():
             console.say(f"note: {fault}; the one before it is used")
         if distributed.rank() == 0:
@@ -484,20 +486,42 @@ def _changed(run: Run, recipe: Recipe, sets: dict[str, object], progress: Progre
             ),
             "leave that out to go on with this run, or start a new one with --out DIR",
         )
-    # The optimizer's state belongs to the parameters as these keys group them, the step to batches of this size.
+    # The optimizer's state belongs to the parameters as these keys group them.
     under_way = {"train.optimizer", "train.ema", "train.weight_decay", "pretrain_cnn.head_lr"}
-    bound = [
-        key
-        for key in changes
-        if (key in under_way and (progress.epoch or progress.step))
-        or (key in ("train.batch", "train.accumulate") and progress.step)
-    ]
+    bound = [key for key in changes if key in under_way and (progress.epoch or progress.step)]
     if bound:
         raise RacnnError(
             f"{run.folder} stands in the middle of {progress.stage}; {', '.join(bound)} cannot change there",
             "`racnn train --resume` without that; it can change between two stages",
         )
     return new
+
+
+def _rebatch(run: Run, recipe: Recipe, progress: Progress, pictures: int) -> None:
+    """Count an epoch that has begun in steps of the batch that it goes on with: the order of pictures is the same.
+
+    Args:
+        run, recipe: as they go on.
+        progress: where the run stands; changed in place.
+        pictures: of an epoch.
+
+    Raises:
+        RacnnError: what has been seen is no whole number of updates of that size.
+    """
+    batch, accumulate = recipe.train.batch * distributed.world(), recipe.train.accumulate
+    seen = min(progress.step * progress.batch, pictures)
+    steps = math.ceil(seen / batch)
+    if not progress.step:
+        return
+    if seen < pictures and (seen % batch or steps % accumulate):
+        raise RacnnError(
+            f"{run.folder} stands in the middle of an epoch, after {seen} pictures; updates of {batch * accumulate} "
+            f"({distributed.world()} process(es), train.batch = {recipe.train.batch}, train.accumulate = {accumulate}) "
+            "do not fit into that",
+            f"as many pictures an update as before, in batches that divide {progress.batch}",
+        )
+    progress.sums = {name: value * steps / progress.step for name, value in progress.sums.items()}
+    progress.step, progress.batch = steps, batch
 
 
 def asdict_flat(recipe: Recipe) -> dict[str, object]:

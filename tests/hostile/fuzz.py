@@ -1,0 +1,296 @@
+"""Feed broken files to everything that reads files: each must be read, or refused with one clear error.
+
+    python tests/hostile/fuzz.py --inputs 100000 --seed 0
+
+An input is a valid file, changed at random (bits flipped, spans cut, doubled, spliced, extreme numbers and words put in),
+a pure function of the seed and its number. What is counted: files that were read, files that were refused with a
+`RacnnError`, and everything else, which must be nothing: another exception, a crash of the process, more than
+`LIMIT` seconds, more than `MEMORY` bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (1, 2)]
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from racnn_cli import recipe as recipes
+from racnn_cli.core import store
+from racnn_cli.data.decode import read_image
+from racnn_cli.data.listing import read_csv
+from racnn_cli.errors import RacnnError
+from racnn_cli.run import Run
+
+LIMIT = 10  # seconds an input
+MEMORY = 6 * 2**30  # bytes of address space, most of which torch has taken before the first input
+CHUNK = 2000  # inputs a process
+
+NUMBERS = [
+    "0",
+    "-1",
+    "1",
+    "255",
+    "65536",
+    "2147483648",
+    "9223372036854775808",
+    "1" * 400,
+    "1e400",
+    "-0.0",
+    "nan",
+    "inf",
+]
+WORDS = [
+    *NUMBERS,
+    "true",
+    "null",
+    "[]",
+    "{}",
+    '""',
+    "'''",
+    '"""',
+    "\\u0000",
+    "\\ud800",
+    "../",
+    "/dev/zero",
+    "~",
+    "\x1b[2J",
+]
+WORDS += [
+    "[bold]",
+    "\r",
+    "\n",
+    "\t",
+    "\0",
+    ",",
+    ";",
+    '"',
+    "=",
+    "[",
+    "]",
+    "#",
+    "ÿ",
+    "𝒜",
+    "\ufeff",
+    "\u202e",
+    "a" * 5000,
+    "[" * 300,
+]
+
+
+def recipe_seeds() -> list[bytes]:
+    shipped = [path.read_bytes() for path in sorted(recipes.RECIPES.glob("*.toml"))]
+    return [*shipped, recipes.dump(recipes.load("tiny")).encode()]
+
+
+def csv_seeds() -> list[bytes]:
+    rows = "".join(
+        f"a/{n}.png,class {n % 3},{'train val test'.split()[n % 3]},{n},{n},10,10\n" for n in range(9)
+    )
+    return [
+        f"path,label,split,x,y,w,h\n{rows}".encode(),
+        b'path,label\r\n"a, b.png","x ""y"""\r\nc.png,z\r\n',
+        "\ufeffpath,label,split\nä.png,ö,validation\n".encode(),
+    ]
+
+
+def image_seeds() -> list[bytes]:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    found = []
+    for kind, mode in [("PNG", m) for m in ("RGB", "RGBA", "P", "L", "1", "I;16")] + [
+        (k, "RGB") for k in ("JPEG", "WEBP", "BMP", "TIFF")
+    ]:
+        image = Image.fromarray(pixels)
+        image = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        file = io.BytesIO()
+        image.save(file, kind, **({"exif": exif} if mode == "RGB" and kind != "BMP" else {}))
+        found.append(file.getvalue())
+    return found
+
+
+def json_seeds() -> list[bytes]:
+    events = [{"event": "epoch", "stage": "alternate", "round": 1, "val": {"scales": [{"top1": 0.5}]}}] * 3
+    return [
+        json.dumps(["red", "green", "blue"]).encode(),
+        "".join(json.dumps(event) + "\n" for event in events).encode(),
+    ]
+
+
+def tensor_seeds() -> list[bytes]:
+    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(1, dtype=torch.int64)}
+    return [save(tensors, {"progress": "{}", "racnn": "0"}), save({"c": torch.ones(0, 4)})]
+
+
+def read_recipe(file: Path) -> None:
+    recipes.load(str(file))
+
+
+def read_run(file: Path) -> None:
+    """The same bytes as each of a run folder's text files; refused where none of them can be read."""
+    run = Run(file.parent)
+    run.state.mkdir(exist_ok=True)
+    readers = [
+        (run.classes_file, run.classes),
+        (run.log, run.read_log),
+        (run.data, lambda: run.check_data("0" * 64)),
+    ]
+    refused: list[RacnnError] = []
+    for path, read in readers:
+        os.replace(file, path)
+        try:
+            read()
+        except RacnnError as fault:
+            refused.append(fault)
+        finally:
+            os.replace(path, file)
+    if len(refused) == len(readers):
+        raise refused[0]
+
+
+TARGETS: dict[str, tuple[str, Callable[[], list[bytes]], Callable[[Path], object]]] = {
+    "recipes": ("input.toml", recipe_seeds, read_recipe),
+    "CSV": ("input.csv", csv_seeds, read_csv),
+    "images": ("input.png", image_seeds, read_image),
+    "run folders": ("input", json_seeds, read_run),
+    "safetensors": ("input.safetensors", tensor_seeds, store.read_tensors),
+}
+
+
+def changed(draw: random.Random, seeds: list[bytes]) -> bytes:
+    """A valid file with a few changes."""
+    content = bytearray(draw.choice(seeds))
+    for _ in range(draw.choice((1, 1, 2, 3, 5, 8))):
+        at = draw.randrange(len(content) + 1)
+        span = min(draw.choice((1, 2, 4, 8, 64, 1024)), len(content) - at)
+        way = draw.randrange(8)
+        if way == 0 and at < len(content):
+            content[at] ^= 1 << draw.randrange(8)
+        elif way == 1 and at < len(content):
+            content[at] = draw.choice((0, 1, 127, 128, 255))
+        elif way == 2:
+            del content[at : at + span]
+        elif way == 3:
+            content[at:at] = content[at : at + span] * draw.choice((1, 2, 50))
+        elif way == 4:
+            content[at:at] = draw.choice(WORDS).encode()
+        elif way == 5:
+            del content[at:]
+        elif way == 6:
+            other = draw.choice(seeds)
+            cut = draw.randrange(len(other) + 1)
+            content[at:] = other[cut:]
+        else:
+            number = draw.choice((0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1))
+            content[at : at + 4] = number.to_bytes(4, draw.choice(("little", "big")))
+    return bytes(content)
+
+
+class Hang(BaseException):
+    """An input took too long."""
+
+
+def one(read: Callable[[Path], object], file: Path, content: bytes) -> str:
+    """`read`, `refused`, or what happened in their place."""
+    file.write_bytes(content)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    try:
+        read(file)
+    except RacnnError as fault:
+        whole = str(fault)
+        hidden = not whole.replace("\n", "").isprintable() and "\x1b" in whole
+        return "an escape sequence in a message" if hidden else "refused"
+    except Hang:
+        return f"more than {LIMIT} s"
+    except BaseException:
+        return traceback.format_exc()[-1500:]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return "read"
+
+
+def fuzz(name: str, inputs: int, seed: int, folder: Path) -> dict[str, int | list[str]]:
+    """So many inputs for one reader, in processes of their own.
+
+    Returns:
+        `inputs`, `read`, `refused`, and `faults`: what else happened, with the number of the input.
+    """
+    title, make, read = TARGETS[name]
+    seeds, counts, faults = make(), {"read": 0, "refused": 0}, []
+    for start in range(0, inputs, CHUNK):
+        told, at = folder / "told.json", folder / "at"
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+                signal.signal(signal.SIGALRM, _hang)
+                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+                answers = {"read": 0, "refused": 0, "faults": []}
+                for number in range(start, min(start + CHUNK, inputs)):
+                    at.write_text(str(number))
+                    content = changed(random.Random(f"{name} {seed} {number}"), seeds)
+                    answer = one(read, folder / title, content)
+                    if answer in answers:
+                        answers[answer] += 1
+                    else:
+                        answers["faults"].append(f"{name} {number}: {answer}")
+                told.write_text(json.dumps(answers))
+                code = 0
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        if status:
+            faults.append(f"{name} {at.read_text()}: the process died, status {status}")
+            continue
+        answers = json.loads(told.read_text())
+        faults += answers.pop("faults")
+        counts = {key: counts[key] + answers[key] for key in counts}
+    return {"inputs": inputs, **counts, "faults": faults}
+
+
+def _hang(number: int, frame: FrameType | None) -> None:
+    raise Hang
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=list(TARGETS), action="append")
+    options = parser.parse_args()
+    print(f"{'':12} {'inputs':>8} {'read':>8} {'refused':>8} {'faults':>7} {'seconds':>8}")
+    wrong = []
+    with tempfile.TemporaryDirectory() as place:
+        for target in options.only or TARGETS:
+            began = time.monotonic()
+            result = fuzz(target, options.inputs, options.seed, Path(place))
+            wrong += result["faults"]
+            took = time.monotonic() - began
+            print(
+                f"{target:12} {result['inputs']:8} {result['read']:8} {result['refused']:8} "
+                f"{len(result['faults']):7} {took:8.0f}",
+                flush=True,
+            )
+    print("\n".join(wrong[:20]), file=sys.stderr)
+    sys.exit(bool(wrong))
