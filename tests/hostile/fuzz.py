@@ -2,7 +2,7 @@
 
     python tests/hostile/fuzz.py --inputs 100000 --seed 0
 
-An input is a valid file, changed at random (bits flipped, spans cut, doubled, spliced, extreme numbers and words put in),
+An input is a valid file, changed at random (bits flipped, spans cut, doubled, spliced, extreme numbers put in),
 a pure function of the seed and its number. What is counted: files that were read, files that were refused with a
 `RacnnError`, and everything else, which must be nothing: another exception, a crash of the process, more than
 `LIMIT` seconds, more than `MEMORY` bytes.
@@ -102,7 +102,7 @@ def recipe_seeds() -> list[bytes]:
 
 def csv_seeds() -> list[bytes]:
     rows = "".join(
-        f"a/{n}.png,class {n % 3},{'train val test'.split()[n % 3]},{n},{n},10,10\n" for n in range(9)
+        f"a/{n}.png,class {n % 3},{['train', 'val', 'test'][n % 3]},{n},{n},10,10\n" for n in range(9)
     )
     return [
         f"path,label,split,x,y,w,h\n{rows}".encode(),
