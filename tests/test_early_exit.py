@@ -97,6 +97,19 @@ def test_predictions_tell_of_the_scales_that_ran(exported: dict, data: Path) -> 
     assert {(len(one.scales), len(one.boxes)) for one in found} == {(1, 0), (3, 2)}
 
 
+def test_openvino_reads_it_too(exported: dict, data: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    files = sorted(data.parent.glob("val-*.png"))
+    squares = np.stack([load_source(file, "crop", SIDE)[0] for file in files])
+    image = np.ascontiguousarray(squares.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+    network = openvino.Core().compile_model(exported["path"], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert [one.get_any_name() for one in network.inputs] == ["image"]  # the threshold is a constant to it
+    answers, session = network({"image": image}), onnxruntime.InferenceSession(exported["path"])
+    names = ["probabilities", "scales", "boxes", "ran"]
+    for name, value in zip(names, session.run(names, {"image": image}), strict=True):
+        assert np.abs(answers[name] - value).max() < (0.05 if name == "boxes" else 1e-3), name
+
+
 def test_raw_pictures_that_are_not_square(run: Run) -> None:
     made = export.export_onnx(
         run, run.folder / "raw.onnx", form=Form(raw=True), opset=18, exits=True, max_drop=100

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,7 @@ from racnn_cli.results.onnx_network import as_input
 
 Precision = Literal["float32", "half", "int8"]
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the module that a node comes from
+FLOAT = ("LayerNormalization", "Softmax")  # little work, and much to lose in 8 bits
 TURNS = 15  # of each file, in the measurement of speed
 CALIBRATION = 128  # training pictures that the ranges of int8 are taken from
 BATCH = 8
@@ -71,8 +72,9 @@ def to_int8(source: Path, target: Path, pictures: np.ndarray, form: Form) -> Non
     """
     prepared = target.with_suffix(".prepared.onnx")
     try:
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        nodes = backbone_nodes(onnx.load(prepared, load_external_data=False))
+        # Not optimized here: that may lose which node is whose, and the exporter has folded BatchNorm already.
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True, skip_optimization=True)
+        nodes = backbone_nodes(onnx.load(prepared, load_external_data=False), but=FLOAT)
         if not nodes:
             raise RacnnError(
                 f"{source} does not say which of its nodes are the backbone's", "export it again"
@@ -92,12 +94,12 @@ def to_int8(source: Path, target: Path, pictures: np.ndarray, form: Form) -> Non
         prepared.unlink(missing_ok=True)
 
 
-def backbone_nodes(proto: onnx.ModelProto) -> list[str]:
-    """Names of the nodes that the scales' backbones consist of."""
+def backbone_nodes(proto: onnx.ModelProto, but: Sequence[str] = ()) -> list[str]:
+    """Names of the nodes that the scales' backbones consist of, without some kinds of operators."""
     found = []
     for node in proto.graph.node:
         scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
-        if ".backbone" in scopes:
+        if ".backbone" in scopes and node.op_type not in but:
             found.append(node.name)
     return found
 
