@@ -189,7 +189,7 @@ def test_save_and_load_are_exact(tmp_path) -> None:
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     )
-    metadata = store.read_metadata(file)
+    metadata = store.read_tensors(file)[1]
     assert (metadata["backbone"], metadata["scales"]) == ("test_resnet", "3")
     images = pictures()
     with torch.no_grad():
