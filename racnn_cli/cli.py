@@ -452,13 +452,15 @@ def report(run: RunFolder = None) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="seeds, attention, ablation, gradient, backbones or crop")],
+    name: Annotated[
+        str, typer.Argument(help="seeds, attention, ablation, gradient, backbones, export or crop")
+    ],
     json: Annotated[Path | None, typer.Option("--json", help="write the figures to this file too")] = None,
     seeds: Annotated[
         str | None,
         typer.Option(
             "--seeds",
-            help="not for backbones and crop: such as 0-4 or 0,3,7; default 0-4",
+            help="not for backbones, export and crop: such as 0-4 or 0,3,7; default 0-4",
             show_default=False,
         ),
     ] = None,

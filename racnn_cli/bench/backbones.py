@@ -11,6 +11,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,17 @@ def measure(models: dict[str, tuple[int, ...]]) -> Figures:
     Args:
         models: name to a size for each of three scales; empty: the model's own.
     """
-    console, found = Console(stderr=True, highlight=False), []
-    for name, sizes in models.items():
-        start = time.perf_counter()
-        found.append(one(name, sizes))
-        console.print(escape(f"{name}: {found[-1]['fault'] or 'ok'}, {time.perf_counter() - start:.0f} s"))
-    return summary(found)
+    return summary([told(name, partial(one, name, sizes)) for name, sizes in models.items()])
+
+
+def told(name: str, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `measured` returns of a backbone; how it went is said as soon as it is known."""
+    start = time.perf_counter()
+    entry = measured()
+    Console(stderr=True, highlight=False).print(
+        escape(f"{name}: {entry['fault'] or 'ok'}, {time.perf_counter() - start:.0f} s")
+    )
+    return entry
 
 
 def one(name: str, sizes: Sequence[int]) -> dict[str, Any]:

@@ -8,19 +8,19 @@ touched, not for accuracy. Its ONNX file is then held against PyTorch, as every 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from racnn_cli import api
 from racnn_cli.bench import Figures, Options
+from racnn_cli.bench.backbones import told
 from racnn_cli.core import store
 from racnn_cli.errors import RacnnError
 from racnn_cli.results import compress
@@ -58,12 +58,10 @@ def measure(models: Mapping[str, int]) -> Figures:
     Args:
         models: name to the side of every scale.
     """
-    console, found = Console(stderr=True, highlight=False), []
+    found = []
     for name, side in models.items():
-        start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            found.append(one(name, side, Path(folder)))
-        console.print(escape(f"{name}: {found[-1]['fault'] or 'ok'}, {time.perf_counter() - start:.0f} s"))
+            found.append(told(name, partial(one, name, side, Path(folder))))
     return summary(found)
 
 

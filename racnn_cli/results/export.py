@@ -90,13 +90,13 @@ def export_onnx(
     network, _ = store.load(run.folder)
     recipe = run.recipe()
     deployed = Deployed(network, recipe.data.fit, form or Form()).eval()
-    judged = _held_out(run, network.source) if exits or precision != "float32" else None
+    if exits and len(network.sizes) == 1:
+        raise RacnnError(
+            f"{run.folder} has one scale: there is none to leave out", "export without --early-exit"
+        )
+    judged = _pictures(run, "val", network.source) if exits or precision != "float32" else None
     if exits:
         assert judged is not None
-        if len(network.sizes) == 1:
-            raise RacnnError(
-                f"{run.folder} has one scale: there is none to leave out", "export without --early-exit"
-            )
         deployed = with_exit(deployed, judged, max_drop)
     program = to_onnx(deployed, opset)
     program.metadata_props.update(metadata(run, deployed))
@@ -135,10 +135,6 @@ def _pictures(run: Run, split: str, side: int, at_most: int | None = None) -> La
     some = items[:: math.ceil(len(items) / (at_most or len(items)))]
     squares = [load_source(item.path, recipe.data.fit, side)[0] for item in some]
     return np.stack(squares), np.array([item.label for item in some])
-
-
-def _held_out(run: Run, side: int) -> Labelled:
-    return _pictures(run, "val", side)
 
 
 def with_exit(deployed: Deployed, judged: Labelled, max_drop: float) -> EarlyExit:
