@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.markup import escape
 
 import racnn_cli
 from racnn_cli import recipe as recipes
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RacnnError, out_of_memory
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 
@@ -533,8 +533,18 @@ def main() -> None:
     try:
         app(prog_name="racnn")
     except RacnnError as fault:
-        out = Console(stderr=True, highlight=False, soft_wrap=True)
-        out.print(f"[bold red]error:[/] {escape(fault.message)}")
-        if fault.hint:
-            out.print(f"[bold]try:[/] {escape(fault.hint)}")
-        sys.exit(fault.exit_code)
+        _stop(fault)
+    except (MemoryError, RuntimeError) as fault:
+        if not out_of_memory(fault):
+            raise
+        said = (str(fault).strip() or "no more memory").splitlines()[0]
+        hint = "smaller model.sizes, data.source, model.apn_hidden or train.batch, or fewer data.workers"
+        _stop(RacnnError(f"the memory is not enough: {said}", hint, failure=True))
+
+
+def _stop(fault: RacnnError) -> NoReturn:
+    out = Console(stderr=True, highlight=False, soft_wrap=True)
+    out.print(f"[bold red]error:[/] {escape(fault.message)}")
+    if fault.hint:
+        out.print(f"[bold]try:[/] {escape(fault.hint)}")
+    sys.exit(fault.exit_code)

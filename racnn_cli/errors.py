@@ -26,6 +26,15 @@ class RacnnError(Exception):
         return f"{self.message}\ntry: {self.hint}" if self.hint else self.message
 
 
+def out_of_memory(fault: BaseException) -> bool:
+    """Whether an allocation failed, on the CPU or on a device; each library says so in its own way."""
+    text = str(fault).lower()
+    known = isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError"  # torch's
+    return known or any(
+        said in text for said in ("can't allocate memory", "out of memory", "bad allocation", "bad_alloc")
+    )
+
+
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """`; did you mean …?` for a name that is not among the known ones; empty when nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)

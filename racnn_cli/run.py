@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from racnn_cli import recipe as recipes
 from racnn_cli.errors import RacnnError
@@ -20,6 +22,19 @@ from racnn_cli.recipe import Recipe
 
 RUNS = Path("runs")
 LATEST = "latest"
+
+
+def printable(name: str) -> str:
+    """A class name as it is, or a ValueError: control characters could do things to a terminal or split a line."""
+    if any(unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") for sign in name):
+        raise ValueError(f"the class name {name!r} holds control characters")
+    return name
+
+
+ClassNames = Annotated[list[Annotated[str, AfterValidator(printable)]], Field(min_length=1)]
+"""In index order, and safe to print."""
+
+HALF = ".racnn-"  # how the name of a half-written file starts
 
 
 @contextmanager
@@ -45,7 +60,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     try:
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{HALF}{path.name}.", suffix=path.suffix)
             os.close(handle)
             temporary = Path(name)
             write(temporary)
@@ -160,7 +175,7 @@ class Run:
                 )
             with _explained(folder):
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                half = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+                half = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{HALF}{folder.name}."))
                 try:
                     half.chmod(0o777 & ~_umask())
                     run = cls(half)
@@ -189,7 +204,8 @@ class Run:
         """The run in `folder`, or the newest one.
 
         Raises:
-            RacnnError: there is none.
+            RacnnError: there is none, or a file in it that training writes to is a link: what a run folder that
+                somebody else packed points to is not for us to change.
         """
         if folder is None:
             link = RUNS / LATEST
@@ -205,7 +221,14 @@ class Run:
                 f"{folder} is not a run folder: it has no recipe.toml",
                 "--run DIR with a folder that `racnn train` made",
             )
-        return cls(folder)
+        run = cls(folder)
+        for path in (run.log, run.state, run.state / "lock"):
+            if path.is_symlink():
+                raise RacnnError(
+                    f"{path} is a link, and training would write to what it points to",
+                    "put the file or folder itself there; a whole run folder may be a link",
+                )
+        return run
 
     def recipe(self) -> Recipe:
         """The resolved recipe of this run."""
@@ -213,21 +236,15 @@ class Run:
 
     def classes(self) -> list[str]:
         """Class names in index order."""
+        hint = "the run folder is damaged; take it from a backup"
         try:
-            names = json.loads(self.classes_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as fault:
+            return TypeAdapter(ClassNames).validate_json(self.classes_file.read_bytes())
+        except OSError as fault:
+            raise RacnnError(f"{self.classes_file} cannot be read: {fault}", hint, failure=True) from None
+        except ValueError:
             raise RacnnError(
-                f"{self.classes_file} cannot be read: {fault}",
-                "the run folder is damaged; take it from a backup",
-                failure=True,
+                f"{self.classes_file} is not a list of class names", hint, failure=True
             ) from None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise RacnnError(
-                f"{self.classes_file} is not a list of class names",
-                "the run folder is damaged; take it from a backup",
-                failure=True,
-            )
-        return names
 
     def check_data(self, fingerprint: str) -> None:
         """Raise a RacnnError if the data, or what is in which split, are not what the run was started with."""
@@ -281,7 +298,7 @@ class Run:
     def sweep(self) -> None:
         """Delete half-written files that a killed process left."""
         for folder in (self.folder, self.state):
-            for file in folder.glob(".*"):
+            for file in folder.glob(f"{HALF}*"):
                 if file.is_file():
                     file.unlink(missing_ok=True)
 

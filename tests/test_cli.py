@@ -7,46 +7,21 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from blobs import tiny, write_blobs, write_recipe
+from command import Said
 
 import racnn_cli
 from racnn_cli import recipe as recipes
-from racnn_cli.cli import main
 from racnn_cli.run import Run
 from racnn_cli.training import checkpoint
 from racnn_cli.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "torchvision", "timm", "cv2", "albumentations", "onnx", "onnxruntime", "onnxscript")
-
-
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def racnn(monkeypatch, capsys) -> Callable[..., Said]:
-    """The command `racnn` with words as typed, in this process."""
-
-    def call(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["racnn", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        code = end.value.code
-        return Said(code if isinstance(code, int) else int(bool(code)), out, err)
-
-    return call
 
 
 def plain(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 
 import racnn_cli
 from racnn_cli import api
-from racnn_cli.cli import main
 from racnn_cli.core import attention
 from racnn_cli.run import Run
 from racnn_cli.training import stages
@@ -26,19 +24,6 @@ from racnn_cli.training.trainer import Trainer
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_blobs(tmp_path_factory.mktemp("blobs") / "data")
-
-
-@pytest.fixture
-def racnn(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["racnn", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
 
 
 # ---- as typed

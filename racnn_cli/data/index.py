@@ -19,6 +19,7 @@ from racnn_cli.data.decode import check, show
 from racnn_cli.data.listing import Row, read_csv, read_folder
 from racnn_cli.data.split import choose, hold_out
 from racnn_cli.errors import RacnnError
+from racnn_cli.run import printable
 
 SPLITS = ("train", "val", "test")
 SHOWN = 1000
@@ -241,11 +242,12 @@ def _verify(rows: list[Row]) -> dict[Row, str]:
 
 def _name_problems(names: list[str]) -> list[str]:
     """Class names that cannot be told apart, or cannot be printed."""
-    problems = [
-        f"the class name {name!r} holds control characters"
-        for name in names
-        if any(unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") for sign in name)
-    ]
+    problems = []
+    for name in names:
+        try:
+            printable(name)
+        except ValueError as fault:
+            problems.append(str(fault))
     alike = defaultdict(list)
     for name in names:
         alike[re.sub(r"[\s_]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()].append(name)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import onnxruntime
+from pydantic import BaseModel, Field, Json, ValidationError
 
+from racnn_cli.data.square import Fit
 from racnn_cli.errors import RacnnError
 from racnn_cli.results.prediction import Answers
+from racnn_cli.run import ClassNames
 
-NEEDED = ("classes", "source", "sizes", "fit", "layout")
 OUTPUTS = ("probabilities", "scales")
+
+
+class Told(BaseModel):
+    """What the metadata of a file say about it; they may come from anybody."""
+
+    classes: Json[ClassNames]
+    source: Annotated[int, Field(ge=16, le=8192)]
+    sizes: Json[Annotated[list[int], Field(min_length=1)]]
+    fit: Fit
+    layout: Literal["NCHW", "NHWC"]
 
 
 class OnnxNetwork:
@@ -27,25 +39,51 @@ class OnnxNetwork:
 
     def __init__(self, path: Path) -> None:
         self.session = open_session(path)
-        told = self.session.get_modelmeta().custom_metadata_map
         names = [value.name for value in self.session.get_outputs()]
-        if not {*NEEDED} <= told.keys() or not {*OUTPUTS} <= {*names}:
-            raise RacnnError(
-                f"{path} does not say what racnn needs to know of a network",
-                "a file that `racnn export --onnx` wrote",
-            )
-        self.classes, self.fit = json.loads(told["classes"]), told["fit"]
-        self.source, self.scales = int(told["source"]), len(json.loads(told["sizes"]))
-        self.raw = told["layout"] == "NHWC"
+        try:
+            told = Told.model_validate(self.session.get_modelmeta().custom_metadata_map)
+        except ValidationError as fault:
+            wrong = ", ".join(sorted({str(error["loc"][0]) for error in fault.errors()}))
+            raise _foreign(path, f"of its metadata, {wrong} cannot be used") from None
+        if missing := [name for name in OUTPUTS if name not in names]:
+            raise _foreign(path, f"it has no output {', '.join(missing)}")
+        self.path, self.classes, self.fit = path, told.classes, told.fit
+        self.source, self.scales, self.raw = told.source, len(told.sizes), told.layout == "NHWC"
         self.outputs = [*OUTPUTS, *(name for name in ("boxes", "ran") if name in names)]
 
     def answer(self, squares: np.ndarray) -> Answers:
-        """See `prediction.Network`."""
-        values = self.session.run(self.outputs, {"image": as_input(squares, raw=self.raw)})
-        found = dict(zip(self.outputs, values, strict=True))
-        boxes = found.get("boxes", np.zeros((len(squares), 0, 4), np.float32)) / squares.shape[1]
-        ran = found.get("ran", np.full(len(squares), self.scales))
-        return Answers(found["probabilities"], found["scales"], boxes, ran)
+        """See `prediction.Network`.
+
+        Raises:
+            RacnnError: the graph is not one that `racnn export` makes: it does not run, or answers in other shapes.
+        """
+        count, classes = len(squares), len(self.classes)
+        try:
+            values = self.session.run(self.outputs, {"image": as_input(squares, raw=self.raw)})
+        except Exception as fault:  # its errors have no common base
+            raise _foreign(self.path, f"it does not run: {fault}") from None
+        found = dict(zip(self.outputs, map(np.asarray, values), strict=True))
+        found.setdefault("boxes", np.zeros((count, 0, 4), np.float32))
+        found.setdefault("ran", np.full(count, self.scales))
+        wanted = {
+            "probabilities": (count, classes),
+            "scales": (count, self.scales, classes),
+            "boxes": (count, self.scales - 1, 4),
+            "ran": (count,),
+        }
+        for name, shape in wanted.items():
+            if found[name].shape != shape or found[name].dtype.kind not in "fi":
+                raise _foreign(self.path, f"its {name} have the shape {found[name].shape}, {shape} is needed")
+        if not np.isfinite(found["boxes"]).all() or ((found["ran"] < 1) | (found["ran"] > self.scales)).any():
+            raise _foreign(self.path, "its boxes or numbers of scales are impossible")
+        boxes = found["boxes"] / squares.shape[1]
+        return Answers(found["probabilities"], found["scales"], boxes, found["ran"])
+
+
+def _foreign(path: Path, why: str) -> RacnnError:
+    return RacnnError(
+        f"{path} is not a network that racnn can use: {why}", "a file that `racnn export --onnx` wrote"
+    )
 
 
 def as_input(squares: np.ndarray, *, raw: bool) -> np.ndarray:

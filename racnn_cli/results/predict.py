@@ -174,7 +174,11 @@ def json_lines(model: Model, out: TextIO) -> Writer:
 
 
 def comma_separated(model: Model, out: TextIO) -> Writer:
-    """A header, then a line a picture: the answer, the box of each finer scale, and what was wrong."""
+    """A header, then a line a picture: the answer, the box of each finer scale, and what was wrong.
+
+    A name stays what it is in a file, and on a terminal does nothing to it.
+    """
+    text = show if out.isatty() else str
     table = csv.writer(out, lineterminator="\n")
     header_written = False
 
@@ -187,7 +191,7 @@ def comma_separated(model: Model, out: TextIO) -> Writer:
         edges = [f"{value:.1f}" for box in prediction.boxes for value in box]
         edges += [""] * (4 * (model.scales - 1) - len(edges))
         probability = "" if prediction.error else f"{prediction.probability:.6f}"
-        table.writerow([prediction.path, prediction.label, probability, *edges, prediction.error])
+        table.writerow([text(prediction.path), prediction.label, probability, *edges, prediction.error])
         out.flush()
 
     return write

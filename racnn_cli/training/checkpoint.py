@@ -11,9 +11,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from racnn_cli.core.model import RACNN
@@ -24,6 +25,8 @@ from racnn_cli.run import Run
 NAME = "checkpoint-{:08d}.safetensors"
 PATTERN = "checkpoint-*.safetensors"
 HINT = "start again with another --out, or take the folder from a backup"
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass
@@ -47,21 +50,24 @@ class Progress:
 
     done: list[str] = field(default_factory=list)
     stage: str = ""
-    round: int = 0
-    phase: str = "cnn"
-    epoch: int = 0
-    step: int = 0
-    batch: int = 0
-    views: int = 0
+    round: Count = 0
+    phase: Literal["cnn", "apn", "judge", "fusion"] = "cnn"
+    epoch: Count = 0
+    step: Count = 0
+    batch: Count = 0
+    views: Count = 0
     sums: dict[str, float] = field(default_factory=dict)
     best: float | None = None
-    stall: int = 0
-    best_round: int = 0
+    stall: Count = 0
+    best_round: Count = 0
     best_round_loss: float | None = None
     smoothed: dict[str, float] = field(default_factory=dict)
-    still: int = 0
-    number: int = 0
-    logged: int = 0
+    still: Count = 0
+    number: Count = 0
+    logged: Count = 0
+
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 def save(
@@ -165,14 +171,19 @@ def _read(path: Path, model: RACNN) -> Saved:
     if metadata.get("sha256") != _checksum(tensors, metadata["progress"]):
         raise RacnnError(f"{path} is damaged: its contents do not match their checksum", HINT, failure=True)
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}}
-    for key, value in tensors.items():
-        group, _, rest = key.partition(".")
-        groups[group][rest] = value
-    fill(model, groups["model"], path)
     optimizer: dict[int, dict[str, Tensor]] = {}
-    for key, value in groups["optimizer"].items():
-        number, _, rest = key.partition(".")
-        optimizer.setdefault(int(number), {})[rest] = value
+    try:
+        for key, value in tensors.items():
+            group, _, rest = key.partition(".")
+            groups[group][rest] = value
+        for key, value in groups["optimizer"].items():
+            number, _, rest = key.partition(".")
+            optimizer.setdefault(int(number), {})[rest] = value
+    except (KeyError, ValueError):
+        raise RacnnError(
+            f"{path} holds {key!r}, which no checkpoint of racnn does", HINT, failure=True
+        ) from None
+    fill(model, groups["model"], path)
     return Saved(progress, optimizer, groups["averaged"])
 
 
@@ -186,18 +197,40 @@ def _checksum(tensors: Mapping[str, Tensor], told: str) -> str:
     return found.hexdigest()
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Give a fresh optimizer the state that was saved."""
-    if state:
+def restore_moving(
+    optimizer: torch.optim.Optimizer, averaged: Mapping[str, Tensor], saved: Saved, folder: Path
+) -> None:
+    """Give a fresh optimizer, and the averages of the weights that move, the state that was saved.
+
+    Raises:
+        RacnnError: it is that of other parameters.
+    """
+    moving = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    fits = all(
+        number < len(moving)
+        and all(entry.numel() == 1 or entry.shape == moving[number].shape for entry in entries.values())
+        for number, entries in saved.optimizer.items()
+    ) and {name: value.shape for name, value in saved.averaged.items()} == {
+        name: value.shape for name, value in averaged.items()
+    }
+    if not fits:
+        raise RacnnError(
+            f"the checkpoint in {folder} is of other parameters than those that {saved.progress.stage} trains",
+            HINT,
+            failure=True,
+        )
+    if saved.optimizer:
         groups: Any = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
+    for name, value in saved.averaged.items():
+        averaged[name].copy_(value)
 
 
 def _progress(metadata: dict[str, str], path: Path) -> Progress:
     try:
         values = json.loads(metadata["progress"])
-        return Progress(**{f.name: values[f.name] for f in fields(Progress)})
-    except (KeyError, ValueError, TypeError) as fault:
+        return _PROGRESS.validate_python({f.name: values[f.name] for f in fields(Progress)})
+    except (KeyError, ValueError, TypeError, RecursionError) as fault:
         raise RacnnError(
             f"{path} does not say where the run stood ({fault}); it was written by racnn "
             f"{metadata.get('racnn', 'of an unknown version')}",

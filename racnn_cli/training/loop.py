@@ -17,7 +17,7 @@ from torch import nn
 
 from racnn_cli.core.model import RACNN
 from racnn_cli.data.images import Pictures, batches
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RacnnError, out_of_memory
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 from racnn_cli.training import checkpoint, distributed, stages
@@ -108,7 +108,7 @@ def explained(context: Context) -> Iterator[None]:
     process that has died into one that says how to go on."""
     try:
         yield
-    except RuntimeError as fault:
+    except (RuntimeError, MemoryError) as fault:
         text = str(fault).lower()
         if distributed.world() > 1 and any(said in text for said in LOST):
             raise RacnnError(
@@ -116,7 +116,7 @@ def explained(context: Context) -> Iterator[None]:
                 f"`racnn train --resume --run {context.resume}`, or torchrun with --max-restarts, which does so",
                 failure=True,
             ) from None
-        if not isinstance(fault, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+        if not out_of_memory(fault):
             raise
         train = context.recipe.train
         raise RacnnError(
@@ -233,9 +233,7 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
     optimizer = make_optimizer(recipe, stage, model)
     averaged = Averaged(model, moving, recipe.train.ema)
     if resumed is not None:
-        checkpoint.restore_optimizer(optimizer, resumed.optimizer)
-        for name, value in resumed.averaged.items():
-            averaged.values[name].copy_(value)
+        checkpoint.restore_moving(optimizer, averaged.values, resumed, context.run.state)
     accumulate = recipe.train.accumulate
     steps = len(loader(context, context.train, shuffle=True))
     updates_per_epoch = math.ceil(steps / accumulate)

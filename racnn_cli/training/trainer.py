@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
@@ -331,7 +331,7 @@ class Trainer:
         progress, section = self.context.progress, self.context.recipe.alternate
         self.context.console.say(f"  round {progress.round + 1} of at most {section.rounds}, {phase}")
 
-    def _phase(self, stage: Stage, then: str) -> None:
+    def _phase(self, stage: Stage, then: Literal["apn", "judge"]) -> None:
         fit(self.context, stage, self._resumed())
         self.context.progress.phase = then
         self.watch(f"{stage.name}, round {self.context.progress.round + 1}")

@@ -305,10 +305,11 @@ def test_a_run_of_another_version_is_said_to_be_one(mine: Run) -> None:
 
 
 def test_what_a_killed_process_left_half_written_is_swept_up(mine: Run, here, data) -> None:
-    (mine.state / ".checkpoint-00000009.safetensors.x7.safetensors").write_bytes(b"0" * 100)
-    (mine.folder / ".log.jsonl.abc").write_bytes(b"0")
+    (mine.state / ".racnn-checkpoint-00000009.safetensors.x7.safetensors").write_bytes(b"0" * 100)
+    (mine.folder / ".racnn-log.jsonl.abc").write_bytes(b"0")
+    (mine.folder / ".gitignore").write_text("*")  # what is a person's own stays
     ends_as(mine, tiny(data), here / "whole")
-    assert not list(mine.folder.rglob(".*"))
+    assert [path.name for path in mine.folder.rglob(".*")] == [".gitignore"]
 
 
 def test_a_run_folder_is_there_whole_or_not_at_all(here, data, monkeypatch) -> None:
