@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from racnn_cli import recipe as recipes
+from racnn_cli.core.device import pick
 from racnn_cli.core.model import resolve
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
@@ -17,7 +18,7 @@ from racnn_cli.results.prediction import Prediction, load
 from racnn_cli.results.report import write_report
 from racnn_cli.run import Run
 from racnn_cli.training import distributed
-from racnn_cli.training.trainer import Trainer, baseline_recipe, rounds_run
+from racnn_cli.training.trainer import Trainer, asdict_flat, baseline_recipe, rounds_run
 
 # What the hints of a failed training name, and a baseline shares with its run; its size and epochs are its own.
 SHARED = ("train.", "pretrain_cnn.lr")
@@ -29,6 +30,7 @@ def train(
     data: str | Path | None = None,
     out: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
+    or_resume: bool = False,
     quiet: bool = False,
 ) -> tuple[Run, dict[str, Any]]:
     """Train from a recipe to the end: every stage, the baseline if the recipe asks for it, evaluation, report.
@@ -36,9 +38,9 @@ def train(
     Args:
         recipe: the name of a recipe, a TOML file, or a `Recipe`.
         data: a folder, a CSV file or a built-in set, in the place of the recipe's.
-        out: the run's folder; by default the next free one in `runs/`. Where torchrun has started the processes
-            again, the run that they left there goes on.
+        out: the run's folder; by default the next free one in `runs/`.
         changes: dotted recipe keys to values, such as `{"train.batch": 8}`.
+        or_resume: go on with the run in `out` if there is one already, as after a restart by torchrun in any case.
         quiet: print nothing.
 
     Returns:
@@ -52,18 +54,36 @@ def train(
         recipe.override(changes) if isinstance(recipe, Recipe) else recipes.load(str(recipe), (), changes)
     )
     loaded, folder = loaded.as_used(), Path(out) if out is not None else None
-    if distributed.restarted() and folder is not None and _same(folder, loaded):
-        run = Run.open(folder)
-        return run, resume(run, quiet=quiet)
+    if folder is not None and (or_resume or distributed.restarted()):
+        distributed.start(pick(loaded.train.device))
+        # One process looks for all: a slow one would find what a fast one has just begun.
+        there = distributed.from_first(distributed.rank() == 0 and Run(folder).recipe_file.is_file())
+        if there and same_recipe(folder, loaded):
+            run = Run.open(folder)
+            return run, resume(run, quiet=quiet)
     trainer = Trainer.start(loaded, folder, quiet=quiet)
     with closing(trainer):
         trainer.run_all()
         return trainer.context.run, finish(trainer, quiet=quiet)
 
 
-def _same(folder: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a run of this recipe."""
-    return (folder / "recipe.toml").is_file() and Run(folder).recipe() == resolve(recipe)
+def same_recipe(folder: Path, recipe: Recipe) -> bool:
+    """Does the folder hold a run of this recipe? False: it holds no run.
+
+    Raises:
+        RacnnError: it holds a run of another recipe.
+    """
+    run = Run(folder)
+    if not run.recipe_file.is_file():
+        return False
+    old, new = asdict_flat(run.recipe()), asdict_flat(resolve(recipe))
+    differ = [f"{key} is {old[key]!r} there and {new[key]!r} here" for key in new if old[key] != new[key]]
+    if differ:
+        raise RacnnError(
+            f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differ),
+            "move it out of the way; nothing in it was changed",
+        )
+    return True
 
 
 def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = False) -> dict[str, Any]:

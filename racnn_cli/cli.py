@@ -158,30 +158,32 @@ def train(
     pretrained: Pretrained = False,
     quick: Quick = False,
     skip_bad: SkipBad = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="go on with a run that was stopped; with RECIPE and --out, or start it"
+        ),
+    ] = False,
     run: RunFolder = None,
 ) -> None:
     """Run every stage of a recipe, then evaluate."""
     changes = _changes(data, scales, seed, weights, pretrained, quick, skip_bad)
-    if resume:
-        if recipe is not None or out is not None:
-            raise RacnnError(
-                "--resume goes on with a run as it is: no recipe and no --out", "name the run with --run DIR"
-            )
+    if resume and recipe is None and out is None:
         opened, changes = _open(run, {**recipes.parse_sets(sets or ()), **changes})
         from racnn_cli import api
 
         result = api.resume(opened, changes)
     else:
-        if run is not None:
+        if run is not None or (resume and (recipe is None or out is None)):
             raise RacnnError(
-                "--run names a run that exists, and train starts a new one",
-                "--resume --run DIR, or --out DIR",
+                "--run, and --resume alone, are for a run that exists, a recipe and --out for a new one",
+                "`racnn train --resume --run DIR` goes on with a run, "
+                "`racnn train RECIPE --out DIR --resume` goes on with it or starts it",
             )
         loaded = _load(recipe, sets, changes)
         from racnn_cli import api
 
-        opened, result = api.train(loaded, out=out)
+        opened, result = api.train(loaded, out=out, or_resume=resume)
     if result:
         _print_result(opened, result)
 

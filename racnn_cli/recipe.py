@@ -162,8 +162,10 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="decay of averaged weights; 0: none"
     )
-    batchnorm: Literal["train", "frozen"] = Field(
-        "train", description="frozen: keep the statistics of the weights that training started from"
+    batchnorm: Literal["train", "frozen", "synced"] = Field(
+        "train",
+        description="frozen: keep the statistics of the weights that training started from; "
+        "synced: normalise over the pictures of all processes, not over each one's own",
     )
     save_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="write a checkpoint after so many updates, besides the end of each epoch; 0: do not"

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,8 @@ from racnn_cli.training import stages
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# No BatchNorm: its statistics are those of the pictures that a process sees itself. Plain gradient descent:
-# Adam divides by the gradient's size, which turns the last bit of a gradient near 0 into a step. Nothing drawn at
-# random: each process draws its own.
+# No BatchNorm: its statistics are those of the pictures that a process sees itself, unless they are synced. Plain
+# gradient descent: Adam divides by the gradient's size, which turns the last bit of a gradient near 0 into a step.
 KEYS: dict[str, Any] = {
     "model__backbone": "test_convnext",
     "model__apn_hidden": 8,
@@ -35,9 +38,6 @@ KEYS: dict[str, Any] = {
     "alternate__cnn_lr": 0.01,
     "alternate__apn_lr": 0.05,
     "alternate__rounds": 2,
-    "alternate__apn_gradient": "backprop",
-    "alternate__jitter": 0.0,
-    "alternate__tighten": 0.0,
     "fusion__lr": 0.05,
 }
 
@@ -91,13 +91,23 @@ def alone(place: Path) -> Run:
     return Run(place / "one")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def runs(place: Path, alone: Run, request) -> tuple[Run, Run, str]:
+@pytest.fixture(scope="module")
+def by(place: Path) -> Callable[[int], tuple[Run, str]]:
+    """The whole way by so many processes, and what they said."""
+
+    @cache
+    def run(number: int) -> tuple[Run, str]:
+        done = torchrun(place, number, "-m", "racnn_cli", "train", f"{number}.toml", "--out", f"by-{number}")
+        assert done.returncode == 0, done.stderr
+        return Run(place / f"by-{number}"), done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(params=[2, 3])
+def runs(alone: Run, by, request) -> tuple[Run, Run, str]:
     """The whole way by one process, by several, and what these said."""
-    number = request.param
-    done = torchrun(place, number, "-m", "racnn_cli", "train", f"{number}.toml", "--out", f"by-{number}")
-    assert done.returncode == 0, done.stderr
-    return alone, Run(place / f"by-{number}"), done.stdout + done.stderr
+    return (alone, *by(request.param))
 
 
 def test_the_weights_are_those_of_one_process_with_the_doubled_batch(runs) -> None:
@@ -110,9 +120,33 @@ def test_the_weights_are_those_of_one_process_with_the_doubled_batch(runs) -> No
         )
 
 
+def test_synced_batchnorm_is_that_of_one_process(place: Path) -> None:
+    """20 training pictures in batches of 12 over three processes: the last one is shared out unevenly."""
+    data = write_blobs(place / "odd", {"train": 7, "val": 2, "test": 2})
+    (data / "train" / "red" / "00.png").unlink()
+    changes = KEYS | {"model__backbone": "test_resnet", "alternate__rounds": 1}
+    for processes, kind in ((1, "train"), (3, "synced")):
+        file = place / f"odd-{processes}.toml"
+        write_recipe(file, data, train__batch=12 // processes, train__batchnorm=kind, name="odd", **changes)
+    with contextlib.chdir(place):
+        api.train("odd-1.toml", out="odd-alone", quiet=True)
+    done = torchrun(place, 3, "-m", "racnn_cli", "train", "odd-3.toml", "--out", "odd-by-3")
+    assert done.returncode == 0, done.stderr
+    one, several = Run(place / "odd-alone"), Run(place / "odd-by-3")
+    first, second = load_file(one.weights), load_file(several.weights)
+    assert any("running_var" in name for name in first)
+    for name, expected in first.items():
+        torch.testing.assert_close(
+            second[name], expected, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    losses = [[e["train_loss"] for e in r.read_log() if e["event"] == "epoch"] for r in (one, several)]
+    assert numbers(losses[0]) == pytest.approx(numbers(losses[1]), rel=1e-3, abs=1e-4)
+
+
 def test_every_stage_was_trained_by_both_alike(runs) -> None:
     one, two, _ = runs
     losses = [[e["train_loss"] for e in r.read_log() if e["event"] == "epoch"] for r in (one, two)]
+    assert numbers(losses[0]) == pytest.approx(numbers(losses[1]), rel=1e-3, abs=1e-5)
     names = {name for event in losses[0] for name in event}
     assert names == {"classification 1", "classification 2", "box 2", "rank 1-2", "classification fused"}
     assert [e["stage"] for e in two.read_log() if e["event"] == "stage"] == list(stages.NAMES)
@@ -182,20 +216,41 @@ main()
 """
 
 
-def test_a_process_that_is_killed_is_started_again_from_the_last_checkpoint(place: Path) -> None:
-    (place / "killed.py").write_text(KILLED)
-    whole = torchrun(place, 2, "-m", "racnn_cli", "train", "2.toml", "--out", "left-alone")
-    assert whole.returncode == 0, whole.stderr
-    done = torchrun(place, 2, "killed.py", "killed", "8", restarts=1)
-    assert done.returncode == 0, done.stderr
-    one, two = Run(place / "left-alone"), Run(place / "killed")
+def ended_alike(one: Run, two: Run) -> None:
     assert figures(two) == figures(one)
     first, second = load_file(one.weights), load_file(two.weights)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_process_that_is_killed_is_started_again_from_the_last_checkpoint(place: Path, by) -> None:
+    (place / "killed.py").write_text(KILLED)
+    done = torchrun(place, 2, "killed.py", "killed", "8", restarts=1)
+    assert done.returncode == 0, done.stderr
+    ended_alike(by(2)[0], Run(place / "killed"))
     again = torchrun(place, 2, "killed.py", "killed-for-good", "8")
     assert again.returncode != 0
     assert "another process of this training is gone" in again.stderr
     assert "racnn_cli/training" not in again.stderr  # no traceback but torchrun's own
+
+
+def test_a_scheduler_that_stops_torchrun_loses_nothing(place: Path, by) -> None:
+    """SIGTERM at the launcher, as SLURM sends it before a job's time is up."""
+    train = ["-m", "racnn_cli", "train", "2.toml", "--out", "stopped", "--resume"]
+    program = ["--standalone", "--nproc-per-node", "2", *train]
+    with (place / "stopped.txt").open("w") as said:
+        launcher = subprocess.Popen(
+            [*LAUNCHER, *program], cwd=place, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT
+        )
+        log = place / "stopped" / "log.jsonl"
+        while launcher.poll() is None and not (log.is_file() and log.read_text().count("pretrain-apn")):
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=60) != 0
+    assert "stopped by SIGTERM; everything up to this step is saved" in (place / "stopped.txt").read_text()
+    assert not (place / "stopped" / "eval.json").exists()
+    done = torchrun(place, 2, *train)
+    assert done.returncode == 0, done.stderr
+    ended_alike(by(2)[0], Run(place / "stopped"))
 
 
 def test_two_nodes_meet(place: Path) -> None:

@@ -242,8 +242,6 @@ def test_the_baseline_that_was_stopped_goes_on_with_its_run(here, data, stop_at)
     with pytest.raises(Interrupted):
         api.train(recipe, out=here / "mine", quiet=True)
     run = Run.open(here / "mine")
-    again = Interrupted(here / "mine", signal.SIGINT)
-    assert again.hint == f"`racnn train --resume --run {here / 'mine'}` goes on"
     stop_at("alternate: fusion head", 1)
     with pytest.raises(Interrupted):
         api.resume(run, quiet=True)
@@ -252,7 +250,7 @@ def test_the_baseline_that_was_stopped_goes_on_with_its_run(here, data, stop_at)
     with pytest.raises(Interrupted) as stopped:
         api.resume(run, quiet=True)
     assert (run.folder / "baseline" / "recipe.toml").is_file()
-    assert stopped.value.hint == again.hint
+    assert stopped.value.hint == f"`racnn train --resume --run {here / 'mine'}` goes on"
     result = api.resume(run, quiet=True)
     assert result["baseline"] is not None
     assert len(run.read_log()) >= steps
@@ -371,3 +369,21 @@ def test_not_finite_in_an_apn_phase_names_it(here, data, monkeypatch) -> None:
         RacnnError, match=r"alternate: APN phase, epoch 1, step 2: the loss `rank 1-2` is nan"
     ):
         api.train(tiny(data), out=here / "mine", quiet=True)
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(racnn, here, data) -> None:
+    write_recipe(here / "mine.toml", data)
+    words = ["train", "mine.toml", "--out", "mine", "--resume"]
+    assert racnn(*words).code == 0
+    before, log = load_file(here / "mine" / "weights.safetensors"), (here / "mine" / "log.jsonl").read_text()
+    assert racnn(*words).code == 0
+    assert (here / "mine" / "log.jsonl").read_text() == log
+    after = load_file(here / "mine" / "weights.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    said = racnn(*words, "--set", "train.batch=5")
+    assert said.code == 2
+    assert "train.batch is 6 there and 5 here" in said.err
+    for wrong in (["mine.toml", "--resume"], ["--out", "mine", "--resume"], [*words[1:], "--run", "mine"]):
+        said = racnn("train", *wrong)
+        assert said.code == 2, wrong
+        assert "--out DIR --resume" in said.err

@@ -18,11 +18,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
+from racnn_cli import api
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Options, boxes
 from racnn_cli.bench.annotated import AnnotatedFiles
 from racnn_cli.bench.compute import Compute, at_size, equal_compute
-from racnn_cli.bench.seeds import same_recipe
 from racnn_cli.core.model import resolve
 from racnn_cli.data.index import build_index
 from racnn_cli.data.samples import clutter
@@ -178,7 +178,7 @@ class Seed:
             RacnnError: the folder holds a run of another recipe, or training fails.
         """
         recipe, run = self.recipe_of(arm), Run(self.folder / arm.place)
-        there, marker = same_recipe(run.folder, recipe), run.folder / "bench.json"
+        there, marker = api.same_recipe(run.folder, recipe), run.folder / "bench.json"
         if there and marker.is_file():
             return json.loads(marker.read_text(encoding="utf-8"))
         how = "goes on" if there else "trains"

@@ -19,12 +19,9 @@ from rich.table import Table
 from racnn_cli import api
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Figures, Options
-from racnn_cli.core.model import resolve
-from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.results.evaluate import read, rows
 from racnn_cli.run import RUNS, Run
-from racnn_cli.training.trainer import asdict_flat
 
 
 def run(options: Options) -> Figures:
@@ -41,7 +38,8 @@ def run(options: Options) -> Figures:
         folder = parent / f"seed-{seed}"
         done = finished(folder, recipe.override({"seed": seed}).as_used())
         console.print(escape(f"seed {seed}: {'is there already' if done else 'trains'}, {folder}"))
-        result = done or _train(folder, recipe.override({"seed": seed}))
+        one = recipe.override({"seed": seed})
+        result = done or api.train(one, out=folder, or_resume=True, quiet=True)[1]
         trained = Run(folder)
         found.append(
             {
@@ -64,33 +62,7 @@ def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         RacnnError: the folder holds a run of another recipe, whose figures would be passed off as this one's.
     """
     run = Run(folder)
-    return read(run) if same_recipe(folder, recipe) and run.eval.is_file() else None
-
-
-def same_recipe(folder: Path, recipe: Recipe) -> bool:
-    """Does the folder hold a run of this recipe? False: it holds no run.
-
-    Raises:
-        RacnnError: it holds a run of another recipe.
-    """
-    run = Run(folder)
-    if not run.recipe_file.is_file():
-        return False
-    old, new = asdict_flat(run.recipe()), asdict_flat(resolve(recipe))
-    differ = [f"{key} is {old[key]!r} there and {new[key]!r} here" for key in new if old[key] != new[key]]
-    if differ:
-        raise RacnnError(
-            f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differ),
-            f"move {folder.parent} out of the way; nothing in it was changed",
-        )
-    return True
-
-
-def _train(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    run = Run(folder)
-    if run.recipe_file.is_file():
-        return api.resume(run, quiet=True)
-    return api.train(recipe, out=folder, quiet=True)[1]
+    return read(run) if api.same_recipe(folder, recipe) and run.eval.is_file() else None
 
 
 def _seconds(run: Run) -> float:

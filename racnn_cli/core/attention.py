@@ -67,14 +67,25 @@ def bound(boxes: Tensor, floor: float, ceiling: float) -> Tensor:
     return torch.cat([centre, half], dim=1)
 
 
-def jitter(boxes: Tensor, amount: float, floor: float, ceiling: float, tighten: float = 0.0) -> Tensor:
+def jitter(
+    boxes: Tensor,
+    amount: float,
+    floor: float,
+    ceiling: float,
+    tighten: float = 0.0,
+    chance: Tensor | None = None,
+) -> Tensor:
     """Boxes (B, 3) shifted by up to ±`amount` half-sides and scaled, within the bounds.
 
     The factor of the scale lies between exp(-`amount` - `tighten`) and exp(`amount`).
 
-    Draws from torch's global generator.
+    Args:
+        boxes: (B, 3).
+        amount, tighten: see above.
+        floor, ceiling: of the side.
+        chance: (B, 3), evenly spread between 0 and 1; None: from torch's global generator.
     """
-    noise = torch.rand_like(boxes) * 2 - 1
+    noise = (torch.rand_like(boxes) if chance is None else chance.to(boxes.dtype)) * 2 - 1
     half = boxes[:, 2:3] * torch.exp((amount + tighten / 2) * noise[:, 2:3] - tighten / 2)
     centre = boxes[:, :2] + amount * boxes[:, 2:3] * noise[:, :2]
     return bound(torch.cat([centre, half], dim=1), floor, ceiling)

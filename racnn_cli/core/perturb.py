@@ -15,22 +15,24 @@ from torch import Tensor
 from racnn_cli.core import attention
 
 
-def neighbours(proposals: Tensor, count: int, spread: float) -> Tensor:
+def neighbours(proposals: Tensor, count: int, spread: float, chance: Tensor | None = None) -> Tensor:
     """Boxes around each proposal, in pairs on opposite sides, inside the image.
 
     The centre moves by `spread` sides (standard deviation), the side by a factor of exp(`spread`). The bounds of
-    a proposal's side do not hold for them: at a bound, too, the slope needs both directions. Draws from torch's
-    global generator.
+    a proposal's side do not hold for them: at a bound, too, the slope needs both directions.
 
     Args:
         proposals: (B, 3).
         count: boxes a proposal, even.
         spread: see above.
+        chance: (B, 3 count / 2), of mean 0 and standard deviation 1; None: from torch's global generator.
 
     Returns:
         (count, B, 3).
     """
-    move = spread * torch.randn(count // 2, *proposals.shape, device=proposals.device, dtype=proposals.dtype)
+    if chance is None:
+        chance = torch.randn(len(proposals), 3 * (count // 2), device=proposals.device)
+    move = spread * chance.to(proposals.dtype).view(len(proposals), count // 2, 3).transpose(0, 1)
     # What the image's border takes from one box of a pair, its opposite gives up too: a lopsided pair would turn
     # the curvature of the loss into a slope towards the border.
     for sign in (1, -1, 1):

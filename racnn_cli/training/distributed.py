@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def world() -> int:
@@ -83,6 +86,11 @@ def share_buffers(modules: Iterable[nn.Module]) -> None:
                 buffer /= world()
 
 
+def mean(value: Tensor) -> float:
+    """The mean of a scalar over the processes, as a number in each of them."""
+    return (total(value.clone()) / world()).item()
+
+
 def total(values: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
     if world() > 1:
@@ -104,6 +112,77 @@ def any_process(flag: bool, device: torch.device) -> bool:
     if world() == 1:
         return flag
     return bool(total(torch.tensor(float(flag), device=device)).item())
+
+
+@contextmanager
+def batchnorm(*, synced: bool) -> Iterator[None]:
+    """Within it, BatchNorm layers in training mode normalise over the pictures of all processes if `synced`."""
+    if synced and world() > 1:
+        with _SyncedBatchNorm():
+            yield
+    else:
+        yield
+
+
+class _SyncedBatchNorm(TorchFunctionMode):
+    """Takes the place of `torch.nn.functional.batch_norm`, which every BatchNorm layer ends in, timm's own too.
+
+    torch.nn.SyncBatchNorm computes the same and refuses to do so on a CPU.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        use = _batch_norm if func is F.batch_norm else func
+        return use(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    images: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` of (B, C, ...) with the mean and the variance over all processes."""
+    if not training:
+        return F.batch_norm(images, running_mean, running_var, weight, bias, False, momentum, eps)
+    others = [dim for dim in range(images.ndim) if dim != 1]
+    shape = [1, -1, *[1] * (images.ndim - 2)]
+    values = images.float()
+    count = total(values.new_tensor(float(values.numel() // values.shape[1])))
+    average = _Sum.apply(values.sum(others)) / count
+    centred = values - average.view(shape)
+    variance = _Sum.apply(centred.square().sum(others)) / count
+    with torch.no_grad():
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(average.to(running_mean.dtype), momentum)
+            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+    result = centred * (variance + eps).rsqrt().view(shape)
+    if weight is not None:
+        result = result * weight.view(shape)
+    if bias is not None:
+        result = result + bias.view(shape)
+    return result.to(images.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes. Each loss is that of one process, so a gradient is summed over them as well."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return total(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return total(gradient.clone())
 
 
 def barrier() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from racnn_cli.core import draws
 from racnn_cli.core.model import RACNN
 from racnn_cli.data.images import Pictures, batches
 from racnn_cli.errors import RacnnError, out_of_memory
@@ -30,12 +31,10 @@ from racnn_cli.training.validate import validate
 class Interrupted(RacnnError):
     """Training stopped on a signal, after it was saved."""
 
-    def __init__(self, run: Path, number: int) -> None:
+    def __init__(self, again: str, number: int) -> None:
         name = signal.Signals(number).name
         super().__init__(
-            f"stopped by {name}; everything up to this step is saved",
-            f"`racnn train --resume --run {run}` goes on",
-            failure=True,
+            f"stopped by {name}; everything up to this step is saved", f"`{again}` goes on", failure=True
         )
         self.exit_code = 128 + number
 
@@ -87,9 +86,16 @@ class Context:
     saved: float  # when the last checkpoint was written, on a clock that never jumps
     resume: Path  # the folder that `--resume --run` names: for a baseline, that of the run it belongs to
 
+    @property
+    def again(self) -> str:
+        """The command that goes on with the run."""
+        words = f"train --resume --run {self.resume}"
+        # Without the two dashes, torchrun on Python 3.11 would take --run for an abbreviation of its own --run-path.
+        return f"racnn {words}" if distributed.world() == 1 else f"torchrun ... -m racnn_cli -- {words}"
+
     def interrupted(self) -> Interrupted:
         """What to raise once everything is saved after a signal (another process' own, if none came here)."""
-        return Interrupted(self.resume, self.signals.number or signal.SIGTERM)
+        return Interrupted(self.again, self.signals.number or signal.SIGTERM)
 
 
 LOST = (
@@ -113,7 +119,7 @@ def explained(context: Context) -> Iterator[None]:
         if distributed.world() > 1 and any(said in text for said in LOST):
             raise RacnnError(
                 f"another process of this training is gone: {str(fault).splitlines()[0]}",
-                f"`racnn train --resume --run {context.resume}`, or torchrun with --max-restarts, which does so",
+                f"`{context.again}`, or torchrun with --max-restarts, which goes on by itself",
                 failure=True,
             ) from None
         if not out_of_memory(fault):
@@ -121,7 +127,7 @@ def explained(context: Context) -> Iterator[None]:
         train = context.recipe.train
         raise RacnnError(
             f"{context.device} ran out of memory with train.batch = {train.batch}",
-            f"`racnn train --resume --run {context.resume} --set train.batch={max(train.batch // 2, 1)} "
+            f"`{context.again} --set train.batch={max(train.batch // 2, 1)} "
             f"--set train.accumulate={train.accumulate * 2}`, which keeps the images an update, or smaller model.sizes",
             failure=True,
         ) from None
@@ -318,18 +324,24 @@ def _epoch(
     for step, batch in enumerate(loader(context, context.train, shuffle=True, skip=first), start=first):
         seed_step(recipe.seed, progress.views, step, distributed.rank())
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        batch["key"] = draws.keys(recipe.seed, progress.views, batch["index"])
+        share = _share(context, step, len(batch["label"]))
         # The batches of the last, shorter, update share its gradient evenly too.
         group = min(accumulate, steps - step // accumulate * accumulate)
         figures: dict[str, float] = {}
         losses = stage.losses(context.model, batch)
         while True:
-            with torch.autocast(
-                device.type, torch.bfloat16, enabled=recipe.train.amp and device.type == "cuda"
+            with (
+                torch.autocast(
+                    device.type, torch.bfloat16, enabled=recipe.train.amp and device.type == "cuda"
+                ),
+                distributed.batchnorm(synced=recipe.train.batchnorm == "synced"),
             ):
                 name, loss = next(losses, ("", None))
             if loss is None:
                 break
-            figures[name] = loss.item()
+            loss = loss * share
+            figures[name] = distributed.mean(loss.detach())
             if not math.isfinite(figures[name]):
                 raise _not_finite(context, stage, f"the loss `{name}` is {figures[name]}", step)
             (loss / group).backward()
@@ -352,6 +364,14 @@ def _epoch(
             progress.epoch, stage.epochs, figures, images_seen / (time.perf_counter() - began)
         )
     return {name: value / max(steps, 1) for name, value in sums.items()}
+
+
+def _share(context: Context, step: int, pictures: int) -> float:
+    """What a mean over this process' pictures counts in the mean over the processes: an epoch's last batch need not
+    come out even, and every picture of it weighs the same."""
+    whole = context.recipe.train.batch * distributed.world()
+    left = max(len(context.train) - step * whole, distributed.world())
+    return pictures * distributed.world() / min(whole, left)
 
 
 def _due(context: Context, update: int) -> bool:
@@ -398,8 +418,7 @@ def _not_finite(context: Context, stage: Stage, what: str, step: int) -> RacnnEr
     return RacnnError(
         f"{stage.name}, epoch {context.progress.epoch + 1}, step {step + 1}: {what}; "
         f"the weights were not updated, {kept}",
-        "a lower learning rate: "
-        f"`racnn train --resume --run {context.resume} --set {stage.lr_key}={stage.lr / 10:g}`",
+        f"a lower learning rate: `{context.again} --set {stage.lr_key}={stage.lr / 10:g}`",
         failure=True,
     )
 

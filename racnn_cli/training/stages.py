@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from racnn_cli.core import attention, perturb
+from racnn_cli.core.draws import Draws
 from racnn_cli.core.losses import classification_loss, rank_loss
 from racnn_cli.core.model import RACNN
 from racnn_cli.recipe import Recipe
@@ -145,7 +146,7 @@ def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> St
     def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         source = model.normalise(batch["image"])
         view, box = model.first_view(source), attention.whole(source)
-        given = guide(batch) if guide else None
+        given, draws = guide(batch) if guide else None, Draws.of(batch)
         for number in range(recipe.model.scales):
             scale = model.scale(number)
             features = scale.backbone(view)
@@ -155,7 +156,7 @@ def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> St
                 with torch.no_grad():
                     proposal = scale.apn(features.detach()) if given is None else given[number]
                     if shake > 0 or tighten > 0:
-                        proposal = attention.jitter(proposal, shake, *bounds, tighten)
+                        proposal = attention.jitter(proposal, shake, *bounds, tighten, draws.uniform(3))
                     view, box = model.next_view(number + 1, source, view, box, proposal)
 
     scales, epochs = range(recipe.model.scales), section.cnn_epochs_of(round_)
@@ -181,7 +182,7 @@ def rank_losses(recipe: Recipe) -> Losses:
     section = recipe.alternate
 
     def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        source = model.normalise(batch["image"])
+        source, draws = model.normalise(batch["image"]), Draws.of(batch)
         view, box = model.first_view(source), attention.whole(source)
         with torch.no_grad():
             features = model.scale(0).backbone(view)
@@ -196,7 +197,8 @@ def rank_losses(recipe: Recipe) -> Losses:
 
             if section.apn_gradient == "perturb":
                 with torch.no_grad():
-                    tried = perturb.neighbours(proposal, section.boxes, section.spread)
+                    chance = draws.normal(3 * section.boxes // 2)
+                    tried = perturb.neighbours(proposal, section.boxes, section.spread, chance)
                     seen = (model.next_view(number, source, view, box, one)[0] for one in tried)
                     ranks = torch.stack([rank(scale.classify(scale.backbone(one))) for one in seen])
                 yield (
