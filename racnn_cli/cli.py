@@ -455,14 +455,14 @@ def report(run: RunFolder = None) -> None:
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="seeds, attention, ablation, gradient, backbones, export or crop")
+        str, typer.Argument(help="seeds, attention, ablation, gradient, backbones, export, crop or growth")
     ],
     json: Annotated[Path | None, typer.Option("--json", help="write the figures to this file too")] = None,
     seeds: Annotated[
         str | None,
         typer.Option(
             "--seeds",
-            help="not for backbones, export and crop: such as 0-4 or 0,3,7; default 0-4",
+            help="not for backbones, export, crop and growth: such as 0-4 or 0,3,7; default 0-4",
             show_default=False,
         ),
     ] = None,
@@ -470,7 +470,7 @@ def bench(
         str | None,
         typer.Option(
             "--recipe",
-            help="for seeds, attention and ablation: what is trained; default demo, clutter and clutter",
+            help="for seeds, attention, ablation and growth; default demo, clutter, clutter and own",
             autocompletion=_complete_recipe,
             show_default=False,
         ),

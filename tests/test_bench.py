@@ -12,9 +12,11 @@ import torch
 from scipy import stats
 from typer.testing import CliRunner
 
-from racnn_cli.bench import Options, backbones, crop, export, gradient, parse_seeds, run_bench, seeds
+from racnn_cli import recipe as recipes
+from racnn_cli.bench import Options, backbones, crop, export, gradient, growth, parse_seeds, run_bench, seeds
 from racnn_cli.cli import app
 from racnn_cli.core.attention import zoom
+from racnn_cli.core.model import build, resolve
 from racnn_cli.data.samples.fieldguide import draw
 from racnn_cli.errors import RacnnError
 from racnn_cli.results.evaluate import read
@@ -225,3 +227,75 @@ def test_the_names_are_known_without_torch() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
+
+
+# ---- growth
+
+
+def test_growth_counts_what_a_phase_computes(here) -> None:
+    two = {"model.scales": 2, "model.sizes": [64, 64], "data.source": 64, "train.device": "cpu"}
+    recipe = resolve(recipes.load("tiny").override(two))
+    found = growth.measure(recipe)
+    cost = {phase.name: phase for phase in found.phases}
+    assert [phase.epochs for phase in found.phases] == [
+        recipe.pretrain_cnn.epochs,
+        recipe.pretrain_apn.epochs,
+        recipe.alternate.cnn_epochs_in(recipe.alternate.rounds),
+        recipe.alternate.rounds * recipe.alternate.apn_epochs,
+        recipe.fusion.epochs,
+    ]
+    # Two equal scales: a CNN phase is scale 1 twice, and the crop and the APN between them.
+    assert 1.95 < cost["alternate: CNN phase"].operations / cost["pretrain-cnn"].operations < 2.1
+    # Nothing moves there but the head: a third of the CNN phase, and 10,000 outputs.
+    assert 2.5 < cost["alternate: CNN phase"].operations / cost["alternate: fusion head"].operations < 3.1
+    model = build(recipe.model, growth.CLASSES, source=recipe.data.source)
+    first = model.scale(0)
+    weights = sum(p.numel() for part in (first.backbone, first.classifier) for p in part.parameters())
+    assert cost["pretrain-cnn"].message == 4 * weights
+    assert found.checkpoint > 4 * sum(p.numel() for p in model.parameters()) + cost["pretrain-cnn"].message
+    assert min(found.read, found.checked, found.disk, *(phase.seconds for phase in found.phases)) > 0
+    assert found.checked > found.read
+    assert not list(here.iterdir())
+
+
+def measured(**changes) -> growth.Measured:
+    phase = growth.Phase("alternate: CNN phase", 10, 10**9, 0.001, 10**8)
+    given = {
+        "phases": (phase,),
+        "batch": 50,
+        "read": 100.0,
+        "checked": 1000.0,
+        "checkpoint": 10**8,
+        "disk": 1e9,
+    }
+    return growth.Measured(**(given | {"forward": 10**8} | changes))
+
+
+def test_growth_by_hand() -> None:
+    """One GPU: 10 epochs, 1e9 operations a picture at 1e12 a second, 16 cores that read 100 a second each."""
+    found = growth.reckon(measured(), 1, 1, 1e12)
+    assert found["pictures_per_second"] == pytest.approx(1000)
+    assert found["bottleneck"] == "computing"
+    hours = {name: value * 3600 for name, value in found["parts"].items()}
+    assert hours["computing"] == pytest.approx(10 * growth.TRAIN / 1000)
+    assert (hours["reading"], hours["messages"]) == (0, 0)
+    assert hours["checkpoints"] == pytest.approx(10 * 0.1)
+    assert hours["evaluation"] == pytest.approx(growth.VAL / 1600)
+    assert found["hours"] == pytest.approx(sum(found["parts"].values()))
+    fast = growth.reckon(measured(), 1, 1, 1e14)
+    assert (fast["bottleneck"], fast["pictures_per_second"]) == ("reading", pytest.approx(1600))
+    assert growth.reckon(measured(), 1, 1, 0)["pictures_per_second"] == pytest.approx(1000)  # as timed
+    apart = growth.reckon(measured(batch=1), 2, 1, 1e12)
+    assert apart["bottleneck"] == "messages"
+    assert apart["pictures_per_second"] == pytest.approx(2 / (0.001 + 1e8 / growth.NETWORK))
+
+
+def test_growth_prints_every_layout(here, monkeypatch, racnn) -> None:
+    monkeypatch.setattr(growth, "measure", lambda recipe: measured())
+    code, out, err = racnn("bench", "growth", "--recipe", "tiny", "--json", "growth.json")
+    assert code == 0, err
+    rows = json.loads((here / "growth.json").read_text())["layouts"]
+    assert {row["layout"] for row in rows} == set(growth.LAYOUTS)
+    for row in rows:
+        line = next(line for line in out.splitlines() if f"{row['pictures_per_second']:,.0f} " in line)
+        assert row["bottleneck"] in line

@@ -182,6 +182,39 @@ def test_a_fault_ends_all_processes_with_its_message(tmp_path) -> None:
     assert os.listdir(tmp_path / "used") == ["x"]
 
 
+def test_processes_share_the_first_look_at_the_files(tmp_path) -> None:
+    data = write_blobs(tmp_path / "data", {"train": 5, "val": 2, "test": 2})
+    broken = [
+        data / "train" / "red" / "01.png",
+        data / "train" / "blue" / "02.png",
+        data / "test" / "red" / "00.png",
+    ]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:100])
+    (tmp_path / "job.py").write_text(
+        "import os, torch\n"
+        "from pathlib import Path\n"
+        "from racnn_cli import recipe\n"
+        "from racnn_cli.data import index\n"
+        "from racnn_cli.errors import RacnnError\n"
+        "from racnn_cli.training import distributed\n"
+        "distributed.start(torch.device('cpu'))\n"
+        "looked, honest = [], index.check\n"
+        "index.check = lambda path: looked.append(path) or honest(path)\n"
+        "try:\n"
+        "    index.build_index(recipe.Data(path='data'), seed=0, share=distributed.shared_out)\n"
+        "except RacnnError as fault:\n"
+        "    Path(f'{distributed.rank()}.txt').write_text(f'{len(looked)}\\n{fault.message}')\n"
+    )
+    done = torchrun(tmp_path, 2, "job.py")
+    assert done.returncode == 0, done.stderr
+    told = [(tmp_path / f"{rank}.txt").read_text().split("\n", 1) for rank in range(2)]
+    assert [int(count) for count, _ in told] == [14, 13]  # of 27
+    assert told[0][1] == told[1][1]
+    assert "3 fault(s)" in told[0][1]
+    assert all(str(path.relative_to(tmp_path)) in told[0][1] for path in broken)
+
+
 def test_batchnorm_statistics_are_shared(tmp_path) -> None:
     """Each process saw other pictures; what is validated and saved is the same network on all of them."""
     (tmp_path / "job.py").write_text(

@@ -17,18 +17,19 @@ from rich.table import Table
 from racnn_cli.errors import RacnnError, did_you_mean
 from racnn_cli.run import write_json, write_text
 
-NAMES = ("seeds", "attention", "ablation", "gradient", "backbones", "export", "crop")
+NAMES = ("seeds", "attention", "ablation", "gradient", "backbones", "export", "crop", "growth")
 """Each is a module of this package with `run(Options) -> Figures`."""
 
 SEEDED = ("seeds", "attention", "ablation", "gradient")
-RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter"}
-"""Those that train, and the recipe that each trains unless told."""
+TRAINING = ("seeds", "attention", "ablation")
+RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter", "growth": "own"}
+"""Those that are about a recipe, and the one that each takes unless told."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a bench is asked for; `recipe` and `quick` are for those that train, `data` for two of these, `arms`
-    for the ablation."""
+    """What a bench is asked for; `recipe` is for those of `RECIPES`, `quick` for those that train, `data` for two
+    of these, `arms` for the ablation."""
 
     seeds: tuple[int, ...] = (0,)
     recipe: str = "demo"
@@ -61,7 +62,7 @@ def run_bench(
         name: one of `NAMES`.
         json_path: file for the figures.
         seeds: such as `0-4` or `0,3,7`; None: 0-4. Only those of `SEEDED` take it.
-        recipe: what is trained; None: as `RECIPES` says. Only these benches take it.
+        recipe: what it is about; None: as `RECIPES` says. Only these benches take it.
         quick: train on a small share of the data with few epochs.
         data: for attention and ablation: the data in the place of the recipe's; of `clutter`, the folder of
             the Fashion-MNIST files.
@@ -78,7 +79,7 @@ def run_bench(
     takes = {
         "--seeds": (seeds is not None, SEEDED),
         "--recipe": (recipe is not None, RECIPES),
-        "--quick": (quick, RECIPES),
+        "--quick": (quick, TRAINING),
         "--data": (data is not None, ("attention", "ablation")),
         "--arm": (bool(arms), ("ablation",)),
     }

@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,17 @@ class Index:
     fingerprint: str
 
 
+Look = Callable[[list[Row]], dict[Row, str]]
+"""Rows to those whose files cannot be used, with a sentence each."""
+
+
 def build_index(
-    data: recipe.Data, *, seed: int, classes: list[str] | None = None, verify: Sequence[str] = SPLITS
+    data: recipe.Data,
+    *,
+    seed: int,
+    classes: list[str] | None = None,
+    verify: Sequence[str] = SPLITS,
+    share: Callable[[list[Row], Look], dict[Row, str]] = lambda rows, look: look(rows),
 ) -> Index:
     """List, split and verify the data.
 
@@ -73,6 +82,7 @@ def build_index(
         seed: of the split, of `data.limit` and of the drawn pictures.
         classes: the class names of a run, in their order; the data must have exactly these.
         verify: the splits whose files are read to the end, to find what is wrong with them.
+        share: how several processes share out that work, each of which calls this.
 
     Raises:
         RacnnError: with every fault of the data: unreadable, empty, truncated, oversized, unlabelled and
@@ -87,7 +97,7 @@ def build_index(
     fingerprint = _fingerprint(splits)
     if data.skip_bad:  # what is left out must not depend on what is looked at
         verify = SPLITS
-    bad = _verify([row for split in verify for row in splits[split]])
+    bad = share([row for split in verify for row in splits[split]], _verify)
     faults = listing.faults + list(bad.values())
     if data.skip_bad:
         splits = {name: [row for row in rows if row not in bad] for name, rows in splits.items()}

@@ -86,6 +86,16 @@ def share_buffers(modules: Iterable[nn.Module]) -> None:
                 buffer /= world()
 
 
+def shared_out(rows: list[Any], work: Callable[[list[Any]], dict[Any, Any]]) -> dict[Any, Any]:
+    """What `work` finds in the rows, each process looking at its share of them."""
+    if world() == 1:
+        return work(rows)
+    found: list[dict[Any, Any]] = [{}] * world()
+    dist.all_gather_object(found, work(rows[rank() :: world()]))
+    every = {key: value for part in found for key, value in part.items()}
+    return {row: every[row] for row in rows if row in every}  # in one order, whoever found it
+
+
 def mean(value: Tensor) -> float:
     """The mean of a scalar over the processes, as a number in each of them."""
     return (total(value.clone()) / world()).item()

@@ -113,7 +113,9 @@ class Trainer:
         """
         distributed.start(pick(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
-        source = source or Files(build_index(recipe.data, seed=recipe.seed), recipe.data, recipe.seed)
+        if source is None:
+            index = build_index(recipe.data, seed=recipe.seed, share=distributed.shared_out)
+            source = Files(index, recipe.data, recipe.seed)
         index = source.index
         recipe = resolve(recipe)
         seed_step(recipe.seed)
@@ -163,7 +165,7 @@ class Trainer:
         distributed.start(pick(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
         if source is None:
-            index = build_index(recipe.data, seed=recipe.seed, classes=classes)
+            index = build_index(recipe.data, seed=recipe.seed, classes=classes, share=distributed.shared_out)
             source = Files(index, recipe.data, recipe.seed)
         run.check_data(source.index.fingerprint)
         if saved:
