@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from racnn_cli import recipe as recipes
 from racnn_cli.errors import RacnnError
@@ -33,6 +34,66 @@ def printable(name: str) -> str:
 
 ClassNames = Annotated[list[Annotated[str, AfterValidator(printable)]], Field(min_length=1)]
 """In index order, and safe to print."""
+
+
+class Loose(BaseModel):
+    """Some keys of a JSON object, and what they must hold; others are left alone."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+def _drawable(number: float) -> float:
+    if abs(number) > 1e12 and math.isfinite(number):
+        raise ValueError("a number that no training ends at")
+    return number
+
+
+Number = Annotated[float, AfterValidator(_drawable)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Answer(Loose):
+    top1: Share
+    nll: Number
+
+
+class _Side(Loose):
+    side_mean: Number
+
+
+class _Validation(Loose):
+    scales: Annotated[list[_Answer], Field(min_length=1)]
+    average: _Answer | None = None
+    fused: _Answer | None = None
+    boxes: list[_Side] = []
+
+
+class _Epoch(Loose):
+    stage: str
+    phase: str
+    round: int
+    epoch: int
+    train_loss: dict[str, Number]
+    val: _Validation
+    seconds: Number
+
+
+class _Round(Loose):
+    round: int
+    val: _Validation
+
+
+class _Stage(Loose):
+    stage: str
+
+
+class _Warning(Loose):
+    kind: str
+    text: str
+
+
+EVENTS: dict[str, type[Loose]] = {"epoch": _Epoch, "round": _Round, "stage": _Stage, "warning": _Warning}
+"""What those who read log.jsonl rely on; `training` writes more."""
 
 HALF = ".racnn-"  # how the name of a half-written file starts
 
@@ -303,17 +364,18 @@ class Run:
                     file.unlink(missing_ok=True)
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All events so far; a line that is none, such as one cut short by a crash, is left out."""
+        """All events so far; a line that is none, such as one cut short by a crash, is left out (see `EVENTS`)."""
         if not self.log.is_file():
             return []
         events = []
         for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 event = json.loads(line)
+                if isinstance(event, dict) and isinstance(event.get("event"), str):
+                    EVENTS.get(event["event"], Loose).model_validate(event)
+                    events.append(event)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                events.append(event)
         return events
 
 

@@ -207,11 +207,13 @@ def test_a_damaged_recipe_names_the_file(here) -> None:
     assert "recipe.toml" in fault(run.recipe).message
 
 
-def test_the_log_is_appended_to_and_a_torn_last_line_is_left_out(here) -> None:
+def test_the_log_is_appended_to_and_what_is_no_event_is_left_out(here) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     assert run.read_log() == []
-    run.append_log({"event": "epoch", "epoch": 1})
-    run.append_log({"event": "epoch", "epoch": 2})
+    events = [{"event": "stage", "stage": "pretrain-cnn"}, {"event": "test", "of": "a bench"}]
+    for event in events:
+        run.append_log(event)
     with run.log.open("a") as file:
-        file.write('{"event": "epo')
-    assert run.read_log() == [{"event": "epoch", "epoch": 1}, {"event": "epoch", "epoch": 2}]
+        file.write('{"event": "round", "round": "one"}\n{"event": "epoch"}\n{"event": "stage", "stage": 7}\n')
+        file.write('[{"event": "stage"}]\n' + "[" * 10_000 + '\n{"event": "epo')
+    assert run.read_log() == events

@@ -7,19 +7,21 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 from rich.table import Table
 from torch import Tensor
 
 from racnn_cli.core import metrics, store
 from racnn_cli.core.device import pick
 from racnn_cli.core.model import RACNN, sizes_of
+from racnn_cli.data.decode import show
 from racnn_cli.data.images import Pictures, batches
 from racnn_cli.data.index import SPLITS, Index, build_index, labelled
 from racnn_cli.errors import RacnnError
-from racnn_cli.run import Run, write_json
+from racnn_cli.run import Loose, Run, Share, write_json
 
 
 def evaluate(
@@ -182,6 +184,61 @@ class Sides:
         return result
 
 
+class _Figures(Loose):
+    top1: Share
+    top5: FiniteFloat
+    nll: FiniteFloat
+    ece: FiniteFloat
+
+
+class _Baseline(_Figures):
+    size: int
+
+
+class _Class(Loose):
+    top1: Share | None
+    n: int
+
+
+class _Sides(Loose):
+    side_mean: FiniteFloat
+    side_min: FiniteFloat
+    side_max: FiniteFloat
+    at_floor: FiniteFloat
+    at_ceiling: FiniteFloat
+    iou_mean: FiniteFloat = 0.0
+    hit_rate: FiniteFloat = 0.0
+    coverage_mean: FiniteFloat = 0.0
+
+
+class _Result(Loose):
+    """What those who read eval.json rely on: `evaluate` tells what it means."""
+
+    split: Literal["train", "val", "test", "all"]
+    data: str
+    images: Annotated[int, Field(ge=0)]
+    classes: Annotated[int, Field(ge=1)]
+    scales: Annotated[list[_Figures], Field(min_length=1)]
+    average: _Figures
+    fused: _Figures
+    baseline: _Baseline | None
+    interval: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+    per_class: dict[str, _Class]
+    boxes: list[_Sides]
+    confusion: list[list[Annotated[int, Field(ge=0)]]]
+    images_per_second: FiniteFloat
+
+    @model_validator(mode="after")
+    def _square(self) -> Self:
+        count = len(self.per_class)
+        if len(self.confusion) != count or any(len(row) != count for row in self.confusion):
+            raise ValueError(f"confusion has not {count} rows of {count}")
+        against = [side.model_fields_set & {"iou_mean", "hit_rate", "coverage_mean"} for side in self.boxes]
+        if any(len(found) not in (0, 3) or found != against[0] for found in against):
+            raise ValueError("some boxes have figures against true boxes, and some have not")
+        return self
+
+
 def read(run: Run) -> dict[str, Any]:
     """eval.json of a run.
 
@@ -190,11 +247,17 @@ def read(run: Run) -> dict[str, Any]:
     """
     hint = f"`racnn eval --run {run.folder}` writes it"
     try:
-        return json.loads(run.eval.read_text(encoding="utf-8"))
+        found = json.loads(run.eval.read_text(encoding="utf-8"))
+        _Result.model_validate(found)
     except OSError:
         raise RacnnError(f"{run.eval} does not exist", hint) from None
-    except ValueError as fault:
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = show(".".join(map(str, first["loc"])) or "it")
+        raise RacnnError(f"{run.eval} is damaged: {where}: {show(first['msg'])}", hint) from None
+    except (ValueError, RecursionError) as fault:
         raise RacnnError(f"{run.eval} is damaged: {fault}", hint) from None
+    return found
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
