@@ -38,7 +38,10 @@ def test_figures_agree_with_torchmetrics(classes: int, sharpness: float) -> None
     assert found["top5"] == pytest.approx(top5.item(), abs=1e-6)
     assert found["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
     assert found["ece"] == pytest.approx(ece.item(), abs=1e-5)
-    assert torch.equal(tally.confusion, multiclass_confusion_matrix(probabilities, labels, classes))
+    truth, answer, images = tally.confusion().unbind(dim=1)
+    table = torch.zeros(classes, classes, dtype=torch.int64)
+    table[truth, answer] = images
+    assert torch.equal(table, multiclass_confusion_matrix(probabilities, labels, classes))
     each = multiclass_accuracy(probabilities, labels, classes, average="none")
     assert [share for share, _ in tally.per_class()] == pytest.approx(each.tolist(), abs=1e-6)
     assert [n for _, n in tally.per_class()] == torch.bincount(labels, minlength=classes).tolist()
@@ -47,7 +50,18 @@ def test_figures_agree_with_torchmetrics(classes: int, sharpness: float) -> None
 def test_a_class_without_images_has_no_accuracy() -> None:
     tally = tally_of(torch.eye(3)[[0, 0, 2]] * 9, torch.tensor([0, 0, 0]))
     assert tally.per_class() == [(pytest.approx(2 / 3), 3), (None, 0), (None, 0)]
-    assert tally.confusion.tolist() == [[2, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert tally.confusion().tolist() == [[0, 0, 2], [0, 2, 1]]
+    assert tally_of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).confusion().tolist() == []
+
+
+def test_ten_thousand_classes_need_no_square_table() -> None:
+    labels = torch.arange(0, 10_000, 100)
+    logits = torch.zeros(100, 10_000)
+    logits[torch.arange(100), (labels + torch.arange(100) % 2) % 10_000] = 9.0  # every second one is wrong
+    tally = tally_of(logits, labels)
+    assert tally.confusion().shape == (100, 3)
+    assert sum(n for _, n in tally.per_class()) == 100
+    assert tally.figures()["top1"] == 0.5
 
 
 def test_figures_do_not_depend_on_the_batches() -> None:

@@ -387,3 +387,21 @@ def test_one_command_starts_a_run_and_goes_on_with_it(racnn, here, data) -> None
         said = racnn("train", *wrong)
         assert said.code == 2, wrong
         assert "--out DIR --resume" in said.err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_the_same_pictures_come_and_the_weights_are_near(here, data, stop_at) -> None:
+    """Not bit for bit: some of its kernels add up in an order of their own."""
+    recipe = tiny(data, train__device="cuda", train__amp=False, train__optimizer="sgd", pretrain_cnn__lr=0.01)
+    api.train(recipe, out=here / "whole", quiet=True)
+    stop_at("alternate: CNN phase", 1)
+    with pytest.raises(Interrupted):
+        api.train(recipe, out=here / "parts", quiet=True)
+    api.resume(Run.open(here / "parts"), quiet=True)
+    one, two = (load_file(here / name / "weights.safetensors") for name in ("whole", "parts"))
+    for name, expected in one.items():
+        torch.testing.assert_close(
+            two[name], expected, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    logs = [[e.get("views") for e in Run(here / name).read_log()] for name in ("whole", "parts")]
+    assert logs[0] == logs[1]

@@ -16,7 +16,7 @@ NEAR = 0.02  # a bound is only ever approached: a side within 2 % of it counts a
 
 
 class Tally:
-    """Figures of one classifier over a whole split, added up batch by batch in constant memory."""
+    """Figures of one classifier over a whole split, added up batch by batch; keeps 8 bytes an image."""
 
     def __init__(self, classes: int) -> None:
         self.classes, self.images = classes, 0
@@ -24,9 +24,7 @@ class Tally:
         self._bins = torch.zeros(
             3, BINS, dtype=torch.float64
         )  # images, confidence, right answers of each bin
-        self.confusion = torch.zeros(
-            classes, classes, dtype=torch.int64
-        )  # rows: the truth, columns: the answer
+        self._pairs: list[Tensor] = []  # truth times N plus answer, of every image
 
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
         """Count a batch: log-probabilities (B, N), labels (B,)."""
@@ -39,9 +37,7 @@ class Tally:
         confidence, answer = scores.exp().max(dim=1)
         cell = (confidence * BINS).long().clamp(0, BINS - 1)
         self._bins.index_add_(1, cell, torch.stack([torch.ones_like(confidence), confidence, right.double()]))
-        self.confusion += torch.bincount(labels * self.classes + answer, minlength=self.classes**2).view(
-            self.classes, self.classes
-        )
+        self._pairs.append(labels * self.classes + answer)
 
     def figures(self) -> dict[str, float]:
         """`top1`, `top5` (of min(5, N)), `nll` (mean, in nats), `ece` (15 equal bins, weighted by images)."""
@@ -54,11 +50,18 @@ class Tally:
             "ece": (confidence - right).abs().sum().item() / count,
         }
 
+    def confusion(self) -> Tensor:
+        """(K, 3) int64: each class, what it was taken for, and how many images that were; in this order."""
+        pairs = torch.cat([*self._pairs, torch.zeros(0, dtype=torch.int64)])
+        found, images = pairs.unique(return_counts=True)
+        return torch.stack([found // self.classes, found % self.classes, images], dim=1)
+
     def per_class(self) -> list[tuple[float | None, int]]:
         """Of each class: the share of its images that were named right (None without any), and how many."""
-        count = self.confusion.sum(dim=1).tolist()
-        right = self.confusion.diagonal().tolist()
-        return [(r / n if n else None, n) for r, n in zip(right, count, strict=True)]
+        truth, answer, images = self.confusion().unbind(dim=1)
+        count = torch.zeros(self.classes, dtype=torch.int64).index_add_(0, truth, images)
+        right = torch.zeros_like(count).index_add_(0, truth, images * (truth == answer))
+        return [(r / n if n else None, n) for r, n in zip(right.tolist(), count.tolist(), strict=True)]
 
 
 def topk(scores: Tensor, labels: Tensor, k: int) -> Tensor:

@@ -105,9 +105,34 @@ def bars(entries: Sequence[tuple[str, float | None, int]]) -> str:
     return f'<table class="bars">{"".join(rows)}</table>'
 
 
-def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
-    """The matrix as a heat map: rows are the truth, columns the answers, shades are shares of a row."""
+def confused(cells: Sequence[Sequence[int]], names: Sequence[str], most: int = 30) -> str:
+    """The pairs that are mixed up most often, for more classes than a heat map shows.
+
+    Args:
+        cells: each class' number, that of what it was taken for, and how many images that were.
+        names: of the classes.
+        most: so many pairs.
+    """
+    wrong = sorted((cell for cell in cells if cell[0] != cell[1]), key=lambda cell: -cell[2])[:most]
+    rows = [
+        f'<tr><th scope="row">{escape(names[truth])}</th><td>{escape(names[answer])}</td><td>{images}</td></tr>'
+        for truth, answer, images in wrong
+    ]
+    head = '<tr><th scope="col">it is</th><th scope="col">taken for</th><th scope="col">images</th></tr>'
+    return f'<table class="figures"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def confusion(cells: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """A heat map: rows are the truth, columns the answers, shades are shares of a row.
+
+    Args:
+        cells: as in `confused`; what is not among them is 0.
+        names: of the classes.
+    """
     count = len(names)
+    totals = [0] * count
+    for truth, _, images in cells:
+        totals[truth] += images
     cell = max(3, min(34, 620 // count))
     written = cell >= 16
     margin = min(220, 14 + round(6.6 * max(len(name) for name in names))) if written else 8
@@ -123,25 +148,21 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
             )
             turn = f"translate({middle + 4:.1f},{margin - 6}) rotate(-90)"
             parts.append(f'<text class="tick" transform="{turn}">{text}</text>')
-        total = sum(matrix[row])
-        for column, value in enumerate(matrix[row]):
-            if not value:  # with many classes nearly all are empty, and a page has its limits
-                continue
-            share = value / total
-            left, top = margin + column * cell, margin + row * cell
-            square = f'x="{left}" y="{top}" width="{cell - 1}" height="{cell - 1}"'
-            kind = "right" if row == column else "wrong"
-            tip = escape(f"{name} taken for {names[column]}: {value} of {total}")
+    for row, column, value in cells:
+        share = value / totals[row]
+        left, top = margin + column * cell, margin + row * cell
+        square = f'x="{left}" y="{top}" width="{cell - 1}" height="{cell - 1}"'
+        kind = "right" if row == column else "wrong"
+        tip = escape(f"{names[row]} taken for {names[column]}: {value} of {totals[row]}")
+        parts.append(
+            f'<rect class="{kind}" {square} fill-opacity="{max(share, 0.08):.3f}"><title>{tip}</title></rect>'
+        )
+        if written:
+            style = "strong" if share > 0.55 else "tick"
             parts.append(
-                f'<rect class="{kind}" {square} fill-opacity="{max(share, 0.08):.3f}">'
-                f"<title>{tip}</title></rect>"
+                f'<text class="{style}" x="{left + cell / 2 - 0.5}" y="{top + cell / 2 + 4}" '
+                f'text-anchor="middle">{value}</text>'
             )
-            if written:
-                style = "strong" if share > 0.55 else "tick"
-                parts.append(
-                    f'<text class="{style}" x="{left + cell / 2 - 0.5}" y="{top + cell / 2 + 4}" '
-                    f'text-anchor="middle">{value}</text>'
-                )
     return (
         f'<svg class="matrix" viewBox="0 0 {side} {side}" width="{side}" role="img" '
         f'aria-label="confusion matrix">{"".join(parts)}</svg>'

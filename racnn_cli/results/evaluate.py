@@ -43,7 +43,8 @@ def evaluate(
         what eval.json holds: `split`; `data`, its path; `images` and `classes`, two counts; `scales`, a list of
         `top1`, `top5`,
         `nll`, `ece`; `average` and `fused`, the same keys; `per_class`, name to `top1` and `n`; `boxes`, a
-        list of what `Sides.figures` gives; `confusion`, rows the truth, in the order of `per_class`;
+        list of what `Sides.figures` gives; `confusion`, a list of [class, what it was taken for, images], numbers
+        in the order of `per_class`;
         `interval`, 95 % of fused top1; `baseline`; `seconds`; `images_per_second`.
 
     Raises:
@@ -145,7 +146,7 @@ def measure(
         "interval": list(metrics.wilson(last["top1"], fused.images)),
         "per_class": fused.per_class(),
         "boxes": [side.figures() for side in sides],
-        "confusion": fused.confusion.tolist(),
+        "confusion": fused.confusion().tolist(),
         "seconds": seconds,
         "images_per_second": fused.images / max(seconds, 1e-9),
     }
@@ -225,14 +226,14 @@ class _Result(Loose):
     interval: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
     per_class: dict[str, _Class]
     boxes: list[_Sides]
-    confusion: list[list[Annotated[int, Field(ge=0)]]]
+    confusion: list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)]]
     images_per_second: FiniteFloat
 
     @model_validator(mode="after")
-    def _square(self) -> Self:
+    def _consistent(self) -> Self:
         count = len(self.per_class)
-        if len(self.confusion) != count or any(len(row) != count for row in self.confusion):
-            raise ValueError(f"confusion has not {count} rows of {count}")
+        if any(max(truth, answer) >= count or images < 1 for truth, answer, images in self.confusion):
+            raise ValueError(f"confusion names a class beyond the {count} of per_class, or no image")
         against = [side.model_fields_set & {"iou_mean", "hit_rate", "coverage_mean"} for side in self.boxes]
         if any(len(found) not in (0, 3) or found != against[0] for found in against):
             raise ValueError("some boxes have figures against true boxes, and some have not")

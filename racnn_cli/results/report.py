@@ -21,6 +21,7 @@ from racnn_cli.run import Run, write_text
 
 LOOKED_AT = 48  # pictures of the split that the gallery is chosen from
 SHOWN = 12
+DRAWN = 300  # classes of a heat map at most
 STYLE = Path(__file__).with_name("report.css")
 
 
@@ -39,11 +40,7 @@ def write_report(run: Run) -> Path:
         _section("Pictures", _gallery(run, recipe, result)),
         _section("Training", _curves(log)),
         _section("Each class", chart.bars(per_class)),
-        _section(
-            "What is taken for what",
-            "<p>Rows are the truth, columns the answers, shades the share of a row.</p>",
-            f'<div class="scroll">{chart.confusion(result["confusion"], names)}</div>',
-        ),
+        _section("What is taken for what", _confusion(result["confusion"], names)),
         _section("Recipe", _recipe(run)),
     ]
     title = (
@@ -252,6 +249,13 @@ def _card(item: Item, answer: Prediction, truth: str) -> str:
         f"<figcaption><b>{escape(answer.label)}</b> {answer.probability:.1%} <em>{verdict}</em>"
         f"<ul>{steps}</ul></figcaption></figure>"
     )
+
+
+def _confusion(cells: list[list[int]], names: list[str]) -> str:
+    if len(names) > DRAWN:
+        return f"<p>Most often, of {len(names)} classes.</p>{chart.confused(cells, names)}"
+    told = "<p>Rows are the truth, columns the answers, shades the share of a row.</p>"
+    return f'{told}<div class="scroll">{chart.confusion(cells, names)}</div>'
 
 
 def _recipe(run: Run) -> str:

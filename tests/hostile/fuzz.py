@@ -161,7 +161,7 @@ RESULT = {
     },
     "per_class": {name: {"top1": 0.5, "n": 2} for name in NAMES},
     "boxes": [SIDE | {"iou_mean": 0.5, "hit_rate": 1.0, "coverage_mean": 0.75}],
-    "confusion": [[1, 1, 0], [0, 2, 0], [0, 0, 2]],
+    "confusion": [[0, 0, 1], [0, 1, 1], [1, 1, 2], [2, 2, 2]],
 }
 
 
