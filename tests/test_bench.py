@@ -255,6 +255,7 @@ def test_growth_counts_what_a_phase_computes(here) -> None:
     assert found.checkpoint > 4 * sum(p.numel() for p in model.parameters()) + cost["pretrain-cnn"].message
     assert min(found.read, found.checked, found.disk, *(phase.seconds for phase in found.phases)) > 0
     assert found.checked > found.read
+    assert 200 < found.listed < 2000
     assert not list(here.iterdir())
 
 
@@ -265,6 +266,7 @@ def measured(**changes) -> growth.Measured:
         "batch": 50,
         "read": 100.0,
         "checked": 1000.0,
+        "listed": 700.0,
         "checkpoint": 10**8,
         "disk": 1e9,
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.data.decode import check
 from racnn_cli.data.images import Pictures, batches
 from racnn_cli.data.index import Item
+from racnn_cli.data.listing import read_folder
 from racnn_cli.recipe import Recipe
 from racnn_cli.training import stages
 from racnn_cli.training.loop import freeze_all_but
@@ -64,13 +66,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Measured:
-    """Attributes: of each phase; pictures a second that one core reads and varies, and looks through; bytes of a
-    checkpoint, and how many of them get on the disk a second; operations of a validation picture."""
+    """Attributes: of each phase; pictures of a batch; pictures a second that one core reads and varies, and looks
+    through; bytes of memory that a listed picture takes; bytes of a checkpoint, and how many of them get on the disk
+    a second; operations of a validation picture."""
 
     phases: tuple[Phase, ...]
     batch: int
     read: float
     checked: float
+    listed: float
     checkpoint: int
     disk: float
     forward: int
@@ -113,6 +117,7 @@ def measure(recipe: Recipe) -> Measured:
         pictures = Pictures(items, recipe.data, model.source, seed=0, augment=True)
         read = _rate(lambda: _seconds_of_reading(pictures, recipe.train.batch))
         checked = _rate(lambda: _seconds_of_checking(items))
+        listed = _memory_of_listing(folder / "list")
         tensors = {
             **model.state_dict(),
             "moments": torch.zeros(moving // 2),
@@ -121,7 +126,7 @@ def measure(recipe: Recipe) -> Measured:
         began = time.perf_counter()
         store.save_tensors(folder / "checkpoint.safetensors", tensors, {})
         disk = size / (time.perf_counter() - began)
-    return Measured(phases, recipe.train.batch, read, checked, size, disk, forward)
+    return Measured(phases, recipe.train.batch, read, checked, listed, size, disk, forward)
 
 
 def reckon(found: Measured, nodes: int, gpus: int, operations: float) -> dict[str, Any]:
@@ -234,6 +239,19 @@ def _seconds_of_checking(items: list[Item]) -> float:
     return (time.perf_counter() - began) / len(items)
 
 
+def _memory_of_listing(folder: Path, count: int = 2000) -> float:
+    """Bytes a picture, at most, while a folder is listed; the names are as long as iNaturalist's."""
+    place = folder / "train" / "04200_Animalia_Chordata_Aves_Passeriformes_Turdidae_Turdus_merula"
+    place.mkdir(parents=True)
+    for number in range(count):
+        (place / f"{number:08d}-0123-4567-89ab-cdef01234567.jpg").touch()
+    tracemalloc.start()
+    read_folder(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / count
+
+
 def _rate(seconds: Callable[[], float]) -> float:
     return 1 / min(seconds() for _ in range(3))  # what disturbs a measurement only makes it slower
 
@@ -254,7 +272,8 @@ def _phases(recipe: Recipe, found: Measured, device: str) -> Table:
     table.caption = (
         f"forward and backward; batches of {found.batch}. One core reads and varies {found.read:.0f} pictures a "
         f"second and looks through {found.checked:.0f}. A checkpoint has {found.checkpoint / 1e6:.0f} MB, written and "
-        f"synced at {found.disk / 1e6:.0f} MB/s."
+        f"synced at {found.disk / 1e6:.0f} MB/s. Listing all pictures takes "
+        f"{TRAIN * found.listed / 1e9:.1f} GB in each process."
     )
     return table
 
