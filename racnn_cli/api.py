@@ -16,9 +16,10 @@ from racnn_cli.results.evaluate import evaluate
 from racnn_cli.results.export import export_onnx
 from racnn_cli.results.prediction import Prediction, load
 from racnn_cli.results.report import write_report
-from racnn_cli.run import Run
+from racnn_cli.run import Run, refuse_link
 from racnn_cli.training import distributed
-from racnn_cli.training.trainer import Trainer, asdict_flat, baseline_recipe, rounds_run
+from racnn_cli.training.console import Console
+from racnn_cli.training.trainer import Trainer, baseline_recipe, check_fixed, differences, rounds_run
 
 # What the hints of a failed training name, and a baseline shares with its run; its size and epochs are its own.
 SHARED = ("train.", "pretrain_cnn.lr")
@@ -57,14 +58,33 @@ def train(
     if folder is not None and (or_resume or distributed.restarted()):
         distributed.start(pick(loaded.train.device))
         # One process looks for all: a slow one would find what a fast one has just begun.
-        there = distributed.from_first(distributed.rank() == 0 and Run(folder).recipe_file.is_file())
-        if there and same_recipe(folder, loaded):
+        if distributed.from_first(distributed.rank() == 0 and _begun(folder, loaded, quiet=quiet)):
             run = Run.open(folder)
             return run, resume(run, quiet=quiet)
     trainer = Trainer.start(loaded, folder, quiet=quiet)
     with closing(trainer):
         trainer.run_all()
         return trainer.context.run, finish(trainer, quiet=quiet)
+
+
+def _begun(folder: Path, recipe: Recipe, *, quiet: bool) -> bool:
+    """Whether the folder holds a run of this network on these data; what may change during a run is as it is there.
+
+    Raises:
+        RacnnError: it holds a run of another network or other data.
+    """
+    run = Run(folder)
+    if not run.recipe_file.is_file():
+        return False
+    there = run.recipe()
+    check_fixed(run, there, resolve(recipe))
+    kept = differences(there, resolve(recipe))
+    for key, (old, new) in kept.items():
+        Console(quiet=quiet).say(
+            f"note: the run's own {key} = {old!r} is kept, not {new!r}; "
+            f"`racnn train --resume --run {folder} --set {key}=...` changes it"
+        )
+    return True
 
 
 def same_recipe(folder: Path, recipe: Recipe) -> bool:
@@ -76,9 +96,8 @@ def same_recipe(folder: Path, recipe: Recipe) -> bool:
     run = Run(folder)
     if not run.recipe_file.is_file():
         return False
-    old, new = asdict_flat(run.recipe()), asdict_flat(resolve(recipe))
-    differ = [f"{key} is {old[key]!r} there and {new[key]!r} here" for key in new if old[key] != new[key]]
-    if differ:
+    found = differences(run.recipe(), resolve(recipe))
+    if differ := [f"{key} is {old!r} there and {new!r} here" for key, (old, new) in found.items()]:
         raise RacnnError(
             f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differ),
             "move it out of the way; nothing in it was changed",
@@ -144,6 +163,7 @@ def finish(
 
 def _baseline(run: Run, recipe: Recipe, changes: Mapping[str, Any], *, quiet: bool) -> None:
     base = Run(run.folder / "baseline")
+    refuse_link(base.folder)
     if base.recipe_file.is_file():
         # It has a recipe of its own, which changes of the run's recipe do not reach by themselves.
         shared = {key: value for key, value in changes.items() if key.startswith(SHARED)}

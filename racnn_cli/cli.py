@@ -15,7 +15,7 @@ from rich.markup import escape
 
 import racnn_cli
 from racnn_cli import recipe as recipes
-from racnn_cli.errors import RacnnError, out_of_memory
+from racnn_cli.errors import RacnnError, out_of_memory, visible
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 
@@ -546,7 +546,7 @@ def main() -> None:
 
 def _stop(fault: RacnnError) -> NoReturn:
     out = Console(stderr=True, highlight=False, soft_wrap=True)
-    out.print(f"[bold red]error:[/] {escape(fault.message)}")
+    out.print(f"[bold red]error:[/] {escape(visible(fault.message))}")
     if fault.hint:
-        out.print(f"[bold]try:[/] {escape(fault.hint)}")
+        out.print(f"[bold]try:[/] {escape(visible(fault.hint))}")
     sys.exit(fault.exit_code)

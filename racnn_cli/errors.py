@@ -26,6 +26,14 @@ class RacnnError(Exception):
         return f"{self.message}\ntry: {self.hint}" if self.hint else self.message
 
 
+def visible(text: str) -> str:
+    """A text that does nothing to a terminal but break lines: what cannot be printed is spelt out."""
+    return "".join(
+        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
+
+
 def out_of_memory(fault: BaseException) -> bool:
     """Whether an allocation failed, on the CPU or on a device; each library says so in its own way."""
     text = str(fault).lower()

@@ -63,8 +63,8 @@ class _Side(Loose):
 
 class _Validation(Loose):
     scales: Annotated[list[_Answer], Field(min_length=1)]
-    average: _Answer | None = None
-    fused: _Answer | None = None
+    average: _Answer = _Answer(top1=0.0, nll=0.0)
+    fused: _Answer = _Answer(top1=0.0, nll=0.0)
     boxes: list[_Side] = []
 
 
@@ -152,13 +152,33 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a text file in one step.
+
+    Raises:
+        RacnnError: it cannot be written, or holds the name of a file that is no text in UTF-8.
+    """
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as fault:
+        raise RacnnError(
+            f"{path} would hold a name that is not UTF-8: {text[fault.start - 20 : fault.end]!r}",
+            "rename that file or folder",
+        ) from None
+    write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in one step."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise a RacnnError if training would write to what a link points to."""
+    if path.is_symlink():
+        raise RacnnError(
+            f"{path} is a link, and training would write to what it points to",
+            "put the file or folder itself there; a whole run folder may be a link",
+        )
 
 
 @dataclass(frozen=True)
@@ -265,8 +285,7 @@ class Run:
         """The run in `folder`, or the newest one.
 
         Raises:
-            RacnnError: there is none, or a file in it that training writes to is a link: what a run folder that
-                somebody else packed points to is not for us to change.
+            RacnnError: there is none.
         """
         if folder is None:
             link = RUNS / LATEST
@@ -282,14 +301,7 @@ class Run:
                 f"{folder} is not a run folder: it has no recipe.toml",
                 "--run DIR with a folder that `racnn train` made",
             )
-        run = cls(folder)
-        for path in (run.log, run.state, run.state / "lock"):
-            if path.is_symlink():
-                raise RacnnError(
-                    f"{path} is a link, and training would write to what it points to",
-                    "put the file or folder itself there; a whole run folder may be a link",
-                )
-        return run
+        return cls(folder)
 
     def recipe(self) -> Recipe:
         """The resolved recipe of this run."""
@@ -299,6 +311,8 @@ class Run:
         """Class names in index order."""
         hint = "the run folder is damaged; take it from a backup"
         try:
+            if self.classes_file.exists() and not self.classes_file.is_file():
+                raise ValueError("a device or a pipe, which may have no end")
             return TypeAdapter(ClassNames).validate_json(self.classes_file.read_bytes())
         except OSError as fault:
             raise RacnnError(f"{self.classes_file} cannot be read: {fault}", hint, failure=True) from None
@@ -322,8 +336,11 @@ class Run:
         """Hold the folder for this process, until the lock is released or the process ends, however it ends.
 
         Raises:
-            RacnnError: another process holds it.
+            RacnnError: another process holds it, or a file in it that training writes to is a link: what a run folder
+                that somebody else packed points to is not for us to change.
         """
+        for path in (self.log, self.state, self.state / "lock"):
+            refuse_link(path)
         lock = FileLock(self.state / "lock", timeout=0, is_singleton=True)
         try:
             self.state.mkdir(exist_ok=True)

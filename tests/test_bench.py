@@ -206,11 +206,11 @@ def test_a_finished_seed_is_not_trained_again_and_an_interrupted_one_goes_on(
     monkeypatch.chdir(folder)
     place = folder / "runs" / "bench-tiny-quick"
     first, second = Run(place / "seed-0"), Run(place / "seed-1")
-    write_json(first.eval, read(first) | {"images": 12345})
+    write_json(first.eval, read(first) | {"fused": read(first)["fused"] | {"top1": 0.12345}})
     whole = read(second)
     second.eval.unlink()
     found = seeds.run(Options((0, 1), "tiny", True)).values["runs"]
-    assert found[0]["images"] == 12345
+    assert found[0]["top1"]["fused"] == 0.12345
     assert read(second)["fused"] == whole["fused"]
     # Another recipe's figures are not passed off as this one's.
     text = first.recipe_file.read_text().replace("batch = 16", "batch = 8")
@@ -263,7 +263,7 @@ def measured(**changes) -> growth.Measured:
     phase = growth.Phase("alternate: CNN phase", 10, 10**9, 0.001, 10**8)
     given = {
         "phases": (phase,),
-        "batch": 50,
+        "pictures": 50,
         "read": 100.0,
         "checked": 1000.0,
         "listed": 700.0,
@@ -282,12 +282,12 @@ def test_growth_by_hand() -> None:
     assert hours["computing"] == pytest.approx(10 * growth.TRAIN / 1000)
     assert (hours["reading"], hours["messages"]) == (0, 0)
     assert hours["checkpoints"] == pytest.approx(10 * 0.1)
-    assert hours["evaluation"] == pytest.approx(growth.VAL / 1600)
+    assert hours["evaluation"] == pytest.approx(growth.VAL / 1600 + growth.VAL / 4000)
     assert found["hours"] == pytest.approx(sum(found["parts"].values()))
     fast = growth.reckon(measured(), 1, 1, 1e14)
     assert (fast["bottleneck"], fast["pictures_per_second"]) == ("reading", pytest.approx(1600))
     assert growth.reckon(measured(), 1, 1, 0)["pictures_per_second"] == pytest.approx(1000)  # as timed
-    apart = growth.reckon(measured(batch=1), 2, 1, 1e12)
+    apart = growth.reckon(measured(pictures=1), 2, 1, 1e12)
     assert apart["bottleneck"] == "messages"
     assert apart["pictures_per_second"] == pytest.approx(2 / (0.001 + 1e8 / growth.NETWORK))
 

@@ -124,7 +124,7 @@ def test_synced_batchnorm_is_that_of_one_process(place: Path) -> None:
     """20 training pictures in batches of 12 over three processes: the last one is shared out unevenly."""
     data = write_blobs(place / "odd", {"train": 7, "val": 2, "test": 2})
     (data / "train" / "red" / "00.png").unlink()
-    changes = KEYS | {"model__backbone": "test_resnet", "alternate__rounds": 1}
+    changes = KEYS | {"model__backbone": "test_resnet", "alternate__rounds": 1, "train__ema": 0.5}
     for processes, kind in ((1, "train"), (3, "synced")):
         file = place / f"odd-{processes}.toml"
         write_recipe(file, data, train__batch=12 // processes, train__batchnorm=kind, name="odd", **changes)
@@ -223,7 +223,7 @@ def test_batchnorm_statistics_are_shared(tmp_path) -> None:
         "distributed.start(torch.device('cpu'))\n"
         "norm = torch.nn.BatchNorm2d(1)\n"
         "norm.running_mean.fill_(distributed.rank() + 1.0)\n"
-        "distributed.share_buffers([norm])\n"
+        "distributed.share(norm.buffers())\n"
         "text = f'{norm.running_mean.item()} {int(norm.num_batches_tracked)}'\n"
         "open(f'{distributed.rank()}.txt', 'w').write(text)\n"
     )
@@ -268,7 +268,7 @@ def test_a_process_that_is_killed_is_started_again_from_the_last_checkpoint(plac
 
 def test_a_scheduler_that_stops_torchrun_loses_nothing(place: Path, by) -> None:
     """SIGTERM at the launcher, as SLURM sends it before a job's time is up."""
-    train = ["-m", "racnn_cli", "train", "2.toml", "--out", "stopped", "--resume"]
+    train = ["-m", "racnn_cli", "train", "2.toml", "--out", "stopped", "--resume", "--set", "data.workers=1"]
     program = ["--standalone", "--nproc-per-node", "2", *train]
     with (place / "stopped.txt").open("w") as said:
         launcher = subprocess.Popen(

@@ -380,9 +380,15 @@ def test_one_command_starts_a_run_and_goes_on_with_it(racnn, here, data) -> None
     assert (here / "mine" / "log.jsonl").read_text() == log
     after = load_file(here / "mine" / "weights.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    said = racnn(*words, "--set", "train.batch=5")
+    # What was changed on the way stays, and the command that is given again need not say so.
+    file = here / "mine" / "recipe.toml"
+    file.write_text(file.read_text().replace("batch = 6", "batch = 4"))
+    said = racnn(*words)
+    assert said.code == 0
+    assert "note: the run's own train.batch = 4 is kept, not 6" in said.out + said.err
+    said = racnn(*words, "--set", "model.apn_hidden=8")
     assert said.code == 2
-    assert "train.batch is 6 there and 5 here" in said.err
+    assert "model.apn_hidden is 16 in mine, asked for 8" in said.err
     for wrong in (["mine.toml", "--resume"], ["--out", "mine", "--resume"], [*words[1:], "--run", "mine"]):
         said = racnn("train", *wrong)
         assert said.code == 2, wrong

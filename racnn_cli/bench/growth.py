@@ -32,9 +32,8 @@ from racnn_cli.core.device import pick
 from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.data.decode import check
 from racnn_cli.data.images import Pictures, batches
-from racnn_cli.data.index import Item
-from racnn_cli.data.listing import read_folder
-from racnn_cli.recipe import Recipe
+from racnn_cli.data.index import Item, build_index
+from racnn_cli.recipe import Data, Recipe
 from racnn_cli.training import stages
 from racnn_cli.training.loop import freeze_all_but
 from racnn_cli.training.stages import Stage
@@ -66,12 +65,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Measured:
-    """Attributes: of each phase; pictures of a batch; pictures a second that one core reads and varies, and looks
-    through; bytes of memory that a listed picture takes; bytes of a checkpoint, and how many of them get on the disk
-    a second; operations of a validation picture."""
+    """Attributes: of each phase; pictures of an update of one process; pictures a second that one core reads and
+    varies, and looks through; bytes of memory that a listed picture takes; bytes of a checkpoint, and how many of
+    them get on the disk a second; operations of a validation picture."""
 
     phases: tuple[Phase, ...]
-    batch: int
+    pictures: int
     read: float
     checked: float
     listed: float
@@ -100,6 +99,8 @@ def measure(recipe: Recipe) -> Measured:
     model = build(recipe.model, CLASSES, source=recipe.data.source, weights="none")
     forward = 2 * multiply_adds(model)
     model.to(device)
+    if recipe.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     section = recipe.alternate
     plan: list[tuple[Stage, int]] = [(stages.pretrain_cnn(recipe), recipe.pretrain_cnn.epochs)]
     if recipe.model.scales > 1:
@@ -117,7 +118,7 @@ def measure(recipe: Recipe) -> Measured:
         pictures = Pictures(items, recipe.data, model.source, seed=0, augment=True)
         read = _rate(lambda: _seconds_of_reading(pictures, recipe.train.batch))
         checked = _rate(lambda: _seconds_of_checking(items))
-        listed = _memory_of_listing(folder / "list")
+        listed = _memory_of_listing(recipe.data, folder / "list")
         tensors = {
             **model.state_dict(),
             "moments": torch.zeros(moving // 2),
@@ -126,7 +127,9 @@ def measure(recipe: Recipe) -> Measured:
         began = time.perf_counter()
         store.save_tensors(folder / "checkpoint.safetensors", tensors, {})
         disk = size / (time.perf_counter() - began)
-    return Measured(phases, recipe.train.batch, read, checked, listed, size, disk, forward)
+    return Measured(
+        phases, recipe.train.batch * recipe.train.accumulate, read, checked, listed, size, disk, forward
+    )
 
 
 def reckon(found: Measured, nodes: int, gpus: int, operations: float) -> dict[str, Any]:
@@ -145,7 +148,7 @@ def reckon(found: Measured, nodes: int, gpus: int, operations: float) -> dict[st
     for phase in found.phases:
         own = phase.operations / operations if operations else phase.seconds  # of one picture
         read = 1 / (CORES * found.read)
-        send = 2 * (count - 1) / count * phase.message / wire / found.batch
+        send = 2 * (count - 1) / count * phase.message / wire / found.pictures
         rates[phase.name] = count / (max(own, read) + send)
         share = phase.epochs * TRAIN / count
         spent["reading" if read > own else "computing"] += share * max(own, read)
@@ -153,7 +156,10 @@ def reckon(found: Measured, nodes: int, gpus: int, operations: float) -> dict[st
         spent["checkpoints"] += phase.epochs * found.checkpoint / found.disk
         spent["validation"] += phase.epochs * VAL / count * max(found.forward / speed, read)
     spent["first look at the files"] = (TRAIN + VAL) / (count * CHECKERS * found.checked)
-    spent["evaluation"] = VAL * max(found.forward / speed, 1 / (CORES * found.read))  # one process does it
+    # One process does it, and looks at the files again first.
+    spent["evaluation"] = VAL * (
+        max(found.forward / speed, 1 / (CORES * found.read)) + 1 / (CHECKERS * found.checked)
+    )
     whole, slowest = sum(spent.values()), max(spent, key=lambda name: spent[name])
     rate = rates.get("alternate: CNN phase", next(iter(rates.values())))
     return {
@@ -239,14 +245,16 @@ def _seconds_of_checking(items: list[Item]) -> float:
     return (time.perf_counter() - began) / len(items)
 
 
-def _memory_of_listing(folder: Path, count: int = 2000) -> float:
+def _memory_of_listing(data: Data, folder: Path, count: int = 2000) -> float:
     """Bytes a picture, at most, while a folder is listed; the names are as long as iNaturalist's."""
-    place = folder / "train" / "04200_Animalia_Chordata_Aves_Passeriformes_Turdidae_Turdus_merula"
-    place.mkdir(parents=True)
-    for number in range(count):
-        (place / f"{number:08d}-0123-4567-89ab-cdef01234567.jpg").touch()
+    data = data.model_copy(update={"path": str(folder), "limit": 0})
+    for species in ("merula", "philomelos"):
+        place = folder / "train" / f"04200_Animalia_Chordata_Aves_Passeriformes_Turdidae_Turdus_{species}"
+        place.mkdir(parents=True)
+        for number in range(count // 2):
+            (place / f"{number:08d}-0123-4567-89ab-cdef01234567.jpg").touch()
     tracemalloc.start()
-    read_folder(folder)
+    build_index(data, seed=0, verify=())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak / count
@@ -270,10 +278,10 @@ def _phases(recipe: Recipe, found: Measured, device: str) -> Table:
             f"{phase.message / 1e6:.1f}",
         )
     table.caption = (
-        f"forward and backward; batches of {found.batch}. One core reads and varies {found.read:.0f} pictures a "
-        f"second and looks through {found.checked:.0f}. A checkpoint has {found.checkpoint / 1e6:.0f} MB, written and "
-        f"synced at {found.disk / 1e6:.0f} MB/s. Listing all pictures takes "
-        f"{TRAIN * found.listed / 1e9:.1f} GB in each process."
+        f"forward and backward; {found.pictures} pictures an update. One core reads and varies {found.read:.0f} "
+        f"pictures a second and looks through {found.checked:.0f}. A checkpoint has "
+        f"{found.checkpoint / 1e6:.0f} MB, written and synced at {found.disk / 1e6:.0f} MB/s. "
+        f"Listing all pictures takes {TRAIN * found.listed / 1e9:.1f} GB in each process."
     )
     return table
 
@@ -296,6 +304,7 @@ def _layouts(rows: list[dict[str, Any]]) -> Table:
         )
     table.caption = (
         f"pictures/s and files: in the CNN phase; {CORES} cores read for a GPU; messages at {LINK / 1e9:.0f} GB/s in a "
-        f"node and {NETWORK / 1e9:.0f} GB/s between nodes, after the backward pass; reckoned, not run"
+        f"node and {NETWORK / 1e9:.0f} GB/s between nodes, after the backward pass; without a baseline; reckoned, "
+        "not run"
     )
     return table

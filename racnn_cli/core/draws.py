@@ -38,11 +38,11 @@ class Draws:
         )
 
     def uniform(self, count: int) -> Tensor:
-        """The next numbers: (B, count) float32, evenly spread between 0 and 1, neither of them reached."""
+        """The next numbers: (B, count) float32, evenly spread between 0 and 1, neither of which is reached."""
         number = torch.arange(self.drawn + 1, self.drawn + 1 + count, device=self.keys.device)
         self.drawn += count
         mixed = _mixed(self.keys[:, None] + number * _GOLDEN)
-        return (_shifted(mixed, 40).float() + 0.5) * 2.0**-24
+        return (_shifted(mixed, 41).float() + 0.5) * 2.0**-23
 
     def normal(self, count: int) -> Tensor:
         """The next numbers: (B, count) float32, of mean 0 and standard deviation 1 (Box and Muller 1958)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,6 +211,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(_number: int) -> None:
+    # Ctrl-C and a scheduler signal the whole group of processes: this one is still read from until all is saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     info = get_worker_info()
     if info is not None and info.dataset._vary is not None:  # type: ignore[attr-defined]

@@ -234,6 +234,8 @@ class _Result(Loose):
         count = len(self.per_class)
         if any(max(truth, answer) >= count or images < 1 for truth, answer, images in self.confusion):
             raise ValueError(f"confusion names a class beyond the {count} of per_class, or no image")
+        if sum(images for *_, images in self.confusion) != self.images:
+            raise ValueError(f"confusion does not add up to {self.images} images")
         against = [side.model_fields_set & {"iou_mean", "hit_rate", "coverage_mean"} for side in self.boxes]
         if any(len(found) not in (0, 3) or found != against[0] for found in against):
             raise ValueError("some boxes have figures against true boxes, and some have not")
@@ -248,6 +250,8 @@ def read(run: Run) -> dict[str, Any]:
     """
     hint = f"`racnn eval --run {run.folder}` writes it"
     try:
+        if run.eval.exists() and not run.eval.is_file():
+            raise ValueError("it is a device or a pipe")
         found = json.loads(run.eval.read_text(encoding="utf-8"))
         _Result.model_validate(found)
     except OSError:

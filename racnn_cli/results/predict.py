@@ -164,21 +164,30 @@ Writer = Callable[[Prediction], None]
 
 
 def json_lines(model: Model, out: TextIO) -> Writer:
-    """A JSON object a line, with the fields of `Prediction`."""
+    """A JSON object a line, with the fields of `Prediction`; on a terminal, names do nothing to it."""
 
     def write(prediction: Prediction) -> None:
-        out.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+        line = json.dumps(asdict(prediction), ensure_ascii=False)
+        out.write((line if _goes_out(line, out) else json.dumps(asdict(prediction))) + "\n")
         out.flush()
 
     return write
 
 
+def _goes_out(text: str, out: TextIO) -> bool:
+    """Whether a text can be written as it is: it is none (a file's name need not be), or would move a cursor."""
+    try:
+        text.encode(out.encoding or "utf-8", out.errors or "strict")
+    except UnicodeEncodeError:
+        return False
+    return text.isprintable() or not out.isatty()
+
+
 def comma_separated(model: Model, out: TextIO) -> Writer:
     """A header, then a line a picture: the answer, the box of each finer scale, and what was wrong.
 
-    A name stays what it is in a file, and on a terminal does nothing to it.
+    A name stays what it is in a file, if it is text at all, and on a terminal does nothing to it.
     """
-    text = show if out.isatty() else str
     table = csv.writer(out, lineterminator="\n")
     header_written = False
 
@@ -191,7 +200,9 @@ def comma_separated(model: Model, out: TextIO) -> Writer:
         edges = [f"{value:.1f}" for box in prediction.boxes for value in box]
         edges += [""] * (4 * (model.scales - 1) - len(edges))
         probability = "" if prediction.error else f"{prediction.probability:.6f}"
-        table.writerow([text(prediction.path), prediction.label, probability, *edges, prediction.error])
+        name, error = prediction.path or "", prediction.error
+        name, error = (text if _goes_out(text, out) else show(text) for text in (name, error))
+        table.writerow([name, prediction.label, probability, *edges, error])
         out.flush()
 
     return write

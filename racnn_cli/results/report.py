@@ -11,7 +11,7 @@ from typing import Any
 
 import racnn_cli
 from racnn_cli.core.model import sizes_of
-from racnn_cli.data.decode import read_image
+from racnn_cli.data.decode import read_image, show
 from racnn_cli.data.index import Item, build_index, labelled
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
@@ -245,7 +245,7 @@ def _card(item: Item, answer: Prediction, truth: str) -> str:
     )
     return (
         f'<figure class="card {"good" if good else "bad"}">'
-        f'<img src="data:image/jpeg;base64,{data}" alt="{escape(item.path.name)}" loading="lazy">'
+        f'<img src="data:image/jpeg;base64,{data}" alt="{escape(show(item.path.name))}" loading="lazy">'
         f"<figcaption><b>{escape(answer.label)}</b> {answer.probability:.1%} <em>{verdict}</em>"
         f"<ul>{steps}</ul></figcaption></figure>"
     )

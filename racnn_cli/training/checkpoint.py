@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 from torch import Tensor
 
 from racnn_cli.core.model import RACNN
@@ -25,6 +25,13 @@ from racnn_cli.run import Run
 NAME = "checkpoint-{:08d}.safetensors"
 PATTERN = "checkpoint-*.safetensors"
 HINT = "start again with another --out, or take the folder from a backup"
+
+
+def _both(losses: dict[str, float]) -> dict[str, float]:
+    if losses and losses.keys() != {"classification", "rank"}:
+        raise ValueError("not the two losses that end `alternate`")
+    return losses
+
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -61,7 +68,7 @@ class Progress:
     stall: Count = 0
     best_round: Count = 0
     best_round_loss: float | None = None
-    smoothed: dict[str, float] = field(default_factory=dict)
+    smoothed: Annotated[dict[str, float], AfterValidator(_both)] = field(default_factory=dict)
     still: Count = 0
     number: Count = 0
     logged: Count = 0
@@ -206,9 +213,13 @@ def restore_moving(
         RacnnError: it is that of other parameters.
     """
     moving = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scalar = torch.Size()
+    kept = {"step": scalar, "exp_avg": None, "exp_avg_sq": None}  # None: of the parameter's shape
+    wanted = kept if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer": None}
     fits = all(
         number < len(moving)
-        and all(entry.numel() == 1 or entry.shape == moving[number].shape for entry in entries.values())
+        and {name: entry.shape for name, entry in entries.items()}
+        == {name: moving[number].shape if shape is None else shape for name, shape in wanted.items()}
         for number, entries in saved.optimizer.items()
     ) and {name: value.shape for name, value in saved.averaged.items()} == {
         name: value.shape for name, value in averaged.items()

@@ -8,6 +8,8 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from racnn_cli.errors import visible
+
 
 class Console:
     """Messages and progress; silent where it must be (other processes, tests)."""
@@ -27,7 +29,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line for a person; what looks like markup in it is printed as it is."""
-        self.out.print(escape(text), soft_wrap=True)
+        self.out.print(escape(visible(text)), soft_wrap=True)
 
     def title(self, text: str) -> None:
         self.out.print(f"[bold]{escape(text)}[/bold]")

@@ -75,15 +75,14 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = part.view_as(parameter).clone()
 
 
-def share_buffers(modules: Iterable[nn.Module]) -> None:
-    """Give every process the mean of the processes' buffers (BatchNorm statistics), as each saw other images."""
+def share(statistics: Iterable[Tensor]) -> None:
+    """Give every process the mean of the processes' statistics (BatchNorm buffers), as each saw other images."""
     if world() == 1:
         return
-    for module in modules:
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= world()
+    for values in statistics:
+        if values.is_floating_point():
+            dist.all_reduce(values)
+            values /= world()
 
 
 def shared_out(rows: list[Any], work: Callable[[list[Any]], dict[Any, Any]]) -> dict[Any, Any]:
@@ -117,11 +116,11 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """True in every process if it is true in one."""
+def any_process(flags: list[bool], device: torch.device) -> list[bool]:
+    """Each flag: true in every process if it is true in one."""
     if world() == 1:
-        return flag
-    return bool(total(torch.tensor(float(flag), device=device)).item())
+        return flags
+    return [bool(count) for count in total(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()]
 
 
 @contextmanager

@@ -44,15 +44,16 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Remembers SIGINT and SIGTERM, so that training can stop between two steps; a second one stops at once."""
+    """Remembers SIGINT and SIGTERM, so that training can stop between two steps; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.number = 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        # A scheduler may signal a launcher and its processes, and the launcher them again.
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = number
+        self.number = self.number or number
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -209,6 +210,12 @@ class Averaged:
             else:
                 value.copy_(self.live[name])
 
+    def share(self) -> None:
+        """Give every process the mean of the processes' averaged statistics; averaged weights are alike anyway."""
+        distributed.share(
+            value for name, value in self.values.items() if not isinstance(self.live[name], nn.Parameter)
+        )
+
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averaged values and the network's."""
@@ -261,6 +268,14 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
             checkpoint.save(context.run, model, progress, optimizer, averaged.values, keep=keep)
         context.saved = time.monotonic()
 
+    def share() -> None:
+        distributed.share(buffer for module in moving for buffer in module.buffers())
+        averaged.share()
+
+    def save_midway(optimizer: torch.optim.Optimizer) -> None:
+        share()  # of several processes one writes, and its BatchNorm statistics are not the others'
+        save(optimizer)
+
     def keep_if_best(val: dict[str, Any]) -> None:
         loss = val["fused"]["nll"] if stage.part == "fusion" else val["scales"][0]["nll"]
         if progress.best is None or loss < progress.best:
@@ -280,9 +295,9 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
             while progress.epoch < stage.epochs and not (stage.patience and progress.stall >= stage.patience):
                 started = time.perf_counter()
                 freeze_all_but(model, moving, recipe.train.batchnorm == "frozen")
-                losses = _epoch(context, stage, optimizer, parameters, averaged, steps, save)
+                losses = _epoch(context, stage, optimizer, parameters, averaged, steps, save_midway)
                 seconds = time.perf_counter() - started
-                distributed.share_buffers(moving)
+                share()
                 val = check()
                 progress.epoch, progress.step, progress.views = progress.epoch + 1, 0, progress.views + 1
                 progress.sums = {}
@@ -290,7 +305,7 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
                     keep_if_best(val)
                 _log(context, stage, losses, val, seconds, optimizer)
                 save(optimizer)
-                if distributed.any_process(bool(context.signals.number), device):
+                if distributed.any_process([bool(context.signals.number)], device)[0]:
                     raise context.interrupted()
     except Stopped:
         save(optimizer)
@@ -354,11 +369,13 @@ def _epoch(
         if moved:
             progress.step, progress.batch = step + 1, recipe.train.batch * distributed.world()
             if progress.step < steps:
-                if distributed.any_process(bool(context.signals.number), device):
+                stop, due = distributed.any_process(
+                    [bool(context.signals.number), _due(context, update)], device
+                )
+                if stop or due:
                     save(optimizer)
+                if stop:
                     raise context.interrupted()
-                if _due(context, update):
-                    save(optimizer)
         images_seen += len(batch["label"])
         context.console.step(
             progress.epoch, stage.epochs, figures, images_seen / (time.perf_counter() - began)

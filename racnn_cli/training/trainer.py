@@ -469,25 +469,32 @@ def baseline_recipe(recipe: Recipe, rounds: int, size: int | None = None) -> Rec
     )
 
 
-def _changed(run: Run, recipe: Recipe, sets: dict[str, object], progress: Progress) -> Recipe:
-    """The recipe with changes for what is still to come."""
-    new = recipe.override(sets)
-    old_tree, new_tree = asdict_flat(recipe), asdict_flat(new)
-    changes = [key for key in old_tree if old_tree[key] != new_tree[key]]
+def differences(old: Recipe, new: Recipe) -> dict[str, tuple[object, object]]:
+    """Dotted keys that differ, each with the two values."""
+    before, after = asdict_flat(old), asdict_flat(new)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def check_fixed(run: Run, recipe: Recipe, asked: Recipe) -> None:
+    """Raise a RacnnError if the asked recipe differs from the run's in what cannot change: network and data."""
     fixed = [
-        key
-        for key in changes
+        f"{key} is {old!r} in {run.folder}, asked for {new!r}"
+        for key, (old, new) in differences(recipe, asked).items()
         if (key.startswith(("model.", "data.")) or key in ("seed", "name", "quick", "baseline"))
         and key not in ("data.workers", "data.path", "data.skip_bad", "model.k", "model.gradient")
     ]
     if fixed:
         raise RacnnError(
-            "a run's network and data cannot change after its start:\n  "
-            + "\n  ".join(
-                f"{k} is {old_tree[k]!r} in {run.folder}, asked for {new_tree[k]!r}" for k in fixed
-            ),
+            "a run's network and data cannot change after its start:\n  " + "\n  ".join(fixed),
             "leave that out to go on with this run, or start a new one with --out DIR",
         )
+
+
+def _changed(run: Run, recipe: Recipe, sets: dict[str, object], progress: Progress) -> Recipe:
+    """The recipe with changes for what is still to come."""
+    new = recipe.override(sets)
+    check_fixed(run, recipe, new)
+    changes = differences(recipe, new)
     # The optimizer's state belongs to the parameters as these keys group them.
     under_way = {"train.optimizer", "train.ema", "train.weight_decay", "pretrain_cnn.head_lr"}
     bound = [key for key in changes if key in under_way and (progress.epoch or progress.step)]

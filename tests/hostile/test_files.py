@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -101,6 +102,8 @@ def odd(here: Path) -> Path:
     Image.new("RGB", (1, 60_000), "red").save(folder / "tall.jpg")
     Image.new("1", (20_000, 9_500)).save(folder / "bomb.png")
     Image.new("RGB", (30, 20), "blue").save(folder / WICKED)
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:  # from a time before UTF-8
+        Image.new("RGB", (20, 30), "blue").save(file, "PNG")
     (folder / "page.jpg").write_text("<!DOCTYPE html><html><body>404</body></html>")
     (folder / "zero.jpg").symlink_to("/dev/zero")
     (folder / "secret.png").symlink_to("/etc/passwd")
@@ -128,8 +131,9 @@ def test_odd_pictures_are_rows_of_a_prediction(run: Run, odd: Path, said) -> Non
     assert code == 1
     for name, reason in REFUSED.items():
         assert reason in rows[name]["error"], name
-    assert {name for name, row in rows.items() if not row["error"]} == {"long.png", "tall.jpg", WICKED}
-    assert len(os.listdir("drawn")) == 3
+    good = {name for name, row in rows.items() if not row["error"]}
+    assert good == {"long.png", "tall.jpg", WICKED, os.fsdecode(b"caf\xe9.png")}
+    assert len(os.listdir("drawn")) == 4
     for name, (width, height) in {"long.png": (100_000, 1), "tall.jpg": (1, 60_000)}.items():
         (x0, y0, x1, y1), *_ = rows[name]["boxes"]
         assert 0 <= x0 < x1 <= width, name
@@ -279,6 +283,7 @@ def mine(here: Path) -> Run:
 @pytest.mark.parametrize("name", ["log.jsonl", "state", "state/lock"])
 def test_a_link_in_a_run_folder_is_not_written_through(mine: Run, here: Path, name: str, said) -> None:
     path = mine.folder / name
+    assert said("predict", here / "data", "--run", mine.folder)[0] == 0  # to read from it is no harm
     path.rename(here / "own")
     path.symlink_to(here / "own")
     (here / ".secret").write_text("mine")
@@ -288,6 +293,21 @@ def test_a_link_in_a_run_folder_is_not_written_through(mine: Run, here: Path, na
         assert code == 2
         assert f"{path} is a link" in text
     assert sorted(p.stat().st_mtime_ns for p in (here / "own", here / ".secret")) == before
+
+
+@pytest.mark.parametrize("name", ["baseline", "baseline/log.jsonl", "baseline/state"])
+def test_nor_is_one_of_its_baseline(here: Path, name: str, said) -> None:
+    data = write_blobs(here / "data")
+    api.train(tiny(data, baseline=True, alternate__rounds=1), out=here / "mine", quiet=True)
+    path = here / "mine" / name
+    path.rename(here / "own")
+    path.symlink_to(here / "own")
+    before = (here / "own").stat().st_mtime_ns
+    (here / "mine" / "eval.json").unlink()
+    code, text = said("train", "--resume", "--run", "mine")
+    assert code == 2
+    assert f"{Path('mine') / name} is a link" in text
+    assert (here / "own").stat().st_mtime_ns == before
 
 
 def test_a_run_folder_may_itself_be_a_link(mine: Run, here: Path) -> None:
@@ -327,6 +347,7 @@ def forge(run: Run, change: Callable[[dict[str, torch.Tensor], dict[str, object]
         ("step", "many"),
         ("done", 7),
         ("sums", [1]),
+        ("smoothed", {"x": 1.0}),
         ("views", 2**70),
         ("number", -1),
         ("logged", -5),
@@ -342,16 +363,84 @@ def test_a_forged_position(mine: Run, place: str, value: object, said) -> None:
     assert "does not say where the run stood" in text
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 1), (1,), ()])
 @pytest.mark.parametrize("name", ["optimizer.x.step", "evil.weight", "optimizer.0.exp_avg", "averaged.none"])
-def test_forged_tensors(mine: Run, name: str, said) -> None:
+def test_forged_tensors(mine: Run, name: str, shape: tuple[int, ...], said) -> None:
     def change(tensors: dict[str, torch.Tensor], position: dict[str, object]) -> None:
-        tensors[name] = torch.ones(3, 2, 1)
+        tensors[name] = torch.ones(shape)
         position |= {"stage": "pretrain-cnn", "epoch": 1}
 
     forge(mine, change)
     code, text = said("train", "--resume", "--run", mine.folder)
     assert code == 1
     assert "no checkpoint of racnn does" in text or "is of other parameters" in text
+
+
+def test_files_without_an_end_are_not_read(run: Run, tmp_path: Path, said) -> None:
+    for name, command in (("classes.json", "eval"), ("eval.json", "report")):
+        copy = Run(tmp_path / name)
+        shutil.copytree(run.folder, copy.folder)
+        (copy.folder / name).unlink(missing_ok=True)
+        os.mkfifo(copy.folder / name)
+        code, text = said(command, "--run", copy.folder)
+        assert code
+        assert f"{name} is " in text
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"val": {"scales": [{"top1": 0.5, "nll": 1.0}], "average": None}},
+        {"val": {"scales": []}},
+        {"phase": "\ud800"},
+        {"train_loss": {"\ud800": 1.0}},
+        {"train_loss": {"loss": 1e308}},
+        {"seconds": "long"},
+    ],
+)
+def test_a_report_of_a_damaged_log(run: Run, tmp_path: Path, event: dict[str, object], said) -> None:
+    copy = Run(tmp_path / "copy")
+    shutil.copytree(run.folder, copy.folder)
+    said("eval", "--run", copy.folder)
+    good = {
+        "event": "epoch",
+        "stage": "alternate",
+        "phase": "CNN phase",
+        "round": 1,
+        "epoch": 1,
+        "seconds": 1.0,
+    }
+    good |= {"train_loss": {"loss": 1.0}, "val": {"scales": [{"top1": 0.5, "nll": 1.0}]}}
+    copy.log.write_text("".join(json.dumps(entry) + "\n" for entry in (good, good | event)))
+    code, text = said("report", "--run", copy.folder)
+    assert code == 0 or "is not UTF-8" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its file names are bytes")
+def test_a_name_that_is_not_utf8_is_no_hindrance(here: Path, said) -> None:
+    data = write_blobs(here / "data")
+    for split in ("train", "test"):
+        place = os.fsencode(data / split / "red")
+        os.rename(place + b"/00.png", place + b"/caf\xe9.png")
+    write_recipe(here / "mine.toml", data, alternate__rounds=1)
+    code, text = said("train", "mine.toml", "--out", "mine")
+    assert code == 0, text
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
+    for style in ("csv", "jsonl", "table"):
+        words = [
+            sys.executable,
+            "-m",
+            "racnn_cli",
+            "predict",
+            "data/test",
+            "--run",
+            "mine",
+            "--format",
+            style,
+        ]
+        done = subprocess.run(words, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert rb"caf\udce9.png" in done.stdout
 
 
 # ---- ONNX files
@@ -367,9 +456,15 @@ def write_onnx(file: Path, location: str = "", shape: tuple[int, ...] = (1, 3), 
             tensor.external_data.add(key=key, value=value)
     else:
         tensor.raw_data = np.zeros(shape, np.float32).tobytes()
+    names_of_nodes = (
+        ("Identity", "Identity", "Identity") if shape else ("Evil\x1b[2J", "Identity", "Identity")
+    )
     model = helper.make_model(
         helper.make_graph(
-            [helper.make_node("Identity", ["stored"], [name]) for name in names],
+            [
+                helper.make_node(kind, ["stored"], [name])
+                for kind, name in zip(names_of_nodes, names, strict=True)
+            ],
             "graph",
             [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["b", 3, "h", "w"])],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names],
@@ -416,10 +511,19 @@ def test_metadata_that_lie(here: Path, metadata: dict[str, object]) -> None:
         load(write_onnx(here / "model.onnx", **metadata))
 
 
+def test_a_graph_whose_parts_have_wicked_names(here: Path, said) -> None:
+    Image.new("RGB", (9, 9)).save(here / "a.png")
+    code, text = said("predict", write_onnx(here / "model.onnx", shape=()), "a.png")
+    assert code == 1
+    assert "\x1b" not in text
+    assert r"Evil\x1b[2J" in text
+
+
 @pytest.mark.parametrize("shape", [(1,), (1, 3), (2, 2, 3), (0,)])
 def test_a_graph_that_answers_something_else(here: Path, shape: tuple[int, ...], said) -> None:
     Image.new("RGB", (9, 9)).save(here / "a.png")
     file = write_onnx(here / "model.onnx", shape=shape)
     code, text = said("predict", file, "a.png")
     assert code == 2
+    assert "\x1b" not in text
     assert "is not a network that racnn can use: its" in text
