@@ -448,9 +448,11 @@ def test_a_run_on_clutter_logs_where_it_looks(here, folder, monkeypatch) -> None
     )
     moved, jitter = [], attention.jitter
 
-    def watched(boxes: torch.Tensor, amount: float, floor: float, ceiling: float, tighten: float = 0.0):
+    def watched(
+        boxes: torch.Tensor, amount: float, floor: float, ceiling: float, tighten: float, chance: torch.Tensor
+    ):
         moved.append((round(amount, 6), round(tighten, 6)))
-        return jitter(boxes, amount, floor, ceiling, tighten)
+        return jitter(boxes, amount, floor, ceiling, tighten, chance)
 
     monkeypatch.setattr(attention, "jitter", watched)
     started = Trainer.start(recipe, here / "mine", quiet=True, source=clutter(folder))

@@ -748,7 +748,8 @@ def test_a_report_of_many_classes_names_the_pairs_that_are_mixed_up(run: Run, re
     before = run.eval.read_text()
     names = [f"species {number}" for number in range(report.DRAWN + 1)]
     cells = [[number, number, 9] for number in range(len(names))] + [[3, 4, 2], [5, 6, 7]]
-    many = {"classes": len(names), "per_class": {name: {"top1": 0.9, "n": 10} for name in names}}
+    many = {"classes": len(names), "images": sum(cell[2] for cell in cells)}
+    many |= {"per_class": {name: {"top1": 0.9, "n": 10} for name in names}}
     write_json(run.eval, result | many | {"confusion": sorted(cells)})
     page = Page(report.write_report(run).read_text(encoding="utf-8"))
     run.eval.write_text(before)

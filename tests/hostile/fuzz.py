@@ -147,7 +147,7 @@ RESULT = {
     **{
         "split": "test",
         "data": "birds",
-        "images": 8,
+        "images": 6,
         "classes": 3,
         "interval": [0.25, 0.75],
         "baseline": None,
