@@ -262,7 +262,11 @@ def test_a_process_that_is_killed_is_started_again_from_the_last_checkpoint(plac
     ended_alike(by(2)[0], Run(place / "killed"))
     again = torchrun(place, 2, "killed.py", "killed-for-good", "8")
     assert again.returncode != 0
-    assert "another process of this training is gone" in again.stderr
+    # The survivor finds the connection closed, or torchrun's SIGTERM is faster.
+    assert any(
+        said in again.stderr
+        for said in ("another process of this training is gone", "closing signal SIGTERM")
+    )
     assert "racnn_cli/training" not in again.stderr  # no traceback but torchrun's own
 
 
