@@ -169,9 +169,14 @@ def _baseline(run: Run, recipe: Recipe, changes: Mapping[str, Any], *, quiet: bo
         shared = {key: value for key, value in changes.items() if key.startswith(SHARED)}
         trainer = Trainer.proceed(base, sets=shared, owner=run.folder, quiet=quiet)
     else:
-        trainer = Trainer.start(
-            baseline_recipe(recipe, rounds_run(run)), base.folder, owner=run.folder, quiet=quiet
-        )
+        rounds = rounds_run(run)
+        if recipe.model.scales > 1 and not rounds:
+            raise RacnnError(
+                f"{run.log} does not say how many rounds {run.folder} took, which is what the baseline may cost",
+                "take it from a backup, or start a new run with --out DIR",
+                failure=True,
+            )
+        trainer = Trainer.start(baseline_recipe(recipe, rounds), base.folder, owner=run.folder, quiet=quiet)
     with closing(trainer):
         trainer.run_all()
     if distributed.rank() == 0:

@@ -5,6 +5,8 @@ Nothing heavy is imported here at module level: `racnn --help` and shell complet
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -532,16 +534,38 @@ def recipes_show(
 
 def main() -> None:
     """Entry of the command `racnn`: a fault that a user can mend is two lines, never a traceback."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     try:
-        app(prog_name="racnn")
+        try:
+            app(prog_name="racnn")
+        finally:
+            sys.stdout.flush()
     except RacnnError as fault:
         _stop(fault)
+    except BrokenPipeError:  # who reads has seen enough
+        _silence()
+        sys.exit(1)
+    except OSError as fault:  # whatever the system refuses where nothing else explains it
+        what = visible(str(fault.filename)) if fault.filename else "the output"
+        if len(what) > 200:
+            what = f"{what[:200]}…"
+        _silence()
+        hint = "check the name, its rights and the space on the disk"
+        _stop(RacnnError(f"{what}: {fault.strerror or fault}", hint, failure=True))
     except (MemoryError, RuntimeError) as fault:
         if not out_of_memory(fault):
             raise
         said = (str(fault).strip() or "no more memory").splitlines()[0]
         hint = "smaller model.sizes, data.source, model.apn_hidden or train.batch, or fewer data.workers"
         _stop(RacnnError(f"the memory is not enough: {said}", hint, failure=True))
+
+
+def _silence() -> None:
+    """What could not be written to standard output is not tried again at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stop(fault: RacnnError) -> NoReturn:

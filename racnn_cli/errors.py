@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class RacnnError(Exception):
@@ -24,6 +26,11 @@ class RacnnError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\ntry: {self.hint}" if self.hint else self.message
+
+
+def absent(path: Path) -> str:
+    """What is wrong with a path where a file is needed."""
+    return f"{path} is no regular file" if os.path.lexists(path) else f"{path} does not exist"
 
 
 def visible(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from racnn_cli.errors import RacnnError, did_you_mean
+from racnn_cli.errors import RacnnError, absent, did_you_mean
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -325,7 +325,7 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
         raise RacnnError(
-            f"there is no recipe file {name}", "`racnn recipes ls` lists the recipes that come along"
+            f"there is no recipe file: {absent(path)}", "`racnn recipes ls` lists the recipes that come along"
         )
     shipped = RECIPES / f"{name}.toml"
     if "/" not in name and "\\" not in name and shipped.is_file():
@@ -347,6 +347,10 @@ def load(name: str, sets: Iterable[str] = (), changes: Mapping[str, Any] | None 
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as fault:
         raise RacnnError(f"{path}: not a TOML file: {fault}", "mend the line that is named") from None
+    except OSError as fault:
+        raise RacnnError(
+            f"{path} cannot be read: {fault.strerror}", "check the path and its rights"
+        ) from None
     tree.setdefault("name", path.stem)
     changes = {**parse_sets(sets), **(changes or {})}
     for key, value in changes.items():

@@ -247,6 +247,12 @@ class Run:
         Raises:
             RacnnError: `out` holds something already.
         """
+        if out and out.is_dir():
+            out = out.resolve() if out.is_symlink() else out
+            if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+                raise RacnnError(
+                    f"--out {out} is the folder where you stand, or lies above it", "--out NAME, a new folder"
+                )
         while True:
             folder = out or _next_free(RUNS / recipe.name)
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -289,13 +295,20 @@ class Run:
         """
         if folder is None:
             link = RUNS / LATEST
+            if link.is_symlink() and not link.exists():
+                there = sorted(path.parent.name for path in RUNS.glob("*/recipe.toml"))
+                raise RacnnError(
+                    f"{link} points to {os.readlink(link)}, which is not there any more",
+                    "--run DIR"
+                    + (f" with one of {', '.join(f'{RUNS}/{name}' for name in there)}" if there else ""),
+                )
             if not link.exists():
                 raise RacnnError(
                     f"there is no run yet in {RUNS}/",
                     "`racnn train demo` or `racnn pretrain-cnn RECIPE --data FOLDER` starts one; "
                     "--run DIR names one elsewhere",
                 )
-            folder = link.resolve() if link.is_dir() else RUNS / link.read_text(encoding="utf-8").strip()
+            folder = link.resolve() if link.is_dir() else RUNS / _pointed_at(link)
         if not (folder / "recipe.toml").is_file():
             raise RacnnError(
                 f"{folder} is not a run folder: it has no recipe.toml",
@@ -336,11 +349,16 @@ class Run:
         """Hold the folder for this process, until the lock is released or the process ends, however it ends.
 
         Raises:
-            RacnnError: another process holds it, or a file in it that training writes to is a link: what a run folder
-                that somebody else packed points to is not for us to change.
+            RacnnError: another process holds it, or a file in it that training writes to is a link or a pipe: what a
+                run folder that somebody else packed points to is not for us to change.
         """
-        for path in (self.log, self.state, self.state / "lock"):
+        for path in (self.state, self.log, self.state / "lock"):
             refuse_link(path)
+            if path.exists() and not (path.is_dir() if path == self.state else path.is_file()):
+                raise RacnnError(
+                    f"{path} is no {'folder' if path == self.state else 'regular file'}, and training writes there",
+                    "move it away, or take the run folder from a backup",
+                )
         lock = FileLock(self.state / "lock", timeout=0, is_singleton=True)
         try:
             self.state.mkdir(exist_ok=True)
@@ -402,6 +420,16 @@ def _next_free(folder: Path) -> Path:
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
+
+
+def _pointed_at(file: Path) -> str:
+    """What `runs/latest` says where it is no link."""
+    try:
+        if not file.is_file() or file.stat().st_size > 4096:
+            raise ValueError("not a short text file")
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as fault:
+        raise RacnnError(f"{file} does not name a run: {fault}", "name the run with --run DIR") from None
 
 
 def _point_latest(folder: Path) -> None:

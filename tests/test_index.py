@@ -189,6 +189,19 @@ def test_a_csv_without_splits_is_split_as_a_folder(tmp_path):
     assert names(index(root / "0.csv")) == names(index(root / "1.csv")) == names(index(root))
 
 
+def test_runs_that_lie_where_the_pictures_lie_are_no_classes(tmp_path):
+    root = folder(tmp_path, {"red": 9, "blue": 9})
+    before = index(root)
+    for place in ("runs/own", "elsewhere"):
+        (root / place).mkdir(parents=True)
+        (root / place / "recipe.toml").touch()
+    picture(root / "runs" / "own" / "drawn.png")
+    found = index(root)
+    assert found.splits == before.splits
+    assert found.fingerprint == before.fingerprint
+    assert sum("holds a run of racnn" in note for note in found.notes) == 2
+
+
 def test_limit_keeps_so_many_of_each_class_and_split(tmp_path):
     root = folder(tmp_path, {"a": 30, "b": 20})
     whole, few = index(root), index(root, limit=3)

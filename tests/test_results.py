@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -652,9 +653,93 @@ def test_frames_of_a_video(run: Run, place: Path) -> None:
     ]
     assert {path.name for path in (place / "film").iterdir()} == {"film.avi-0.jpg", "film.avi-3.jpg"}
     (place / "no.mp4").write_bytes(b"no film")
-    with pytest.raises(RacnnError, match=r"no\.mp4 cannot be opened"):
-        list(predict.pictures([place / "no.mp4"]))
+    os.mkfifo(place / "pipe.mp4")
+    answers = load(run).predict(predict.pictures([place / "no.mp4", place / "pipe.mp4"]))
+    assert [answer.label for answer in answers] == ["", ""]
+    assert "no.mp4 cannot be opened as a video" in answers[0].error
+    assert "pipe.mp4 is no regular file" in answers[1].error
     assert load(run).predict(Frame("x", frames[0].pixels))[0].path == "x"
+
+
+def test_a_drawing_never_replaces_a_file(run: Run, data: Path, place: Path) -> None:
+    mine = place / "mine"
+    mine.mkdir()
+    picture = next(data.parent.rglob("*.*g"))
+    shutil.copy(picture, mine / "a.jpg")
+    before = (mine / "a.jpg").read_bytes()
+    for count in (2, 4):  # the second time, what has been drawn is among the pictures
+        predict.predict_command(load(run), predict.gather([mine]), save=mine, out=io.StringIO())
+        assert len(list(mine.iterdir())) == count
+    assert (mine / "a.jpg").read_bytes() == before
+
+
+def test_a_pattern_of_folders_means_what_is_in_them(data: Path, place: Path) -> None:
+    (place / "groups" / "empty").mkdir(parents=True)
+    pattern = str(place / "groups" / "*")
+    with pytest.raises(RacnnError, match="matches no picture"):
+        predict.gather([pattern])
+    (place / "groups" / "full").mkdir()
+    shutil.copy(next(data.parent.rglob("*.*g")), place / "groups" / "full")
+    assert predict.gather([pattern]) == predict.gather([place / "groups" / "full"]) != []
+
+
+def test_standard_input_that_is_no_list(place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xd8\xff\xe0\0\x10JFIF\0\n"), "utf-8"))
+    with pytest.raises(RacnnError, match=r"^standard input is no list of file names"):
+        predict.gather(["-"])
+    (place / "odd").mkdir()
+    name = os.fsdecode(b"\xe9.jpg")
+    (place / "odd" / name).touch()
+    listed = io.BytesIO(os.fsencode(place / "odd" / name) + b"\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(listed, "utf-8"))
+    assert predict.gather(["-"]) == [place / "odd" / name]
+
+
+def test_pictures_in_memory_of_every_mode(run: Run) -> None:
+    model, pixels = load(run), Image.radial_gradient("L").resize((50, 40))
+    plain = model.predict(pixels.convert("RGB"))[0]
+    for mode in ("L", "RGBA", "RGBa", "HSV", "CMYK", "YCbCr", "I", "F", "P", "La"):
+        image = (
+            pixels.convert("RGBA") if mode == "RGBa" else pixels.convert("LA") if mode == "La" else pixels
+        ).convert(mode)
+        assert model.predict(image)[0].label, mode
+    assert model.predict(pixels.convert("RGB").convert("HSV"))[0].probability == pytest.approx(
+        plain.probability, abs=0.02
+    )
+    for nothing in (3, [3], Image.new("RGB", (0, 5)), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(RacnnError, match=r"is not a picture|shows nothing"):
+            model.predict(nothing)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_an_export_does_not_replace_what_is_none(run: Run, kind: str) -> None:
+    before = run.weights.read_bytes()
+    write = export.export_onnx if kind == "onnx" else export.export_program
+    with pytest.raises(RacnnError, match="nothing was written"):
+        write(run, run.weights)
+    assert run.weights.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"top": "x"}, {"threshold": "high"}, {"source": "0"}, {"top": "4000000"}])
+def test_a_check_of_a_file_that_lies(
+    run: Run, data: Path, exported: dict, place: Path, change: dict[str, str]
+) -> None:
+    model = onnx.load(exported["path"])
+    for entry in model.metadata_props:
+        entry.value = change.get(entry.key, entry.value)
+    for key in change.keys() - {entry.key for entry in model.metadata_props}:
+        model.metadata_props.add(key=key, value=change[key])
+    onnx.save(model, place / "lies.onnx")
+    with pytest.raises(RacnnError):
+        export.check(run, place / "lies.onnx", data)
+
+
+def test_a_check_of_a_file_without_labels(run: Run, data: Path, exported: dict, place: Path) -> None:
+    model = onnx.load(exported["path"])
+    del model.graph.output[[value.name for value in model.graph.output].index("labels")]
+    onnx.save(model, place / "fewer.onnx")
+    with pytest.raises(RacnnError, match="it has no output labels"):
+        export.check(run, place / "fewer.onnx", data)
 
 
 def test_drawing_shows_the_box_and_what_is_in_it() -> None:

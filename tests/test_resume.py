@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -187,6 +188,34 @@ def test_resume_of_a_finished_run_trains_nothing(here, data) -> None:
     assert run.log.read_bytes() == log
     assert result["images"] == 12
     assert run.eval.is_file()
+
+
+def test_lost_weights_of_a_finished_run_come_back(here, data) -> None:
+    run = trained(tiny(data), here / "mine")
+    weights = run.weights.read_bytes()
+    run.weights.unlink()
+    api.resume(run, quiet=True)
+    assert run.weights.read_bytes() == weights
+
+
+def test_weights_without_a_checkpoint_are_not_trained_over(here, data, racnn) -> None:
+    run = trained(tiny(data), here / "mine")
+    shutil.rmtree(run.state)
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    for words in (["train", "--resume"], ["pretrain-cnn"], ["alternate"]):
+        said = racnn(*words, "--run", run.folder)
+        assert said.code == 2
+        assert "no checkpoint to go on from" in said.err
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()} == before
+
+
+def test_a_baseline_without_the_log_of_its_run_is_not_begun(here, data) -> None:
+    run = trained(tiny(data), here / "mine")
+    run.recipe_file.write_text(run.recipe_file.read_text().replace("baseline = false", "baseline = true"))
+    run.log.unlink()
+    with pytest.raises(RacnnError, match=r"log\.jsonl does not say how many rounds"):
+        api.resume(run, quiet=True)
+    assert not (run.folder / "baseline").exists()
 
 
 def test_what_the_optimizer_is_bound_to_cannot_change_in_mid_stage(here, data, stop_at) -> None:

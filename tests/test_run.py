@@ -181,7 +181,36 @@ def test_no_run_yet_says_how_to_start_one(here) -> None:
 def test_latest_that_points_nowhere_is_no_run(here) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     run.folder.rename(here / "away")
+    wrong = fault(Run.open, None)
+    assert "points to tiny, which is not there any more" in wrong.message
+    assert "runs/" not in wrong.hint
+    (here / "away").rename(here / "runs" / "birds")
+    assert "runs/birds" in fault(Run.open, None).hint
+    os.unlink("runs/latest")
     assert "no run yet" in fault(Run.open, None).message
+
+
+def test_latest_may_be_a_text_and_nothing_worse(here) -> None:
+    run = Run.create(RECIPE, CLASSES, None)
+    latest = here / "runs" / "latest"
+    latest.unlink()
+    latest.write_text("tiny\n")
+    assert Run.open(None).folder == run.folder
+    latest.write_bytes(b"\xff")
+    assert "does not name a run" in fault(Run.open, None).message
+    latest.unlink()
+    os.mkfifo(latest)
+    assert "does not name a run" in fault(Run.open, None).message
+
+
+def test_a_run_in_the_folder_where_one_stands_is_refused_and_in_a_link_is_made_behind_it(here) -> None:
+    assert "where you stand" in fault(Run.create, RECIPE, CLASSES, Path()).message
+    assert not list(here.iterdir())
+    (here / "empty").mkdir()
+    (here / "link").symlink_to("empty")
+    Run.create(RECIPE, CLASSES, Path("link"))
+    assert (here / "link").is_symlink()
+    assert (here / "empty" / "recipe.toml").is_file()
 
 
 def test_a_folder_that_is_no_run(here) -> None:

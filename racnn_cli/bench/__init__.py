@@ -20,6 +20,7 @@ from racnn_cli.run import write_json, write_text
 NAMES = ("seeds", "attention", "ablation", "gradient", "backbones", "export", "crop", "growth")
 """Each is a module of this package with `run(Options) -> Figures`."""
 
+MOST_SEEDS = 1000
 SEEDED = ("seeds", "attention", "ablation", "gradient")
 TRAINING = ("seeds", "attention", "ablation")
 RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter", "growth": "own"}
@@ -86,6 +87,8 @@ def run_bench(
     extra = [flag for flag, (given, benches) in takes.items() if given and name not in benches]
     if extra:
         raise RacnnError(f"the bench {name} takes no {' and no '.join(extra)}", f"`racnn bench {name}`")
+    if json_path is not None and json_path.suffix != ".json":
+        raise RacnnError(f"--json {json_path} does not end in .json", "--json NAME.json")
     chosen = parse_seeds(seeds or "0-4") if name in SEEDED else (0,)
     options = Options(chosen, recipe or RECIPES.get(name, ""), quick, data, tuple(arms))
     figures = importlib.import_module(f"{__name__}.{name}").run(options)
@@ -115,6 +118,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             raise RacnnError(
                 f"--seeds {text}: {part.strip()!r} is no seed and no range", "--seeds 0-4, or 0,3,7"
             )
+        if int(high or low) - int(low) >= MOST_SEEDS:
+            raise RacnnError(f"--seeds {text}: more than {MOST_SEEDS} seeds", "--seeds 0-4, or 0,3,7")
         seeds += range(int(low), int(high or low) + 1)
     return tuple(dict.fromkeys(seeds))
 

@@ -97,7 +97,7 @@ def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
     """
     first = found[0]["arms"][DEFAULT.name]
     finest = f"scale {len(first['boxes']) + 1}"
-    shares = [key for key in ("iou_mean", "hit_rate") if key in first["boxes"][-1]]
+    shares = [key for key in ("iou_mean", "hit_rate", "coverage_mean") if key in first["boxes"][-1]]
     chosen = [arm for arm in ARMS if arm.name in found[0]["arms"]]
     base = [answer(entry["arms"], DEFAULT.name) for entry in found]
     arms: dict[str, dict[str, Any]] = {}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import racnn_cli
 from racnn_cli.core.model import RACNN, build
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RacnnError, absent
 from racnn_cli.run import Run, write_atomic
 
 
@@ -35,23 +35,31 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise RacnnError(
-            f"{path} does not exist", "finish a training stage first, or name another run with --run"
+            absent(path),
+            "finish a training stage first (`racnn train --resume`), or name another run with --run",
         )
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as fault:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise RacnnError(
+                f"{path} has a name that is not UTF-8, which safetensors does not open", "rename that folder"
+            ) from None
         raise RacnnError(
             f"{path} is damaged: {fault}", "take the file from a backup, or train again", failure=True
         ) from None
 
 
 def save_weights(path: Path, model: RACNN) -> None:
-    """Write the weights of a network, in one step."""
-    save_tensors(
-        path, model.state_dict(), {"backbone": model.options.backbone, "scales": str(len(model.sizes))}
-    )
+    """Write the weights of a network, in one step; the same weights are the same bytes.
+
+    (safetensors writes metadata of more than one key in an order that changes from process to process.)
+    """
+    save_tensors(path, model.state_dict(), {})
 
 
 def load_weights(path: Path, model: RACNN) -> None:

@@ -70,7 +70,7 @@ def read_folder(root: Path) -> Listing:
         RacnnError: two folders of one split, or no train folder beside a val or test folder.
     """
     listing = Listing()
-    folders = [entry for entry in _entries(root, listing) if entry.is_dir()]
+    folders = [entry for entry in _entries(root, listing) if entry.is_dir() and not _holds_runs(entry)]
     names = [folder.name.casefold() for folder in folders]
     if "train" in names or (names and all(name in SPLITS for name in names)):
         splits: dict[str, Path] = {}
@@ -188,6 +188,9 @@ def _read_classes(folder: Path, root: Path, split: str, listing: Listing) -> Non
     classes = [entry for entry in _entries(folder, listing) if entry.is_dir()]
     _loose_files(folder, listing)
     for place in classes:
+        if _holds_runs(place):
+            listing.notes.append(f"the folder {show(place)} is not used: it holds a run of racnn")
+            continue
         found, others = [], []
         for file in _walk(place, listing):
             suffix = file.suffix.casefold()
@@ -204,6 +207,16 @@ def _read_classes(folder: Path, root: Path, split: str, listing: Listing) -> Non
             Row(file, file.relative_to(root).as_posix(), place.name, split, None, show(file))
             for file in found
         ]
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether a folder is a run, or has runs in it: who trains where the pictures lie has them beside the classes."""
+    try:
+        with os.scandir(folder) as entries:
+            inside = [entry.path for entry in entries if entry.is_dir()]
+    except OSError:
+        return False  # who lists it will say so
+    return any((Path(place) / "recipe.toml").is_file() for place in [str(folder), *inside])
 
 
 def _loose_files(folder: Path, listing: Listing) -> None:

@@ -15,13 +15,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
 import onnx_ir
 import onnxruntime
 import torch
+from pydantic import Field
 from torch import Tensor
 
 import racnn_cli
@@ -35,7 +36,7 @@ from racnn_cli.results import compress, early_exit
 from racnn_cli.results.compress import Precision
 from racnn_cli.results.deployed import Deployed, Form
 from racnn_cli.results.early_exit import EarlyExit
-from racnn_cli.results.onnx_network import as_input, open_session
+from racnn_cli.results.onnx_network import Told, as_input, foreign, open_session
 from racnn_cli.run import Run, write_atomic, write_json, write_text
 
 OPSET = 20  # version of the ONNX operator set, unless another is asked for
@@ -86,7 +87,7 @@ def export_onnx(
     """
     if exits and precision != "float32":
         raise RacnnError(f"--early-exit writes float32, not {precision}", "leave one of the two away")
-    path, start = path or run.onnx, time.perf_counter()
+    path, start = _ends_in(path or run.onnx, ".onnx"), time.perf_counter()
     network, _ = store.load(run.folder)
     recipe = run.recipe()
     deployed = Deployed(network, recipe.data.fit, form or Form()).eval()
@@ -242,11 +243,13 @@ def check(run: Run, path: Path | None, folder: Path) -> dict[str, Any]:
             f"{path} was exported by another version of racnn ({told.get('racnn', 'unknown')})",
             "export it again, with `racnn export --onnx`",
         )
-    names = {value.name for value in session.get_outputs()}
-    form = Form(told["layout"] == "NHWC", int(told["top"]), any(name.startswith("crop_") for name in names))
+    names, own = {value.name for value in session.get_outputs()}, Exported.read(path, session)
+    form = Form(own.layout == "NHWC", own.top, any(name.startswith("crop_") for name in names))
     deployed = Deployed(network, recipe.data.fit, form)
-    if "threshold" in told:
-        deployed = EarlyExit(network, recipe.data.fit, form, float(told["threshold"]))
+    if own.threshold is not None:
+        deployed = EarlyExit(network, recipe.data.fit, form, own.threshold)
+    if missing := sorted(set(deployed.names) - names):
+        raise foreign(path, f"it has no output {', '.join(missing)}")
     pictures = Pictures(recipe, run.classes(), network.source, pictures_in(folder))
     return {"path": str(path)} | compare(deployed.eval(), path, pictures)
 
@@ -285,6 +288,20 @@ def describe(report: Mapping[str, Any]) -> str:
             f"machine, accuracy {exits['before']:.3f} with all scales for all and {exits['after']:.3f} so"
         ]
     return "\n".join(lines)
+
+
+class Exported(Told):
+    """What `check` needs to know besides."""
+
+    top: Annotated[int, Field(ge=1)]
+    threshold: float | None = None
+
+
+def _ends_in(path: Path, suffix: str) -> Path:
+    """A file's name, if it is one for what is written there: a slip must not replace a picture or the weights."""
+    if path.suffix != suffix:
+        raise RacnnError(f"--out {path} does not end in {suffix}; nothing was written", f"--out NAME{suffix}")
+    return path
 
 
 class Pictures:
@@ -336,10 +353,11 @@ def compare(deployed: Deployed, path: Path, pictures: Pictures) -> dict[str, Any
         for share in np.split(pictures.squares(sum(BATCHES), side), np.cumsum(BATCHES)[:-1]):
             image = as_input(share, raw=deployed.form.raw)
             where = f"{pictures.kind} of {side}×{side} px, {len(share)} at a time"
-            for expected, found in _both(deployed, session, image):
+            for expected, found in _both(deployed, session, image, path):
                 for name in worst:
                     one, other = expected[name], found[name]
-                    gap = float(np.abs(one - other).max()) if one.shape == other.shape else math.inf
+                    alike = one.shape == other.shape and other.dtype.kind in "fiu"
+                    gap = float(np.abs(one - other).max()) if alike else math.inf
                     gap /= side if name == "boxes" else 1
                     worst[name] = max(worst[name], gap)
                     allowed = CROPS_TOLERANCE if name.startswith("crop_") else TOLERANCE
@@ -350,6 +368,8 @@ def compare(deployed: Deployed, path: Path, pictures: Pictures) -> dict[str, Any
                             HINT,
                             failure=True,
                         )
+                if not _are_labels(found["labels"], expected):
+                    raise foreign(path, "its labels are no numbers of classes")
                 probabilities, answer = expected["probabilities"], found["labels"][:, 0]
                 best = probabilities.max(axis=1)
                 # Two classes that PyTorch itself cannot tell apart may swap places by rounding; nothing else may.
@@ -370,18 +390,29 @@ def compare(deployed: Deployed, path: Path, pictures: Pictures) -> dict[str, Any
 
 
 def _both(
-    deployed: Deployed, session: onnxruntime.InferenceSession, image: np.ndarray
+    deployed: Deployed, session: onnxruntime.InferenceSession, image: np.ndarray, path: Path
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """The outputs by name of PyTorch and of the file, once for each set of inputs that is to be tried."""
     with torch.inference_mode():
         for extra in deployed.extra(torch.from_numpy(image)):
             expected = [value.numpy() for value in deployed(torch.from_numpy(image), **extra)]
             given = {name: value.numpy() for name, value in extra.items()}
-            found = session.run(deployed.names, {"image": image, **given})
+            try:
+                found = [
+                    np.asarray(value) for value in session.run(deployed.names, {"image": image, **given})
+                ]
+            except Exception as fault:  # its errors have no common base
+                raise foreign(path, f"it does not run: {fault}") from None
             yield (
                 dict(zip(deployed.names, expected, strict=True)),
                 dict(zip(deployed.names, found, strict=True)),
             )
+
+
+def _are_labels(labels: np.ndarray, expected: Mapping[str, np.ndarray]) -> bool:
+    count = expected["probabilities"].shape[1]
+    alike = labels.shape == expected["labels"].shape and labels.dtype.kind in "iu"
+    return alike and bool(((labels >= 0) & (labels < count)).all())
 
 
 def validate(path: Path) -> None:
@@ -481,7 +512,7 @@ def export_program(run: Run, path: Path | None = None, *, form: Form | None = No
     Raises:
         RacnnError: no weights; the network cannot be traced; the program answers otherwise.
     """
-    path = path or run.folder / "model.pt2"
+    path = _ends_in(path or run.folder / "model.pt2", ".pt2")
     network, _ = store.load(run.folder)
     recipe = run.recipe()
     deployed = Deployed(network, recipe.data.fit, form or Form()).eval()

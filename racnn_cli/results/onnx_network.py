@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import onnxruntime
 from pydantic import BaseModel, Field, Json, ValidationError
 
 from racnn_cli.data.square import Fit
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RacnnError, absent
 from racnn_cli.results.prediction import Answers
 from racnn_cli.run import ClassNames
 
@@ -26,6 +26,19 @@ class Told(BaseModel):
     fit: Fit
     layout: Literal["NCHW", "NHWC"]
 
+    @classmethod
+    def read(cls, path: Path, session: onnxruntime.InferenceSession) -> Self:
+        """Of a file.
+
+        Raises:
+            RacnnError: something is missing, or is no such thing.
+        """
+        try:
+            return cls.model_validate(session.get_modelmeta().custom_metadata_map)
+        except ValidationError as fault:
+            wrong = ", ".join(sorted({str(error["loc"][0]) for error in fault.errors()}))
+            raise foreign(path, f"of its metadata, {wrong} cannot be used") from None
+
 
 class OnnxNetwork:
     """See `prediction.Network`.
@@ -40,13 +53,9 @@ class OnnxNetwork:
     def __init__(self, path: Path) -> None:
         self.session = open_session(path)
         names = [value.name for value in self.session.get_outputs()]
-        try:
-            told = Told.model_validate(self.session.get_modelmeta().custom_metadata_map)
-        except ValidationError as fault:
-            wrong = ", ".join(sorted({str(error["loc"][0]) for error in fault.errors()}))
-            raise _foreign(path, f"of its metadata, {wrong} cannot be used") from None
+        told = Told.read(path, self.session)
         if missing := [name for name in OUTPUTS if name not in names]:
-            raise _foreign(path, f"it has no output {', '.join(missing)}")
+            raise foreign(path, f"it has no output {', '.join(missing)}")
         self.path, self.classes, self.fit = path, told.classes, told.fit
         self.source, self.scales, self.raw = told.source, len(told.sizes), told.layout == "NHWC"
         self.outputs = [*OUTPUTS, *(name for name in ("boxes", "ran") if name in names)]
@@ -61,7 +70,7 @@ class OnnxNetwork:
         try:
             values = self.session.run(self.outputs, {"image": as_input(squares, raw=self.raw)})
         except Exception as fault:  # its errors have no common base
-            raise _foreign(self.path, f"it does not run: {fault}") from None
+            raise foreign(self.path, f"it does not run: {fault}") from None
         found = dict(zip(self.outputs, map(np.asarray, values), strict=True))
         found.setdefault("boxes", np.zeros((count, 0, 4), np.float32))
         found.setdefault("ran", np.full(count, self.scales))
@@ -73,14 +82,15 @@ class OnnxNetwork:
         }
         for name, shape in wanted.items():
             if found[name].shape != shape or found[name].dtype.kind not in "fi":
-                raise _foreign(self.path, f"its {name} have the shape {found[name].shape}, {shape} is needed")
+                raise foreign(self.path, f"its {name} have the shape {found[name].shape}, {shape} is needed")
         if not np.isfinite(found["boxes"]).all() or ((found["ran"] < 1) | (found["ran"] > self.scales)).any():
-            raise _foreign(self.path, "its boxes or numbers of scales are impossible")
+            raise foreign(self.path, "its boxes or numbers of scales are impossible")
         boxes = found["boxes"] / squares.shape[1]
         return Answers(found["probabilities"], found["scales"], boxes, found["ran"])
 
 
-def _foreign(path: Path, why: str) -> RacnnError:
+def foreign(path: Path, why: str) -> RacnnError:
+    """The error for a file that is none of ours."""
     return RacnnError(
         f"{path} is not a network that racnn can use: {why}", "a file that `racnn export --onnx` wrote"
     )
@@ -100,9 +110,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
         RacnnError: it is missing or does not load.
     """
     if not path.is_file():
-        raise RacnnError(
-            f"{path} does not exist", "`racnn export --onnx` writes model.onnx into the run folder"
-        )
+        raise RacnnError(absent(path), "`racnn export --onnx` writes model.onnx into the run folder")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:

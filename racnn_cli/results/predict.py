@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import json
@@ -22,14 +23,15 @@ from rich.markup import escape
 
 from racnn_cli.data.decode import SUFFIXES, read_image, show
 from racnn_cli.data.listing import pictures_in
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RacnnError, absent
 from racnn_cli.results import draw
-from racnn_cli.results.prediction import Frame, Model, Prediction
+from racnn_cli.results.prediction import Frame, Model, Prediction, Unread
 from racnn_cli.run import write_atomic
 
 Rows = Literal["table", "jsonl", "csv"]
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 CAMERA = re.compile(r"camera:(\d+)")
+SHOWN = 20  # faults in one message
 HINT = f"name pictures ({', '.join(sorted(SUFFIXES))}), videos, folders, patterns, camera:0, or - for a list on stdin"
 
 
@@ -49,7 +51,10 @@ def gather(names: Iterable[str | Path], listed: TextIO | None = None) -> list[st
     for name in names:
         text = str(name)
         if text == "-":
-            lines = [line.rstrip("\r\n") for line in (sys.stdin if listed is None else listed)]
+            lines = _lines(listed)
+            if any("\0" in line for line in lines):
+                faults.append("standard input is no list of file names")
+                continue
             try:
                 found += gather([line for line in lines if line and line != "-"])
             except RacnnError as fault:
@@ -58,7 +63,7 @@ def gather(names: Iterable[str | Path], listed: TextIO | None = None) -> list[st
             faults.append(f"{show(text)} is an address; nothing is ever downloaded")
         elif CAMERA.fullmatch(text):
             found.append(text)
-        elif Path(text).is_dir():
+        elif os.path.isdir(text):
             try:
                 found += pictures_in(Path(text))
             except RacnnError as fault:
@@ -66,25 +71,40 @@ def gather(names: Iterable[str | Path], listed: TextIO | None = None) -> list[st
         elif os.path.lexists(text):
             found.append(Path(text))
         elif matches := sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []:
-            found += [Path(match) for match in matches if Path(match).is_file()]
+            files = [Path(match) for match in matches if os.path.isfile(match)]
+            if not files:  # folders alone, as `birds/*` gives: what is in them is meant
+                for match in matches:
+                    with contextlib.suppress(RacnnError):  # one of them may be empty
+                        files += pictures_in(Path(match))
+            if not files:
+                faults.append(f"{show(text)} matches no picture")
+            found += files
         else:
             faults.append(
                 f"{show(text)} " + ("matches nothing" if glob.has_magic(text) else "does not exist")
             )
     if faults:
-        raise RacnnError("; ".join(faults), HINT)
+        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        raise RacnnError("; ".join([*faults[:SHOWN], *more]), HINT)
     return found
 
 
-def pictures(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame]:
-    """Picture files as they are, videos and cameras frame by frame.
+def _lines(listed: TextIO | None) -> list[str]:
+    """The names of a list; on standard input they are bytes, as file names are."""
+    if listed is None:
+        raw = getattr(sys.stdin, "buffer", None)
+        lines = [os.fsdecode(line) for line in raw] if raw is not None else list(sys.stdin)
+    else:
+        lines = list(listed)
+    return [line.rstrip("\r\n") for line in lines]
+
+
+def pictures(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unread]:
+    """Picture files as they are, videos and cameras frame by frame; a video that cannot be read is said to be one.
 
     Args:
         sources: what `gather` gives.
         every: of a video, only every so many-th frame.
-
-    Raises:
-        RacnnError: a video cannot be opened.
     """
     for source in sources:
         camera = CAMERA.fullmatch(str(source))
@@ -94,15 +114,18 @@ def pictures(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | F
             yield Path(source)
 
 
-def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame]:
+def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame | Unread]:
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what matters is said in the row
     import cv2
 
+    if isinstance(opened, str) and not os.path.isfile(opened):
+        yield Unread(str(source), absent(Path(source)))
+        return
     video = cv2.VideoCapture(opened)
     try:
         if not video.isOpened():
-            raise RacnnError(
-                f"{show(source)} cannot be opened as a video", "a video that OpenCV reads, or a camera"
-            )
+            yield Unread(str(source), f"{show(source)} cannot be opened as a video")
+            return
         number = 0
         while video.grab():
             if number % every == 0:
@@ -111,7 +134,7 @@ def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame
                     yield Frame(f"{source}#{number}", np.ascontiguousarray(frame[:, :, ::-1]))
             number += 1
         if number == 0:
-            raise RacnnError(f"{show(source)} has no frame that can be read", "a video that OpenCV reads")
+            yield Unread(str(source), f"{show(source)} has no frame that can be read")
     finally:
         video.release()
 
@@ -132,14 +155,14 @@ def predict_command(
         the exit code: 1 if a picture could not be read, else 0.
 
     Raises:
-        RacnnError: as `pictures`, `Model.stream` and `Drawings`.
+        RacnnError: as `Model.stream` and `Drawings`.
     """
     out = out or sys.stdout
     write = WRITERS[rows](model, out)
     drawings = Drawings(save) if save else None
-    waiting: deque[Path | Frame] = deque()  # what has been read, until its answer comes
+    waiting: deque[Path | Frame | Unread] = deque()  # what has been read, until its answer comes
 
-    def remember() -> Iterator[Path | Frame]:
+    def remember() -> Iterator[Path | Frame | Unread]:
         for picture in pictures(sources, every):
             waiting.append(picture)
             yield picture
@@ -150,7 +173,7 @@ def predict_command(
         count += 1
         unread += bool(prediction.error)
         write(prediction)
-        if drawings and not prediction.error:
+        if drawings and not isinstance(picture, Unread) and not prediction.error:
             drawings.add(prediction, picture)
     told = Console(stderr=True, highlight=False)
     if drawings:
@@ -237,11 +260,12 @@ WRITERS: dict[Rows, Callable[[Model, TextIO], Writer]] = {
 
 
 class Drawings:
-    """Pictures with their boxes and what these show, in a folder: NAME.jpg, numbered where names repeat."""
+    """Pictures with their boxes and what these show, in a folder: NAME.jpg, numbered where that is there already."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
-        self._taken: set[str] = set()
+        # Small letters: some file systems know no others. The folder may be that of the pictures themselves.
+        self._taken = {path.stem.lower() for path in folder.glob("*")}
 
     def add(self, prediction: Prediction, picture: Path | Frame) -> Path:
         """Draw one.

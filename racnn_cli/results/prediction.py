@@ -31,7 +31,16 @@ class Frame:
     pixels: np.ndarray
 
 
-Picture = str | Path | Image.Image | np.ndarray | Frame
+@dataclass(frozen=True)
+class Unread:
+    """The name of something that is no picture, such as a broken video, and why."""
+
+    name: str
+    why: str
+
+
+Picture = str | Path | Image.Image | np.ndarray | Frame | Unread
+_SAVED = {"HSV": "RGB", "RGBa": "RGBA", "La": "LA", "RGBX": "RGB"}  # modes that TIFF has no word for
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,8 @@ class Model:
         A file that cannot be read becomes a `Prediction` with `error`.
 
         Raises:
-            RacnnError: an array of another shape or type, or outputs that are not finite.
+            RacnnError: something else, an array of another shape or type, a picture without pixels, or outputs that
+                are not finite.
         """
         return list(self.stream(images, batch=batch))
 
@@ -122,13 +132,15 @@ class Model:
         single = isinstance(images, str | Path | Image.Image | Frame) or (
             isinstance(images, np.ndarray) and images.ndim == 3
         )
+        if not single and not isinstance(images, Iterable):
+            raise _no_picture(images)
         many: Any = [images] if single else images
         queue: Iterator[Picture] = iter(many)
         while some := list(islice(queue, batch)):
             read = [self._read(image) for image in some]
             answers = self._answer([entry for entry in read if not isinstance(entry, str)])
             for image, entry in zip(some, read, strict=True):
-                path = image.name if isinstance(image, Frame) else None
+                path = image.name if isinstance(image, Frame | Unread) else None
                 path = str(image) if isinstance(image, str | Path) else path
                 if isinstance(entry, str):
                     yield Prediction(path, error=entry)
@@ -143,6 +155,8 @@ class Model:
                 return load_source(image, fit, side)
             except RacnnError as fault:
                 return fault.message
+        if isinstance(image, Unread):
+            return image.why
         if isinstance(image, Frame):
             image = image.pixels
         if isinstance(image, np.ndarray):
@@ -151,7 +165,15 @@ class Model:
                     f"an array of shape {image.shape} and type {image.dtype} is not a picture",
                     "give (H, W, 3) arrays of type uint8, RGB",
                 )
-            image = Image.fromarray(image)
+            image = Image.fromarray(image) if image.size else Image.new("RGB", image.shape[1::-1])
+        if not isinstance(image, Image.Image):
+            raise _no_picture(image)
+        if 0 in image.size:
+            raise RacnnError(
+                f"a picture of {image.width}×{image.height} pixels shows nothing", "leave it away"
+            )
+        if image.mode in _SAVED:
+            image = image.convert(_SAVED[image.mode])
         # Through a lossless file, so that there is one way from a picture to the square, whatever its mode.
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "picture.tif"
@@ -179,6 +201,12 @@ class Model:
     def _best(self, probabilities: np.ndarray, count: int) -> list[tuple[str, float]]:
         order = np.argsort(-probabilities, kind="stable")[:count]
         return [(self.classes[index], float(probabilities[index])) for index in order]
+
+
+def _no_picture(given: object) -> RacnnError:
+    return RacnnError(
+        f"{type(given).__name__} is not a picture", "give paths, PIL images or (H, W, 3) arrays of type uint8"
+    )
 
 
 def load(trained: Run | Path | str, device: str = "auto", *, source: int | None = None) -> Model:

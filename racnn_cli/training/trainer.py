@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,12 @@ class Trainer:
         weights = "none" if checkpoint.saved(run) else recipe.model.weights
         model = build(recipe.model, len(classes), source=recipe.data.source, weights=weights)
         saved = checkpoint.load(run, model)
+        if saved is None and os.path.lexists(run.weights):
+            raise RacnnError(
+                f"{run.folder} holds trained weights but no checkpoint to go on from: training would begin again and "
+                "replace them; nothing was changed",
+                "start a run of its own with --out DIR, or take the folder state/ from a backup",
+            )
         if sets:
             recipe = _changed(run, recipe, sets, saved.progress if saved else Progress())
         distributed.start(pick(recipe.train.device))
@@ -212,6 +219,8 @@ class Trainer:
         for name in self.plan:
             if name not in self.context.progress.done:
                 self.run_stage(name)
+        if distributed.rank() == 0 and not self.context.run.weights.exists():  # somebody lost them
+            store.save_weights(self.context.run.weights, self.context.model)
 
     def run_stage(self, name: str) -> None:
         """One stage, from where it stands.

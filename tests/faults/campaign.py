@@ -31,7 +31,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (1, 
 import torch
 from blobs import tiny, write_blobs
 from safetensors import torch as safe
-from safetensors.torch import load_file
 
 import racnn_cli
 from racnn_cli import api  # noqa: F401  (everything that a child needs is imported once)
@@ -137,10 +136,7 @@ def left(run: Path) -> dict[str, Any]:
         return [timeless(one) for one in value] if isinstance(value, list) else value
 
     return {
-        # Not the file's bytes: safetensors writes its metadata in any order.
-        "weights": {
-            name: value.numpy().tobytes() for name, value in load_file(run / "weights.safetensors").items()
-        },
+        "weights": (run / "weights.safetensors").read_bytes(),
         "log": [timeless(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()],
         "eval": timeless(json.loads((run / "eval.json").read_text())),
         "recipe": (run / "recipe.toml").read_text(),

@@ -269,6 +269,36 @@ def test_a_network_that_no_memory_holds(here: Path) -> None:
     assert not (here / "mine").exists()
 
 
+# ---- what the system refuses
+
+
+def test_names_that_are_too_long_are_said_to_be(here: Path, said) -> None:
+    name = "x" * 300
+    for words in (
+        ["predict", name],
+        ["eval", "--run", name],
+        ["train", name],
+        ["train", "own", "--data", name],
+    ):
+        code, text = said(*words)
+        assert code
+        assert name[:50] in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_output_that_goes_nowhere(run: Run, here: Path) -> None:
+    command = f"{sys.executable} -m racnn_cli predict {run.folder} {run.folder.parent / 'data'}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for place, code in ((">/dev/full", 1), (">&-", 0), ("| true", 0)):
+        done = subprocess.run(
+            f"{command} {place}", shell=True, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Exception" not in done.stderr
+        assert ("No space left" in done.stderr) == (code == 1)
+
+
 # ---- run folders that somebody else packed
 
 
@@ -385,6 +415,16 @@ def test_files_without_an_end_are_not_read(run: Run, tmp_path: Path, said) -> No
         code, text = said(command, "--run", copy.folder)
         assert code
         assert f"{name} is " in text
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "state/lock", "state"])
+def test_nor_are_they_written_to(mine: Run, name: str, said) -> None:
+    path = mine.folder / name
+    path.rename(mine.folder.parent / "own")
+    os.mkfifo(path)
+    code, text = said("alternate", "--run", mine.folder)
+    assert code == 2
+    assert f"{path} is no " in text
 
 
 @pytest.mark.parametrize(
