@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -59,6 +59,7 @@ def names(found: Index) -> dict[str, list[str]]:
 
 
 @settings(max_examples=150, deadline=None)
+@example(sizes=[7], val=0.5, test=0.4375, seed=0)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=6),
     val=st.floats(0.01, 0.5),
@@ -76,7 +77,8 @@ def test_the_split_is_stratified_disjoint_and_complete(sizes, val, test, seed):
         train, *others = (sum(name.startswith(f"{label}/") for name in s) for s in (rest, *held.values()))
         assert train >= 1
         for share, number in zip((val, test), others, strict=True):
-            assert abs(number - share * size) <= 1 or number == 1
+            # The last splits get what is left where the first are rounded up and one picture stays to train on.
+            assert abs(number - share * size) <= 1 or number == 1 or train == 1
             if share > 0 and size >= 3:
                 assert number >= 1
         assert others[1] == 0 or test > 0

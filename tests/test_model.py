@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from blobs import tiny, write_blobs
 from safetensors.torch import load_file, save_file
 
+import racnn_cli
 from racnn_cli import recipe
 from racnn_cli.core import attention, store
 from racnn_cli.core.losses import classification_loss, rank_loss
@@ -189,8 +190,8 @@ def test_save_and_load_are_exact(tmp_path) -> None:
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     )
-    metadata = store.read_tensors(file)[1]
-    assert (metadata["backbone"], metadata["scales"]) == ("test_resnet", "3")
+    # One key: safetensors writes several in an order of the process' own, and the same weights are the same bytes.
+    assert store.read_tensors(file)[1] == {"racnn": racnn_cli.__version__}
     images = pictures()
     with torch.no_grad():
         assert torch.equal(model(images).probabilities, other(images).probabilities)
