@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 
 import timm
+from racnn_cli.backbones import small as _small  # noqa: F401  (registers itself with timm)
+from racnn_cli.backbones import timm_model, timm_probe, vgg
+from racnn_cli.backbones import weights as checkpoints
+from racnn_cli.backbones.contract import Backbone
+from racnn_cli.backbones.fitting import copy_weights
 from torch import nn
 
-from backbones import small as _small  # noqa: F401  (registers itself with timm)
-from backbones import timm_model, timm_probe, vgg
-from backbones import weights as checkpoints
-from backbones.contract import Backbone
-from backbones.fitting import copy_weights
 from racnn_cli.errors import RacnnError
 
 __all__ = ["Backbone", "build", "copy_weights", "native_sizes", "suggestions"]

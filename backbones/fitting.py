@@ -6,6 +6,7 @@ import math
 import sys
 
 import torch
+from racnn_cli.backbones.contract import Backbone
 from timm.layers import (
     resample_abs_pos_embed,
     resample_abs_pos_embed_nhwc,
@@ -14,7 +15,6 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from backbones.contract import Backbone
 from racnn_cli.errors import RacnnError
 
 State = dict[str, Tensor]
@@ -27,17 +27,17 @@ def load(net: nn.Module, state: State, dropped: tuple[str, ...], where: str) -> 
         RacnnError: a tensor of the model is missing, has another shape, or the file has one that the model
             does not have and that is not in `dropped`; they are listed.
     """
-    state, faults = _match(net, state, dropped)
-    if faults:
+    state, errors = _match(net, state, dropped)
+    if errors:
         # An older or another project's naming of the same model: timm knows how to rename most of them.
         translated = _translate(net, state)
         if translated is not None:
-            state, faults_then = _match(net, translated, dropped)
-            faults = faults_then if len(faults_then) < len(faults) else faults
-    if faults:
-        shown = faults[:12] + ([f"… and {len(faults) - 12} more"] if len(faults) > 12 else [])
+            state, errors_then = _match(net, translated, dropped)
+            errors = errors_then if len(errors_then) < len(errors) else errors
+    if errors:
+        shown = errors[:12] + ([f"… and {len(errors) - 12} more"] if len(errors) > 12 else [])
         raise RacnnError(
-            f"weights {where!r} do not fit the backbone, {len(faults)} tensor(s) differ:\n  "
+            f"weights {where!r} do not fit the backbone, {len(errors)} tensor(s) differ:\n  "
             + "\n  ".join(shown),
             "weights of this very model.backbone; only its classifier may be missing or different",
         )
@@ -48,22 +48,22 @@ def _match(net: nn.Module, state: State, dropped: tuple[str, ...]) -> tuple[Stat
     """The state as the model names and shapes it, and what does not fit."""
     wanted = net.state_dict()
     fitted: State = {}
-    faults = []
+    errors = []
     for name, tensor in wanted.items():
         if name not in state:
             # Counts of batches only matter to BatchNorm without momentum, and old files lack them.
             if name.endswith("num_batches_tracked"):
                 fitted[name] = tensor
             else:
-                faults.append(f"{name}: missing")
+                errors.append(f"{name}: missing")
             continue
         found = state[name] if state[name].shape == tensor.shape else resample(net, name, state[name], tensor)
         if found is None:
-            faults.append(f"{name}: shape {tuple(state[name].shape)}, needed {tuple(tensor.shape)}")
+            errors.append(f"{name}: shape {tuple(state[name].shape)}, needed {tuple(tensor.shape)}")
         else:
             fitted[name] = found
-    faults += [f"{name}: unknown" for name in state if name not in wanted and not name.startswith(dropped)]
-    return (fitted if not faults else state), faults
+    errors += [f"{name}: unknown" for name in state if name not in wanted and not name.startswith(dropped)]
+    return (fitted if not errors else state), errors
 
 
 def _translate(net: nn.Module, state: State) -> State | None:
@@ -129,19 +129,19 @@ def copy_weights(source: Backbone, target: Backbone) -> None:
     given = source.state_dict()
     wanted = target.state_dict()
     moved: State = {}
-    faults = []
+    errors = []
     for name, tensor in wanted.items():
         found = given.get(name)
         if found is not None and found.shape != tensor.shape:
             found = resample(inner, name, found, tensor)
         if found is None:
-            faults.append(name)
+            errors.append(name)
         else:
             moved[name] = found
-    if faults or set(given) - set(wanted):
+    if errors or set(given) - set(wanted):
         raise RacnnError(
             f"{source.name}: weights for {source.input_size} px do not fit {target.input_size} px: "
-            + ", ".join(faults[:6] + sorted(set(given) - set(wanted))[:6]),
+            + ", ".join(errors[:6] + sorted(set(given) - set(wanted))[:6]),
             "the same size for every scale in model.sizes",
         )
     target.load_state_dict(moved)

@@ -1,4 +1,4 @@
-"""`small_cnn`: four convolutions for pictures of 32 px and more, registered with timm like any other model.
+"""`small_cnn`: four convolutions for images of 32 px and more, registered with timm like any other model.
 
 For benchmarks and experiments that must end within minutes on one CPU core; it has no pretrained weights.
 """

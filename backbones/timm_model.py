@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import timm
 import torch
+from racnn_cli.backbones.contract import Backbone
 from torch import Tensor, nn
 
-from backbones.contract import Backbone
 from racnn_cli.errors import RacnnError
 
 

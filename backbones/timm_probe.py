@@ -14,11 +14,11 @@ from typing import Any
 
 import timm
 import torch
+from racnn_cli.backbones.reach import reached_weights
+from racnn_cli.backbones.timm_model import Plan, TimmBackbone, create
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from backbones.reach import reached_weights
-from backbones.timm_model import Plan, TimmBackbone, create
 from racnn_cli.errors import RacnnError
 
 GUESSES = 8  # sizes that are tried when a model refuses one
@@ -32,17 +32,17 @@ def plan(name: str, size: int) -> Plan:
         RacnnError: the model refuses the size (sizes near it that it takes are named), its features are no
             square map, or it has weights that no descriptor of one map reaches.
     """
-    fault = _try(name, size)
-    if isinstance(fault, Plan):
-        return fault
-    taken = [] if isinstance(fault, RacnnError) else _sizes_near(name, size)
+    error = _try(name, size)
+    if isinstance(error, Plan):
+        return error
+    taken = [] if isinstance(error, RacnnError) else _sizes_near(name, size)
     if taken:
         nearest = min(taken, key=lambda other: abs(other - size))
         raise RacnnError(
             f"{name} does not take images of {size} px; near it, it takes {_join(taken)} px",
-            f"{nearest} in the place of {size} in model.sizes, or no model.sizes for the model's own size",
+            f"{nearest} instead of {size} in model.sizes, or no model.sizes for the model's own size",
         )
-    raise RacnnError(f"{name} cannot be a backbone: {_reason(fault)}", "another model.backbone")
+    raise RacnnError(f"{name} cannot be a backbone: {_reason(error)}", "another model.backbone")
 
 
 def _try(name: str, size: int) -> Plan | Exception:
@@ -51,7 +51,7 @@ def _try(name: str, size: int) -> Plan | Exception:
     config = timm.get_pretrained_cfg(name)
     if config and tuple(config.input_size) != (3, size, size):
         told = [(("img_size", size),), ()]
-    fault: Exception = RacnnError("")
+    error: Exception = RacnnError("")
     for options in told:
         try:
             return _probe(Plan(name, size, options))
@@ -59,10 +59,10 @@ def _try(name: str, size: int) -> Plan | Exception:
             return refusal
         except TypeError as unknown:
             if "unexpected keyword" not in str(unknown):
-                fault = unknown
+                error = unknown
         except Exception as refusal:  # timm's models refuse with whatever their first failing line raises
-            fault = refusal
-    return fault
+            error = refusal
+    return error
 
 
 def _probe(draft: Plan) -> Plan:
@@ -165,10 +165,10 @@ def _sizes_near(name: str, size: int) -> list[int]:
     return sorted([side for side in dict.fromkeys(tried) if isinstance(_try(name, side), Plan)][:4])
 
 
-def _reason(fault: Exception) -> str:
-    if isinstance(fault, RacnnError):
-        return fault.message
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+def _reason(error: Exception) -> str:
+    if isinstance(error, RacnnError):
+        return error.message
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _join(parts: Iterable[object]) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 import timm
 import torch
+from racnn_cli.backbones.contract import Backbone
 from torch import Tensor, nn
 
-from backbones.contract import Backbone
 from racnn_cli.errors import RacnnError
 
 NAMES = tuple(f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn"))
@@ -61,7 +61,7 @@ def build(name: str, size: int, *, pretrained: bool = False) -> Vgg:
         raise RacnnError(
             f"{name} does not take images of {size} px: it takes multiples of {STRIDE} px, near it "
             f"{lower} or {lower + STRIDE}",
-            f"{lower} in the place of {size} in model.sizes",
+            f"{lower} instead of {size} in model.sizes",
         )
     # timm builds the 4096-wide layers too, 120 million weights that are thrown away: on the meta device they
     # cost nothing, and only the convolutions are then made and filled.

@@ -18,9 +18,9 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from racnn_cli.backbones.fitting import State, load
 from torch import Tensor, nn
 
-from backbones.fitting import State, load
 from racnn_cli import fetch
 from racnn_cli.errors import RacnnError
 
@@ -109,11 +109,11 @@ class Source:
             raise
         except (
             Exception
-        ) as fault:  # timm's hub, its network library and its unpickler each have their own kinds
+        ) as error:  # timm's hub, its network library and its unpickler each have their own kinds
             if not self.hub:
                 raise
             raise RacnnError(
-                f"the pretrained weights of {self.backbone} could not be fetched: {_first_line(fault)}",
+                f"the pretrained weights of {self.backbone} could not be fetched: {_first_line(error)}",
                 f"check the connection, or give a file with --weights FILE.safetensors, or {PACKAGE_HINT}",
                 failure=True,
             ) from None
@@ -153,8 +153,8 @@ def read(path: Path) -> State:
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as fault:
-            raise _damaged(str(path), fault) from None
+        except (safetensors.SafetensorError, OSError) as error:
+            raise _damaged(str(path), error) from None
     with path.open("rb") as file:
         return unwrap(_read_torch(file, str(path)), str(path))
 
@@ -175,21 +175,21 @@ def read_package(name: str) -> State:
 def _read_torch(file: Any, where: str) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as fault:
-        if "weights_only" not in str(fault).lower() and "weights only" not in str(fault).lower():
-            raise _damaged(where, fault) from None
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
+            raise _damaged(where, error) from None
         raise RacnnError(
             f"weights {where!r} hold pickled Python objects, not only tensors; they were not read, because "
             "that could run code from the file",
             "save the state_dict alone, best as .safetensors, where you trust the file's origin",
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as fault:
-        raise _damaged(where, fault) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise _damaged(where, error) from None
 
 
-def _damaged(where: str, fault: Exception) -> RacnnError:
+def _damaged(where: str, error: Exception) -> RacnnError:
     return RacnnError(
-        f"weights {where!r} cannot be read: {_first_line(fault)}", "fetch or save the file again"
+        f"weights {where!r} cannot be read: {_first_line(error)}", "fetch or save the file again"
     )
 
 
@@ -212,5 +212,5 @@ def _in_order(net: nn.Module, state: State) -> State:
     return dict(zip(net.state_dict(), state.values(), strict=False))
 
 
-def _first_line(fault: Exception) -> str:
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from racnn_cli import recipe as recipes
-from racnn_cli.core.device import pick
+from racnn_cli.core import distributed
+from racnn_cli.core.device import select_device
 from racnn_cli.core.model import resolve
 from racnn_cli.errors import RacnnError
+from racnn_cli.evaluation import evaluate
+from racnn_cli.events import EvalResult
+from racnn_cli.export.onnx import export_onnx
+from racnn_cli.export.prediction import Prediction, load
 from racnn_cli.recipe import Recipe
-from racnn_cli.results.evaluate import evaluate
-from racnn_cli.results.export import export_onnx
-from racnn_cli.results.prediction import Prediction, load
 from racnn_cli.results.report import write_report
 from racnn_cli.run import Run, refuse_link
-from racnn_cli.training import distributed
 from racnn_cli.training.console import Console
 from racnn_cli.training.trainer import Trainer, baseline_recipe, check_fixed, differences, rounds_run
 
@@ -33,19 +34,19 @@ def train(
     changes: Mapping[str, Any] | None = None,
     or_resume: bool = False,
     quiet: bool = False,
-) -> tuple[Run, dict[str, Any]]:
+) -> tuple[Run, EvalResult]:
     """Train from a recipe to the end: every stage, the baseline if the recipe asks for it, evaluation, report.
 
     Args:
         recipe: the name of a recipe, a TOML file, or a `Recipe`.
-        data: a folder, a CSV file or a built-in set, in the place of the recipe's.
+        data: a folder, a CSV file or a built-in set, instead of the recipe's.
         out: the run's folder; by default the next free one in `runs/`.
         changes: dotted recipe keys to values, such as `{"train.batch": 8}`.
-        or_resume: go on with the run in `out` if there is one already, as after a restart by torchrun in any case.
+        or_resume: continue with the run in `out` if there is one already, as after a restart by torchrun in any case.
         quiet: print nothing.
 
     Returns:
-        the run, and the contents of its eval.json.
+        the run, and what its eval.json holds.
 
     Raises:
         RacnnError: anything that can be wrong with the recipe, the data or the machine.
@@ -56,9 +57,9 @@ def train(
     )
     loaded, folder = loaded.as_used(), Path(out) if out is not None else None
     if folder is not None and (or_resume or distributed.restarted()):
-        distributed.start(pick(loaded.train.device))
+        distributed.start(select_device(loaded.train.device))
         # One process looks for all: a slow one would find what a fast one has just begun.
-        if distributed.from_first(distributed.rank() == 0 and _begun(folder, loaded, quiet=quiet)):
+        if distributed.broadcast(distributed.rank() == 0 and _begun(folder, loaded, quiet=quiet)):
             run = Run.open(folder)
             return run, resume(run, quiet=quiet)
     trainer = Trainer.start(loaded, folder, quiet=quiet)
@@ -105,7 +106,7 @@ def same_recipe(folder: Path, recipe: Recipe) -> bool:
     return True
 
 
-def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = False) -> dict[str, Any]:
+def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = False) -> EvalResult:
     """Go on with a run from its last checkpoint to the end, as `train` would have.
 
     Changes of what it shares with its baseline are for a baseline that has begun, too.
@@ -134,7 +135,7 @@ def stage(
         if name != "pretrain-cnn":
             raise RacnnError(
                 f"{name} cannot start a run: it needs a network that pretrain-cnn has trained",
-                f"`racnn pretrain-cnn` with that recipe first, then `racnn {name}` without a recipe goes on with it",
+                f"`racnn pretrain-cnn` with that recipe first, then `racnn {name}` without a recipe continues it",
             )
         trainer = Trainer.start(recipe.as_used(), out, quiet=quiet)
     else:
@@ -145,19 +146,16 @@ def stage(
     return trainer.context.run
 
 
-def finish(
-    trainer: Trainer, changes: Mapping[str, Any] | None = None, *, quiet: bool = False
-) -> dict[str, Any]:
-    """What follows the last stage: baseline, evaluation, ONNX, report. Process 0 does it all but the training."""
+def finish(trainer: Trainer, changes: Mapping[str, Any] | None = None, *, quiet: bool = False) -> EvalResult:
+    """What follows the last stage: baseline, evaluation, ONNX, report. Process 0 alone writes the last two."""
     run, recipe = trainer.context.run, trainer.context.recipe
     if recipe.baseline:
         _baseline(run, recipe, changes or {}, quiet=quiet)
-    if distributed.rank() > 0:
-        return {}
     result = evaluate(run)
-    if recipe.onnx:
-        export_onnx(run)
-    write_report(run)
+    if distributed.rank() == 0:
+        if recipe.onnx:
+            export_onnx(run)
+        write_report(run)
     return result
 
 
@@ -179,10 +177,9 @@ def _baseline(run: Run, recipe: Recipe, changes: Mapping[str, Any], *, quiet: bo
         trainer = Trainer.start(baseline_recipe(recipe, rounds), base.folder, owner=run.folder, quiet=quiet)
     with closing(trainer):
         trainer.run_all()
-    if distributed.rank() == 0:
-        evaluate(base)
+    evaluate(base)
 
 
 def predict(run: str | Path, images: Iterable[Any]) -> list[Prediction]:
-    """Predictions of a trained run (or an exported folder) for images: paths, PIL pictures or arrays."""
+    """Predictions of a trained run (or an exported folder) for images: paths, PIL images or arrays."""
     return load(run).predict(images)

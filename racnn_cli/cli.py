@@ -17,7 +17,8 @@ from rich.markup import escape
 
 import racnn_cli
 from racnn_cli import recipe as recipes
-from racnn_cli.errors import RacnnError, out_of_memory, visible
+from racnn_cli.errors import RacnnError, escape_control, is_out_of_memory
+from racnn_cli.events import EvalResult
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 
@@ -115,7 +116,7 @@ def _changes(
 
 
 def _open(folder: Path | None, changes: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    """The run to go on with, and what of the changes is new to it."""
+    """The run to continue with, and what of the changes is new to it."""
     run = Run.open(folder)
     wanted = changes.pop("model.scales", None)
     has = run.recipe().model.scales
@@ -136,8 +137,8 @@ def _load(recipe: str | None, sets: list[str] | None, changes: dict[str, Any]) -
     return recipes.load(recipe, sets or (), changes)
 
 
-def _print_result(run: Run, result: dict[str, Any]) -> None:
-    from racnn_cli.results.evaluate import tables
+def _print_result(run: Run, result: EvalResult) -> None:
+    from racnn_cli.results.tables import tables
 
     console = Console(width=None if sys.stdout.isatty() else 100)
     for table in tables(result):
@@ -145,7 +146,7 @@ def _print_result(run: Run, result: dict[str, Any]) -> None:
     kinds = {"page": run.report, "figures": run.eval, "ONNX": run.onnx}
     made = ", ".join(f"{kind} {path}" for kind, path in kinds.items() if path.is_file())
     console.print(escape(f"look next: {made}"), soft_wrap=True)
-    console.print(escape(f"  racnn predict YOUR-IMAGES --run {run.folder} --save pictures"), soft_wrap=True)
+    console.print(escape(f"  racnn predict YOUR-IMAGES --run {run.folder} --save images"), soft_wrap=True)
 
 
 @app.command()
@@ -163,7 +164,7 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="go on with a run that was stopped; with RECIPE and --out, or start it"
+            "--resume", help="continue with a run that was stopped; with RECIPE and --out, or start it"
         ),
     ] = False,
     run: RunFolder = None,
@@ -179,8 +180,8 @@ def train(
         if run is not None or (resume and (recipe is None or out is None)):
             raise RacnnError(
                 "--run, and --resume alone, are for a run that exists, a recipe and --out for a new one",
-                "`racnn train --resume --run DIR` goes on with a run, "
-                "`racnn train RECIPE --out DIR --resume` goes on with it or starts it",
+                "`racnn train --resume --run DIR` continues a run, "
+                "`racnn train RECIPE --out DIR --resume` continues it or starts it",
             )
         loaded = _load(recipe, sets, changes)
         from racnn_cli import api
@@ -293,13 +294,13 @@ def evaluate(
         str | None, typer.Option(help="train, val or test; by default test", show_default=False)
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="measure on all pictures of this folder or CSV file instead")
+        str | None, typer.Option("--data", help="measure on all images of this folder or CSV file instead")
     ] = None,
     skip_bad: SkipBad = False,
 ) -> None:
     """Accuracy, calibration and boxes of a run, as a table and as eval.json."""
     opened = Run.open(run)
-    from racnn_cli.results.evaluate import evaluate as measure
+    from racnn_cli.evaluation import evaluate as measure
 
     _print_result(opened, measure(opened, split=split, data=data, skip_bad=skip_bad))
 
@@ -319,14 +320,14 @@ def export(
     check: Annotated[
         Path | None,
         typer.Option(
-            "--check", help="write nothing: hold the ONNX file against its run on this folder's pictures"
+            "--check", help="write nothing: hold the ONNX file against its run on this folder's images"
         ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="file or folder to write, or to check", show_default=False)
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="ONNX: takes pictures as decoded, (B, H, W, 3) uint8")
+        bool, typer.Option("--raw", help="ONNX: takes images as decoded, (B, H, W, 3) uint8")
     ] = False,
     crops: Annotated[
         bool, typer.Option("--crops", help="ONNX: gives what the finer scales saw, too")
@@ -336,11 +337,11 @@ def export(
     half: Annotated[bool, typer.Option("--half", help="ONNX: the backbones in 16-bit floats")] = False,
     int8: Annotated[
         bool,
-        typer.Option("--int8", help="ONNX: the backbones in 8-bit integers, calibrated on training pictures"),
+        typer.Option("--int8", help="ONNX: the backbones in 8-bit integers, calibrated on training images"),
     ] = False,
     exits: Annotated[
         bool,
-        typer.Option("--early-exit", help="ONNX: finer scales only for pictures that scale 1 is unsure of"),
+        typer.Option("--early-exit", help="ONNX: finer scales only for images that scale 1 is unsure of"),
     ] = False,
     max_drop: Annotated[
         float,
@@ -365,8 +366,8 @@ def export(
     if opset not in (18, 20):
         raise RacnnError(f"--opset {opset}: exports are written and tried in 18 and 20", "--opset 18 or 20")
     opened = Run.open(run)
-    from racnn_cli.results import export as exporter
-    from racnn_cli.results.deployed import Form
+    from racnn_cli.export import onnx as exporter
+    from racnn_cli.export.graph import Form
 
     if onnx:
         report = exporter.export_onnx(
@@ -408,7 +409,7 @@ def predict(
         Literal["table", "jsonl", "csv"], typer.Option("--format", help="how the rows are written")
     ] = "table",
     save: Annotated[
-        Path | None, typer.Option("--save", help="folder for pictures with the boxes drawn")
+        Path | None, typer.Option("--save", help="folder for images with the boxes drawn")
     ] = None,
     source: Annotated[
         int | None,
@@ -420,10 +421,10 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="pictures at a time")] = 16,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="images at a time")] = 16,
     every: Annotated[int, typer.Option("--every", min=1, help="of a video, every so many-th frame")] = 1,
 ) -> None:
-    """Class, probability and where the network looked: one row a picture, as it comes."""
+    """Class, probability and where the network looked: one row an image, as it comes."""
     first = Path(images[0])
     trained = run
     if first.suffix == ".onnx" or (first / "recipe.toml").is_file():
@@ -431,11 +432,11 @@ def predict(
             raise RacnnError(f"{first} and --run {run} are two networks", "name one of them")
         trained, images = first, images[1:]
         if not images:
-            raise RacnnError(f"{first} answers for which pictures?", f"`racnn predict {first} my-pictures`")
+            raise RacnnError(f"{first} answers for which images?", f"`racnn predict {first} my-images`")
     if trained is None or trained.suffix != ".onnx":
         trained = Run.open(trained).folder
+    from racnn_cli.export.prediction import load
     from racnn_cli.results import predict as predictor
-    from racnn_cli.results.prediction import load
 
     sources = predictor.gather(images)
     code = predictor.predict_command(
@@ -447,7 +448,7 @@ def predict(
 
 @app.command()
 def report(run: RunFolder = None) -> None:
-    """Write report.html, one page with curves, figures and pictures."""
+    """Write report.html, one page with curves, figures and images."""
     opened = Run.open(run)
     from racnn_cli.results.report import write_report
 
@@ -503,12 +504,12 @@ def bench(
 def samples(
     name: Annotated[str, typer.Argument(help="plankton or fieldguide")],
     out: Annotated[Path, typer.Option("--out", help="folder to write, new or empty")],
-    images: Annotated[int, typer.Option(min=24, max=100_000, help="fieldguide: number of pictures")] = 480,
+    images: Annotated[int, typer.Option(min=24, max=100_000, help="fieldguide: number of images")] = 480,
     size: Annotated[int, typer.Option(min=64, max=4096, help="fieldguide: side in pixels")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="fieldguide: seed of the drawings")] = 0,
 ) -> None:
     """Write a built-in data set to a folder, to look at it or to train on it as your own."""
-    from racnn_cli.data.samples import write
+    from racnn_cli.data.datasets import write
 
     typer.echo(f"wrote {write(name, out, recipes.Sample(images=images, size=size), seed)}")
 
@@ -533,7 +534,7 @@ def recipes_show(
 
 
 def main() -> None:
-    """Entry of the command `racnn`: a fault that a user can mend is two lines, never a traceback."""
+    """Entry of the command `racnn`: a error that a user can fix is two lines, never a traceback."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
@@ -542,22 +543,22 @@ def main() -> None:
             app(prog_name="racnn")
         finally:
             sys.stdout.flush()
-    except RacnnError as fault:
-        _stop(fault)
+    except RacnnError as error:
+        _stop(error)
     except BrokenPipeError:  # who reads has seen enough
         _silence()
         sys.exit(1)
-    except OSError as fault:  # whatever the system refuses where nothing else explains it
-        what = visible(str(fault.filename)) if fault.filename else "the output"
+    except OSError as error:  # whatever the system refuses where nothing else explains it
+        what = escape_control(str(error.filename)) if error.filename else "the output"
         if len(what) > 200:
             what = f"{what[:200]}…"
         _silence()
         hint = "check the name, its rights and the space on the disk"
-        _stop(RacnnError(f"{what}: {fault.strerror or fault}", hint, failure=True))
-    except (MemoryError, RuntimeError) as fault:
-        if not out_of_memory(fault):
+        _stop(RacnnError(f"{what}: {error.strerror or error}", hint, failure=True))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        said = (str(fault).strip() or "no more memory").splitlines()[0]
+        said = (str(error).strip() or "no more memory").splitlines()[0]
         hint = "smaller model.sizes, data.source, model.apn_hidden or train.batch, or fewer data.workers"
         _stop(RacnnError(f"the memory is not enough: {said}", hint, failure=True))
 
@@ -568,9 +569,9 @@ def _silence() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _stop(fault: RacnnError) -> NoReturn:
+def _stop(error: RacnnError) -> NoReturn:
     out = Console(stderr=True, highlight=False, soft_wrap=True)
-    out.print(f"[bold red]error:[/] {escape(visible(fault.message))}")
-    if fault.hint:
-        out.print(f"[bold]try:[/] {escape(visible(fault.hint))}")
-    sys.exit(fault.exit_code)
+    out.print(f"[bold red]error:[/] {escape(escape_control(error.message))}")
+    if error.hint:
+        out.print(f"[bold]try:[/] {escape(escape_control(error.hint))}")
+    sys.exit(error.exit_code)

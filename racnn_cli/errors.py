@@ -1,21 +1,32 @@
-"""The one exception of the toolkit: what went wrong, and what to do about it."""
+"""What can go wrong, as exceptions, and a few words that every message shares.
+
+RacnnError           the root: a message, what to try, an exit code
+├── RecipeError      a recipe, a key, a value or an option
+├── DataError        images, labels, splits, annotation files, built-in data sets
+├── BackboneError    an unknown model, weights that are missing, damaged or do not fit
+│   └── SizeRefused  a model that does not take the input size
+├── RunError         a run folder or training: missing, damaged, in use, changed data, diverged, out of memory
+├── ExportError      writing, checking or reading an exported file
+└── Interrupted      training stopped on a signal, after everything was saved
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
 
 class RacnnError(Exception):
-    """A fault that a user can understand and mend.
+    """An error that a user can understand and fix.
 
     Args:
         message: what is wrong: it names the file or the key, the value found and the values allowed.
         hint: what to do next, as one sentence or one command; empty if there is nothing to add.
-        failure: True when the request was right and its execution failed (exit code 1); False when the
-            request itself was wrong (exit code 2).
+        failure: True when the request was right and its execution failed (exit code 1); False when the request itself
+            was wrong (exit code 2).
     """
 
     def __init__(self, message: str, hint: str = "", *, failure: bool = False) -> None:
@@ -28,25 +39,67 @@ class RacnnError(Exception):
         return f"{self.message}\ntry: {self.hint}" if self.hint else self.message
 
 
-def absent(path: Path) -> str:
+class RecipeError(RacnnError):
+    """A recipe, one of its keys or values, or a command-line option."""
+
+
+class DataError(RacnnError):
+    """Images, labels, splits, annotation files or built-in data sets."""
+
+
+class BackboneError(RacnnError):
+    """An unknown model, or weights that are missing, damaged or do not fit."""
+
+
+class SizeRefused(BackboneError):
+    """A model that does not take the input size it is asked to take."""
+
+
+class RunError(RacnnError):
+    """A run folder that is missing, damaged or in use, or training that failed."""
+
+
+class ExportError(RacnnError):
+    """Writing, checking or reading an exported file."""
+
+
+class Interrupted(RacnnError):
+    """Training stopped on a signal, after everything was saved; exits with 128 + the signal's number.
+
+    Args:
+        command: what continues the run.
+        number: the signal's.
+    """
+
+    def __init__(self, command: str, number: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(
+            f"stopped by {name}; everything up to this step is saved", f"`{command}` continues", failure=True
+        )
+        self.exit_code = 128 + number
+
+
+def describe_missing(path: Path) -> str:
     """What is wrong with a path where a file is needed."""
-    return f"{path} is no regular file" if os.path.lexists(path) else f"{path} does not exist"
+    return f"{path} is not a regular file" if os.path.lexists(path) else f"{path} does not exist"
 
 
-def visible(text: str) -> str:
-    """A text that does nothing to a terminal but break lines: what cannot be printed is spelt out."""
+def escape_control(text: str) -> str:
+    """The text with every unprintable character but the line break spelt out, so that it cannot control a terminal."""
     return "".join(
-        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode()
-        for sign in text
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 
-def out_of_memory(fault: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the CPU or on a device; each library says so in its own way."""
-    text = str(fault).lower()
-    known = isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError"  # torch's
+    text = str(error).lower()
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     return known or any(
-        said in text for said in ("can't allocate memory", "out of memory", "bad allocation", "bad_alloc")
+        phrase in text for phrase in ("can't allocate memory", "out of memory", "bad allocation", "bad_alloc")
     )
 
 

@@ -52,9 +52,9 @@ def package_archive(name: str, version: str, sha256: str) -> Path:
                 )
             os.replace(fetched, folder / fetched.name)
             return folder / fetched.name
-    except OSError as fault:
+    except OSError as error:
         raise RacnnError(
-            f"the cache folder {folder} cannot be written: {fault.strerror or fault}",
+            f"the cache folder {folder} cannot be written: {error.strerror or error}",
             "set RACNN_CACHE to a folder that can",
             failure=True,
         ) from None

@@ -16,9 +16,14 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from racnn_cli.errors import RacnnError, absent, did_you_mean
+import racnn_cli
+from racnn_cli.errors import RacnnError, describe_missing, did_you_mean
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = next(
+    folder
+    for root in racnn_cli.__path__
+    if (folder := Path(root) / "recipes").is_dir() and any(folder.glob("*.toml"))
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -35,10 +40,10 @@ class Section(BaseModel):
 
 
 class Augment(Section):
-    """How a training picture is varied; a validation or test picture never is."""
+    """How a training image is varied; a validation or test image never is."""
 
     scale: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.6, description="smallest share of the picture's area that a random crop keeps"
+        0.6, description="smallest share of the image's area that a random crop keeps"
     )
     flip: Literal["none", "horizontal", "both"] = Field("horizontal", description="mirror images allowed")
     rotate: Annotated[float, Field(ge=0.0, le=180.0)] = Field(
@@ -51,16 +56,16 @@ class Sample(Section):
     """Only for the drawn data sets, `fieldguide` and `clutter`."""
 
     images: Annotated[int, Field(ge=24, le=100_000)] = Field(
-        480, description="number of pictures, all splits together"
+        480, description="number of images, all splits together"
     )
-    size: Annotated[int, Field(ge=64, le=4096)] = Field(256, description="side of a picture in pixels")
+    size: Annotated[int, Field(ge=64, le=4096)] = Field(256, description="side of an image in pixels")
     distance: Annotated[int, Field(ge=1, le=16)] = Field(
         1, description="clutter: so many times smaller on the canvas, among its square times the fragments"
     )
 
 
 class Data(Section):
-    """Where the pictures come from and how a file becomes a square source picture."""
+    """Where the images come from and how a file becomes a square source image."""
 
     path: str = Field(
         "", description="a folder with one folder a class, a CSV file, or plankton or fieldguide"
@@ -71,7 +76,7 @@ class Data(Section):
     )
     fit: Literal["crop", "pad", "squash"] = Field(
         "crop",
-        description="how a picture becomes square: centre crop, grey borders, or stretched",
+        description="how an image becomes square: centre crop, grey borders, or stretched",
     )
     val: Annotated[float, Field(gt=0.0, lt=0.9)] = Field(
         0.15, description="share held out for choosing, where the data names no val split"
@@ -82,9 +87,7 @@ class Data(Section):
     limit: Annotated[int, Field(ge=0)] = Field(
         0, description="at most so many images a class and split; 0: all"
     )
-    workers: Annotated[int, Field(ge=0, le=256)] = Field(
-        0, description="processes that read pictures; 0: none"
-    )
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="processes that read images; 0: none")
     skip_bad: bool = Field(False, description="go on without unreadable files instead of stopping")
     augment: Augment = Augment()
     sample: Sample = Sample()
@@ -101,7 +104,7 @@ class Model(Section):
     sizes: Sizes = Field((), description="input side of each scale in pixels; empty: the backbone's own")
     zoom: Literal["source", "nested"] = Field(
         "source",
-        description="cut a finer crop from the source picture, or from the crop before it (the paper)",
+        description="cut a finer crop from the source image, or from the crop before it (the paper)",
     )
     floor: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         1 / 3, description="smallest side of a box, as a share of the previous scale's side"
@@ -165,7 +168,7 @@ class Train(Section):
     batchnorm: Literal["train", "frozen", "synced"] = Field(
         "train",
         description="frozen: keep the statistics of the weights that training started from; "
-        "synced: normalise over the pictures of all processes, not over each one's own",
+        "synced: normalise over the images of all processes, not over each one's own",
     )
     save_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="write a checkpoint after so many updates, besides the end of each epoch; 0: do not"
@@ -325,7 +328,8 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
         raise RacnnError(
-            f"there is no recipe file: {absent(path)}", "`racnn recipes ls` lists the recipes that come along"
+            f"there is no recipe file: {describe_missing(path)}",
+            "`racnn recipes ls` lists the recipes that come along",
         )
     shipped = RECIPES / f"{name}.toml"
     if "/" not in name and "\\" not in name and shipped.is_file():
@@ -340,16 +344,16 @@ def load(name: str, sets: Iterable[str] = (), changes: Mapping[str, Any] | None 
     """Read a recipe by name or path, then apply `key=value` texts and already typed changes.
 
     Raises:
-        RacnnError: no such recipe, not TOML, an unknown key or a value out of its range; all faults at once.
+        RacnnError: no such recipe, not TOML, an unknown key or a value out of its range; all errors at once.
     """
     path = find(name)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as fault:
-        raise RacnnError(f"{path}: not a TOML file: {fault}", "mend the line that is named") from None
-    except OSError as fault:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RacnnError(f"{path}: not a TOML file: {error}", "fix the line that is named") from None
+    except OSError as error:
         raise RacnnError(
-            f"{path} cannot be read: {fault.strerror}", "check the path and its rights"
+            f"{path} cannot be read: {error.strerror}", "check the path and its rights"
         ) from None
     tree.setdefault("name", path.stem)
     changes = {**parse_sets(sets), **(changes or {})}
@@ -433,14 +437,14 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 def _validate(tree: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
-    except ValidationError as fault:
-        lines = [_explain(error) for error in fault.errors(include_url=False)]
-        hint = "mend the recipe, or give the value with --set KEY=VALUE"
+    except ValidationError as error:
+        lines = [_explain(error) for error in error.errors(include_url=False)]
+        hint = "fix the recipe, or give the value with --set KEY=VALUE"
         if any("model.weights" in line for line in lines):
             hint = (
                 "--weights none to start from random weights, --pretrained for timm's hub, or --weights FILE"
             )
-        raise RacnnError(f"{where} has {len(lines)} fault(s):\n  " + "\n  ".join(lines), hint) from None
+        raise RacnnError(f"{where} has {len(lines)} error(s):\n  " + "\n  ".join(lines), hint) from None
 
 
 def _explain(error: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from racnn_cli import recipe as recipes
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RunError, escape_control
+from racnn_cli.events import AnyEvent, EpochEvent, EvalResult, Event, read_line
 from racnn_cli.recipe import Recipe
 
 RUNS = Path("runs")
@@ -36,90 +36,31 @@ ClassNames = Annotated[list[Annotated[str, AfterValidator(printable)]], Field(mi
 """In index order, and safe to print."""
 
 
-class Loose(BaseModel):
-    """Some keys of a JSON object, and what they must hold; others are left alone."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-def _drawable(number: float) -> float:
-    if abs(number) > 1e12 and math.isfinite(number):
-        raise ValueError("a number that no training ends at")
-    return number
-
-
-Number = Annotated[float, AfterValidator(_drawable)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class _Answer(Loose):
-    top1: Share
-    nll: Number
-
-
-class _Side(Loose):
-    side_mean: Number
-
-
-class _Validation(Loose):
-    scales: Annotated[list[_Answer], Field(min_length=1)]
-    average: _Answer = _Answer(top1=0.0, nll=0.0)
-    fused: _Answer = _Answer(top1=0.0, nll=0.0)
-    boxes: list[_Side] = []
-
-
-class _Epoch(Loose):
-    stage: str
-    phase: str
-    round: int
-    epoch: int
-    train_loss: dict[str, Number]
-    val: _Validation
-    seconds: Number
-
-
-class _Round(Loose):
-    round: int
-    val: _Validation
-
-
-class _Stage(Loose):
-    stage: str
-
-
-class _Warning(Loose):
-    kind: str
-    text: str
-
-
-EVENTS: dict[str, type[Loose]] = {"epoch": _Epoch, "round": _Round, "stage": _Stage, "warning": _Warning}
-"""What those who read log.jsonl rely on; `training` writes more."""
-
 HALF = ".racnn-"  # how the name of a half-written file starts
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _translate_errors(path: Path) -> Iterator[None]:
     """Turn what the system says about a write into an error that names the file."""
     try:
         yield
-    except OSError as fault:
-        raise _unwritable(path, fault) from fault
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, fault: OSError) -> RacnnError:
-    return RacnnError(
-        f"{path} could not be written: {fault.strerror or fault}",
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{path} could not be written: {error.strerror or error}",
         "free some space, or choose another folder",
         failure=True,
     )
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary)` make the file, then put it in the place of `path` in one step."""
+    """Let `write(temporary)` make the file, then put it instead of `path` in one step."""
     temporary = None
     try:
-        with _explained(path):
+        with _translate_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{HALF}{path.name}.", suffix=path.suffix)
             os.close(handle)
@@ -155,13 +96,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in one step.
 
     Raises:
-        RacnnError: it cannot be written, or holds the name of a file that is no text in UTF-8.
+        RunError: it cannot be written, or holds the name of a file that is no text in UTF-8.
     """
     try:
         content = text.encode()
-    except UnicodeEncodeError as fault:
-        raise RacnnError(
-            f"{path} would hold a name that is not UTF-8: {text[fault.start - 20 : fault.end]!r}",
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"{path} would hold a name that is not UTF-8: {text[error.start - 20 : error.end]!r}",
             "rename that file or folder",
         ) from None
     write_atomic(path, lambda temporary: temporary.write_bytes(content))
@@ -173,9 +114,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise a RacnnError if training would write to what a link points to."""
+    """Raise a RunError if training would write to what a link points to."""
     if path.is_symlink():
-        raise RacnnError(
+        raise RunError(
             f"{path} is a link, and training would write to what it points to",
             "put the file or folder itself there; a whole run folder may be a link",
         )
@@ -245,22 +186,22 @@ class Run:
             latest: point `runs/latest` at it.
 
         Raises:
-            RacnnError: `out` holds something already.
+            RunError: `out` holds something already.
         """
         if out and out.is_dir():
             out = out.resolve() if out.is_symlink() else out
             if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-                raise RacnnError(
+                raise RunError(
                     f"--out {out} is the folder where you stand, or lies above it", "--out NAME, a new folder"
                 )
         while True:
             folder = out or _next_free(RUNS / recipe.name)
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise RacnnError(
+                raise RunError(
                     f"{folder} is there already and not empty; nothing was overwritten",
-                    f"another --out, or `racnn train --resume --run {folder}` to go on with that run",
+                    f"another --out, or `racnn train --resume --run {folder}` to continue with that run",
                 )
-            with _explained(folder):
+            with _translate_errors(folder):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 half = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{HALF}{folder.name}."))
                 try:
@@ -291,26 +232,26 @@ class Run:
         """The run in `folder`, or the newest one.
 
         Raises:
-            RacnnError: there is none.
+            RunError: there is none.
         """
         if folder is None:
             link = RUNS / LATEST
             if link.is_symlink() and not link.exists():
                 there = sorted(path.parent.name for path in RUNS.glob("*/recipe.toml"))
-                raise RacnnError(
+                raise RunError(
                     f"{link} points to {os.readlink(link)}, which is not there any more",
                     "--run DIR"
                     + (f" with one of {', '.join(f'{RUNS}/{name}' for name in there)}" if there else ""),
                 )
             if not link.exists():
-                raise RacnnError(
+                raise RunError(
                     f"there is no run yet in {RUNS}/",
                     "`racnn train demo` or `racnn pretrain-cnn RECIPE --data FOLDER` starts one; "
                     "--run DIR names one elsewhere",
                 )
             folder = link.resolve() if link.is_dir() else RUNS / _pointed_at(link)
         if not (folder / "recipe.toml").is_file():
-            raise RacnnError(
+            raise RunError(
                 f"{folder} is not a run folder: it has no recipe.toml",
                 "--run DIR with a folder that `racnn train` made",
             )
@@ -327,35 +268,33 @@ class Run:
             if self.classes_file.exists() and not self.classes_file.is_file():
                 raise ValueError("a device or a pipe, which may have no end")
             return TypeAdapter(ClassNames).validate_json(self.classes_file.read_bytes())
-        except OSError as fault:
-            raise RacnnError(f"{self.classes_file} cannot be read: {fault}", hint, failure=True) from None
+        except OSError as error:
+            raise RunError(f"{self.classes_file} cannot be read: {error}", hint, failure=True) from None
         except ValueError:
-            raise RacnnError(
-                f"{self.classes_file} is not a list of class names", hint, failure=True
-            ) from None
+            raise RunError(f"{self.classes_file} is not a list of class names", hint, failure=True) from None
 
     def check_data(self, fingerprint: str) -> None:
-        """Raise a RacnnError if the data, or what is in which split, are not what the run was started with."""
+        """Raise a RunError if the data, or what is in which split, are not what the run was started with."""
         if not self.data.is_file():
             return
         if self.data.read_text(encoding="utf-8", errors="replace").strip() != fingerprint:
-            raise RacnnError(
-                f"the pictures of {self.folder} have changed since it was started: files came, went or were renamed, "
-                "and the split with them, so that test pictures may be ones that it was trained on",
-                "put the data back as they were, or `racnn eval --data FOLDER` with pictures that it has never seen",
+            raise RunError(
+                f"the images of {self.folder} have changed since it was started: files came, went or were renamed, "
+                "and the split with them, so that test images may be ones that it was trained on",
+                "put the data back as they were, or `racnn eval --data FOLDER` with images that it has never seen",
             )
 
     def lock(self) -> FileLock:
         """Hold the folder for this process, until the lock is released or the process ends, however it ends.
 
         Raises:
-            RacnnError: another process holds it, or a file in it that training writes to is a link or a pipe: what a
+            RunError: another process holds it, or a file in it that training writes to is a link or a pipe: what a
                 run folder that somebody else packed points to is not for us to change.
         """
         for path in (self.state, self.log, self.state / "lock"):
             refuse_link(path)
             if path.exists() and not (path.is_dir() if path == self.state else path.is_file()):
-                raise RacnnError(
+                raise RunError(
                     f"{path} is no {'folder' if path == self.state else 'regular file'}, and training writes there",
                     "move it away, or take the run folder from a backup",
                 )
@@ -364,31 +303,31 @@ class Run:
             self.state.mkdir(exist_ok=True)
             lock.acquire()
         except Timeout:
-            raise RacnnError(
+            raise RunError(
                 f"another process is training in {self.folder}",
                 "wait for it or stop it, or start a run of its own with --out DIR",
             ) from None
-        except OSError as fault:
-            raise _unwritable(self.state, fault) from fault
+        except OSError as error:
+            raise _unwritable(self.state, error) from error
         return lock
 
-    def append_log(self, event: dict[str, Any]) -> None:
+    def append_log(self, event: Event) -> None:
         """Add one line to log.jsonl."""
-        with _explained(self.log), self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        with _translate_errors(self.log), self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event.to_json()) + "\n")
 
     def sync_log(self) -> int:
         """Put log.jsonl on the disk; returns its bytes."""
         if not self.log.is_file():
             return 0
-        with _explained(self.log):
+        with _translate_errors(self.log):
             _sync(self.log)
         return self.log.stat().st_size
 
     def cut_log(self, size: int) -> None:
         """Forget all events after the first `size` bytes: they are of steps that will be made again."""
         if self.log.is_file() and self.log.stat().st_size > size:
-            with _explained(self.log):
+            with _translate_errors(self.log):
                 os.truncate(self.log, size)
 
     def sweep(self) -> None:
@@ -398,20 +337,37 @@ class Run:
                 if file.is_file():
                     file.unlink(missing_ok=True)
 
-    def read_log(self) -> list[dict[str, Any]]:
-        """All events so far; a line that is none, such as one cut short by a crash, is left out (see `EVENTS`)."""
+    def read_log(self) -> list[AnyEvent]:
+        """All events so far; a line that is damaged, such as one cut short by a crash, is left out."""
         if not self.log.is_file():
             return []
-        events = []
-        for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-                if isinstance(event, dict) and isinstance(event.get("event"), str):
-                    EVENTS.get(event["event"], Loose).model_validate(event)
-                    events.append(event)
-            except (ValueError, RecursionError):
-                continue
-        return events
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [event for line in lines if (event := read_line(line)) is not None]
+
+    def epochs(self) -> list[EpochEvent]:
+        """The epochs that the log tells of."""
+        return [event for event in self.read_log() if isinstance(event, EpochEvent)]
+
+    def read_eval(self) -> EvalResult:
+        """eval.json.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        hint = f"`racnn eval --run {self.folder}` writes it"
+        try:
+            if self.eval.exists() and not self.eval.is_file():
+                raise ValueError("it is a device or a pipe")
+            return EvalResult.model_validate(json.loads(self.eval.read_text(encoding="utf-8")))
+        except OSError:
+            raise RunError(f"{self.eval} does not exist", hint) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "it"
+            problem = escape_control(f"{where}: {first['msg']}")
+            raise RunError(f"{self.eval} is damaged: {problem}", hint) from None
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{self.eval} is damaged: {error}", hint) from None
 
 
 def _next_free(folder: Path) -> Path:
@@ -428,15 +384,15 @@ def _pointed_at(file: Path) -> str:
         if not file.is_file() or file.stat().st_size > 4096:
             raise ValueError("not a short text file")
         return file.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as fault:
-        raise RacnnError(f"{file} does not name a run: {fault}", "name the run with --run DIR") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} does not name a run: {error}", "name the run with --run DIR") from None
 
 
 def _point_latest(folder: Path) -> None:
     """`runs/latest` becomes a link to the newest run (a text file where links are not allowed)."""
     target = os.path.relpath(folder, RUNS)
     temporary = RUNS / f".{LATEST}.{os.getpid()}"
-    with _explained(RUNS / LATEST):
+    with _translate_errors(RUNS / LATEST):
         RUNS.mkdir(exist_ok=True)
         temporary.unlink(missing_ok=True)
         try:

@@ -57,7 +57,7 @@ def write_blobs(
     centre: tuple[float, float] | None = None,
     noise: int = 20,
 ) -> Path:
-    """`folder/SPLIT/CLASS/*.png`: so many pictures a class of discs that differ in colour alone."""
+    """`folder/SPLIT/CLASS/*.png`: so many images a class of discs that differ in colour alone."""
     generator = np.random.default_rng(7)
     for split, count in counts.items():
         for number, (name, colour) in enumerate(COLOURS.items()):
@@ -67,8 +67,8 @@ def write_blobs(
                 x, y = generator.uniform(0.25, 0.75, 2) if centre is None else centre
                 shift = generator.uniform(-0.03, 0.03, 2)
                 seed = 10_000 * number + index + 1_000 * len(split)
-                picture = blob(colour, (x + shift[0], y + shift[1]), side, radius, noise, seed)
-                picture.save(place / f"{index:02d}.png")
+                image = blob(colour, (x + shift[0], y + shift[1]), side, radius, noise, seed)
+                image.save(place / f"{index:02d}.png")
     return folder
 
 

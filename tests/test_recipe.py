@@ -1,4 +1,4 @@
-"""The recipe: what is accepted, how every fault reads, and that a dump says all."""
+"""The recipe: what is accepted, how every error reads, and that a dump says all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def toml(folder: Path, text: str, name: str = "mine.toml") -> str:
     return str(file)
 
 
-def fault(*args: object, **keys: object) -> RacnnError:
+def error(*args: object, **keys: object) -> RacnnError:
     with pytest.raises(RacnnError) as caught:
         recipes.load(*args, **keys)  # type: ignore[arg-type]
     assert caught.value.exit_code == 2
@@ -117,24 +117,24 @@ def test_a_recipe_cannot_be_changed_in_place() -> None:
         recipes.load("tiny").seed = 4  # type: ignore[misc]
 
 
-# ---- faults
+# ---- errors
 
 
 def test_a_misspelt_recipe_names_the_nearest() -> None:
-    wrong = fault("demmo")
+    wrong = error("demmo")
     assert "'demmo'" in wrong.message
     assert "did you mean demo" in wrong.message
     assert "tiny" in wrong.hint
-    assert "did you mean" not in fault("zzzzzz").message
+    assert "did you mean" not in error("zzzzzz").message
 
 
 def test_a_missing_file_and_a_path_to_one_are_told_apart_from_names(tmp_path) -> None:
-    assert "no recipe file" in fault(str(tmp_path / "none.toml")).message
-    assert "there is no recipe" in fault("../recipes/tiny").message
+    assert "no recipe file" in error(str(tmp_path / "none.toml")).message
+    assert "there is no recipe" in error("../recipes/tiny").message
 
 
 def test_not_toml_names_the_file_and_the_line(tmp_path) -> None:
-    wrong = fault(toml(tmp_path, "[model\nbackbone = 3"))
+    wrong = error(toml(tmp_path, "[model\nbackbone = 3"))
     assert "mine.toml" in wrong.message
     assert "line 1" in wrong.message
 
@@ -150,25 +150,25 @@ def test_not_toml_names_the_file_and_the_line(tmp_path) -> None:
     ],
 )
 def test_a_misspelt_set_key_names_the_nearest(set_, near) -> None:
-    wrong = fault("tiny", [set_])
+    wrong = error("tiny", [set_])
     assert repr(set_.partition("=")[0]) in wrong.message
     assert "did you mean" in wrong.message
     assert near in wrong.message
 
 
 def test_a_misspelt_key_in_the_file_names_the_nearest(tmp_path) -> None:
-    wrong = fault(toml(tmp_path, MINIMAL + "bakcbone = 'vgg11'\n[trian]\nbatch = 3\n"))
-    assert "2 fault(s)" in wrong.message
+    wrong = error(toml(tmp_path, MINIMAL + "bakcbone = 'vgg11'\n[trian]\nbatch = 3\n"))
+    assert "2 error(s)" in wrong.message
     assert "model.bakcbone: no such key; did you mean model.backbone" in wrong.message
     assert "trian: no such key" in wrong.message
 
 
-def test_all_faults_are_said_at_once(tmp_path) -> None:
+def test_all_errors_are_said_at_once(tmp_path) -> None:
     text = (
         "[data]\npath = 3\nval = 1.5\n[model]\nweights = 'none'\nscales = 9\n[train]\nbatch = '8'\namp = 1\n"
     )
-    wrong = fault(toml(tmp_path, text))
-    assert "5 fault(s)" in wrong.message
+    wrong = error(toml(tmp_path, text))
+    assert "5 error(s)" in wrong.message
     for part in ("data.path", "data.val", "model.scales", "train.batch", "train.amp"):
         assert part in wrong.message
     assert "(found 9)" in wrong.message
@@ -205,17 +205,17 @@ def test_all_faults_are_said_at_once(tmp_path) -> None:
     ],
 )
 def test_a_wrong_value_is_said_with_what_was_found(set_, part) -> None:
-    assert part in fault("tiny", [set_]).message
+    assert part in error("tiny", [set_]).message
 
 
 @pytest.mark.parametrize("line", ["model = 'vgg11'", "model = 3", "data = []", "[[train]]\nbatch = 3"])
 def test_a_value_where_a_table_belongs(tmp_path, line) -> None:
-    wrong = fault(toml(tmp_path, line + "\n"))
+    wrong = error(toml(tmp_path, line + "\n"))
     assert line.split()[0].strip("[]") in wrong.message
 
 
 def test_sizes_that_are_no_list_with_fewer_scales(tmp_path) -> None:
-    wrong = fault(toml(tmp_path, MINIMAL + "sizes = 64\n"), (), {"model.scales": 2})
+    wrong = error(toml(tmp_path, MINIMAL + "sizes = 64\n"), (), {"model.scales": 2})
     assert "model.sizes" in wrong.message
 
 
@@ -228,7 +228,7 @@ def test_sizes_that_are_no_list_with_fewer_scales(tmp_path) -> None:
 )
 def test_a_crop_without_a_slope_cannot_teach_through_it(sets, words) -> None:
     through = [*sets, "alternate.apn_gradient='backprop'"]
-    assert words in fault("tiny", through).message
+    assert words in error("tiny", through).message
     for fixed in ([*through, "alternate.apn_epochs=0"], sets):  # boxes that are tried need no slope
         assert recipes.load("tiny", fixed).model.gradient == sets[0].split("'")[1]
 
@@ -247,14 +247,14 @@ def test_the_ends_of_what_perturbed_and_tighter_boxes_may_be(tmp_path) -> None:
 
 
 def test_weights_are_asked_for_in_so_many_words(tmp_path) -> None:
-    wrong = fault(toml(tmp_path, '[data]\npath = "birds"\n[model]\nbackbone = "vgg11"\n'))
+    wrong = error(toml(tmp_path, '[data]\npath = "birds"\n[model]\nbackbone = "vgg11"\n'))
     assert "model.weights: missing" in wrong.message
     for word in ("none", "pretrained", "FILE"):
         assert word in wrong.hint
 
 
 def test_a_missing_table_is_named(tmp_path) -> None:
-    assert "model: missing" in fault(toml(tmp_path, "seed = 1\n")).message
+    assert "model: missing" in error(toml(tmp_path, "seed = 1\n")).message
 
 
 # ---- --set
@@ -298,12 +298,12 @@ def test_scales_adapt_the_sizes(tmp_path, scales, sizes) -> None:
 def test_sizes_given_with_scales_are_taken_at_their_word() -> None:
     loaded = recipes.load("tiny", ["model.scales=2", "model.sizes=[64, 48]"])
     assert loaded.model.sizes == (64, 48)
-    assert "2 entries for model.scales = 3" in fault("tiny", ["model.sizes=[64, 48]"]).message
+    assert "2 entries for model.scales = 3" in error("tiny", ["model.sizes=[64, 48]"]).message
 
 
 def test_scales_out_of_range_are_an_error_and_not_a_crash() -> None:
-    assert "model.scales" in fault("tiny", (), {"model.scales": 0}).message
-    assert "model.scales" in fault("tiny", ["model.scales='three'"]).message
+    assert "model.scales" in error("tiny", (), {"model.scales": 0}).message
+    assert "model.scales" in error("tiny", ["model.scales='three'"]).message
 
 
 def test_override_checks_the_whole() -> None:

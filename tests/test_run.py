@@ -19,7 +19,7 @@ RECIPE = recipes.load("tiny")
 CLASSES = ["<b>", "wren & co", "Zaunkönig"]
 
 
-def fault(call, *args: object, code: int = 2, **keys: object) -> RacnnError:
+def error(call, *args: object, code: int = 2, **keys: object) -> RacnnError:
     with pytest.raises(RacnnError) as caught:
         call(*args, **keys)
     assert caught.value.exit_code == code
@@ -62,7 +62,7 @@ def test_a_full_disk_is_a_failure_in_two_lines(tmp_path) -> None:
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
 
-    wrong = fault(write_atomic, file, write, code=1)
+    wrong = error(write_atomic, file, write, code=1)
     assert str(file) in wrong.message
     assert "No space left on device" in wrong.message
     assert file.read_text() == "old"
@@ -77,7 +77,7 @@ def test_weights_that_do_not_fit_the_disk_are_a_failure_too(tmp_path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, hard))
     try:
-        wrong = fault(save_tensors, file, {"x": torch.ones(100_000)}, {}, code=1)
+        wrong = error(save_tensors, file, {"x": torch.ones(100_000)}, {}, code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(file) in wrong.message
@@ -87,7 +87,7 @@ def test_weights_that_do_not_fit_the_disk_are_a_failure_too(tmp_path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_failure(tmp_path) -> None:
     (tmp_path / "file").write_text("x")
-    wrong = fault(write_text, tmp_path / "file" / "sub" / "x.txt", "new", code=1)
+    wrong = error(write_text, tmp_path / "file" / "sub" / "x.txt", "new", code=1)
     assert "x.txt could not be written" in wrong.message
 
 
@@ -134,14 +134,14 @@ def test_a_recipe_that_is_called_latest_does_not_take_the_link(here) -> None:
 def test_out_in_use_is_refused_and_nothing_changes(here) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("precious")
-    wrong = fault(Run.create, RECIPE, CLASSES, here / "mine")
+    wrong = error(Run.create, RECIPE, CLASSES, here / "mine")
     assert "nothing was overwritten" in wrong.message
     assert "--resume" in wrong.hint
     assert "--out" in wrong.hint
     assert os.listdir(here / "mine") == ["thesis.txt"]
     assert not (here / "runs").exists()
     (here / "file").write_text("x")
-    fault(Run.create, RECIPE, CLASSES, here / "file")
+    error(Run.create, RECIPE, CLASSES, here / "file")
     assert (here / "file").read_text() == "x"
 
 
@@ -152,7 +152,7 @@ def test_an_empty_out_folder_is_welcome(here) -> None:
 
 def test_out_below_a_file_is_a_failure_and_not_a_traceback(here) -> None:
     (here / "file").write_text("x")
-    wrong = fault(Run.create, RECIPE, CLASSES, here / "file" / "run", code=1)
+    wrong = error(Run.create, RECIPE, CLASSES, here / "file" / "run", code=1)
     assert "another folder" in wrong.hint
 
 
@@ -172,7 +172,7 @@ def test_latest_is_a_text_file_where_links_are_not_allowed(here, monkeypatch) ->
 
 
 def test_no_run_yet_says_how_to_start_one(here) -> None:
-    wrong = fault(Run.open, None)
+    wrong = error(Run.open, None)
     assert "no run yet" in wrong.message
     assert "racnn train demo" in wrong.hint
     assert "--run" in wrong.hint
@@ -181,13 +181,13 @@ def test_no_run_yet_says_how_to_start_one(here) -> None:
 def test_latest_that_points_nowhere_is_no_run(here) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     run.folder.rename(here / "away")
-    wrong = fault(Run.open, None)
+    wrong = error(Run.open, None)
     assert "points to tiny, which is not there any more" in wrong.message
     assert "runs/" not in wrong.hint
     (here / "away").rename(here / "runs" / "birds")
-    assert "runs/birds" in fault(Run.open, None).hint
+    assert "runs/birds" in error(Run.open, None).hint
     os.unlink("runs/latest")
-    assert "no run yet" in fault(Run.open, None).message
+    assert "no run yet" in error(Run.open, None).message
 
 
 def test_latest_may_be_a_text_and_nothing_worse(here) -> None:
@@ -197,14 +197,14 @@ def test_latest_may_be_a_text_and_nothing_worse(here) -> None:
     latest.write_text("tiny\n")
     assert Run.open(None).folder == run.folder
     latest.write_bytes(b"\xff")
-    assert "does not name a run" in fault(Run.open, None).message
+    assert "does not name a run" in error(Run.open, None).message
     latest.unlink()
     os.mkfifo(latest)
-    assert "does not name a run" in fault(Run.open, None).message
+    assert "does not name a run" in error(Run.open, None).message
 
 
 def test_a_run_in_the_folder_where_one_stands_is_refused_and_in_a_link_is_made_behind_it(here) -> None:
-    assert "where you stand" in fault(Run.create, RECIPE, CLASSES, Path()).message
+    assert "where you stand" in error(Run.create, RECIPE, CLASSES, Path()).message
     assert not list(here.iterdir())
     (here / "empty").mkdir()
     (here / "link").symlink_to("empty")
@@ -214,26 +214,26 @@ def test_a_run_in_the_folder_where_one_stands_is_refused_and_in_a_link_is_made_b
 
 
 def test_a_folder_that_is_no_run(here) -> None:
-    wrong = fault(Run.open, here)
+    wrong = error(Run.open, here)
     assert "recipe.toml" in wrong.message
     assert str(here) in wrong.message
-    fault(Run.open, here / "none")
+    error(Run.open, here / "none")
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2", '{"a": 1}', "[1, 2]", '"wren"', "\udcff"])
 def test_damaged_classes_are_a_failure_that_names_the_file(here, text) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     run.classes_file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    wrong = fault(run.classes, code=1)
+    wrong = error(run.classes, code=1)
     assert "classes.json" in wrong.message
     run.classes_file.unlink()
-    fault(run.classes, code=1)
+    error(run.classes, code=1)
 
 
 def test_a_damaged_recipe_names_the_file(here) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     run.recipe_file.write_text("name = ")
-    assert "recipe.toml" in fault(run.recipe).message
+    assert "recipe.toml" in error(run.recipe).message
 
 
 def test_the_log_is_appended_to_and_what_is_no_event_is_left_out(here) -> None:

@@ -65,7 +65,7 @@ def run_bench(
         seeds: such as `0-4` or `0,3,7`; None: 0-4. Only those of `SEEDED` take it.
         recipe: what it is about; None: as `RECIPES` says. Only these benches take it.
         quick: train on a small share of the data with few epochs.
-        data: for attention and ablation: the data in the place of the recipe's; of `clutter`, the folder of
+        data: for attention and ablation: the data instead of the recipe's; of `clutter`, the folder of
             the Fashion-MNIST files.
         arms: for the ablation: only these, and the default.
 
@@ -128,9 +128,9 @@ def machine() -> dict[str, Any]:
     """What the figures were taken on: the processor, its cores, threads in use, torch and its device."""
     import torch
 
-    from racnn_cli.core.device import pick
+    from racnn_cli.core.device import select_device
 
-    where = pick()
+    where = select_device()
     return {
         "cpu": _processor(),
         "cores": os.cpu_count(),

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from racnn_cli.bench import Figures, Options
-from racnn_cli.bench.arms import LEARNED, Arm, Seed
+from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment
 from racnn_cli.bench.attention import BOX, Claim, answer, shown, shown_pair, spread, table_of
 from racnn_cli.bench.seeds import paired
 from racnn_cli.errors import RacnnError, did_you_mean
@@ -65,7 +65,7 @@ def run(options: Options) -> Figures:
     """
     found, name, chosen = [], "", choose(options.arms)
     for number in options.seeds:
-        seed = Seed(options, number, boxed=False)
+        seed = SeedExperiment(options, number, boxed=False)
         name = seed.recipe.name
         arms = {arm.name: seed.figures(arm) for arm in chosen}
         found.append({"seed": number, "folder": str(seed.folder), "arms": arms})
@@ -93,7 +93,7 @@ def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
 
     Args:
         name: of the recipe.
-        found: one entry a seed: `seed`, `folder`, and `arms`, name to what `Seed.figures` gives.
+        found: one entry a seed: `seed`, `folder`, and `arms`, name to what `SeedExperiment.figures` gives.
     """
     first = found[0]["arms"][DEFAULT.name]
     finest = f"scale {len(first['boxes']) + 1}"

@@ -1,4 +1,4 @@
-"""Files whose true box is known for a varied training picture too: only a bench trains with true boxes."""
+"""FileSource whose true box is known for a varied training image too: only a bench trains with true boxes."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 from racnn_cli import recipe
 from racnn_cli.data.decode import read_image
 from racnn_cli.data.geometry import fit_square
-from racnn_cli.data.images import Key, Pictures
+from racnn_cli.data.images import ImageDataset, Key
 from racnn_cli.data.index import Item
-from racnn_cli.data.source import Files
+from racnn_cli.data.source import FileSource
 from racnn_cli.data.square import load_source
 
 
 @dataclass(frozen=True)
-class AnnotatedFiles(Files):
-    """As `Files`, with `Annotated` pictures."""
+class AnnotatedFileSource(FileSource):
+    """As `FileSource`, with `Annotated` images."""
 
-    def pictures(self, split: str, side: int, *, augment: bool) -> Annotated:
+    def dataset(self, split: str, side: int, *, augment: bool) -> Annotated:
         return Annotated(self.index.splits[split], self.data, side, seed=self.seed, augment=augment)
 
 
-class Annotated(Pictures):
-    """The true box goes the way of the picture: what is varied with it is a mask, white where the box is.
+class Annotated(ImageDataset):
+    """The true box goes the way of the image: what is varied with it is a mask, white where the box is.
 
     The box that comes out is upright, around a turned one; NaN where a random crop left nothing of it.
     """
@@ -48,17 +48,17 @@ class Annotated(Pictures):
         return found
 
     def _mask(self, item: Item) -> np.ndarray:
-        """Black with a white box, where `Pictures` has the picture that it varies: (H, W, 3) uint8."""
+        """Black with a white box, where `ImageDataset` has the image that it varies: (H, W, 3) uint8."""
         assert item.box is not None
         share = math.sqrt(self.data.augment.scale)
         side = math.ceil(self.side / share)
         if share == 1.0 or self.data.fit != "crop":
             pixels, geometry = load_source(item.path, self.data.fit, side)
         else:
-            picture = read_image(item.path, least=side)
+            image = read_image(item.path, least=side)
             pixels, geometry = (
-                picture.pixels,
-                fit_square(picture.stored_size, picture.orientation, "squash", 0),
+                image.pixels,
+                fit_square(image.stored_size, image.orientation, "squash", 0),
             )
         height, width = pixels.shape[:2]
         x0, y0, x1, y1 = geometry.from_file(item.box)

@@ -18,24 +18,24 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from racnn_cli import api
+from racnn_cli import api, evaluation
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Options, boxes
-from racnn_cli.bench.annotated import AnnotatedFiles
+from racnn_cli.bench.annotated import AnnotatedFileSource
 from racnn_cli.bench.compute import Compute, at_size, equal_compute
 from racnn_cli.core.model import resolve
+from racnn_cli.data.datasets import clutter
 from racnn_cli.data.index import build_index
-from racnn_cli.data.samples import clutter
-from racnn_cli.data.source import Files, Source
-from racnn_cli.errors import RacnnError
+from racnn_cli.data.source import FileSource, Source
+from racnn_cli.errors import Interrupted, RacnnError
+from racnn_cli.events import EpochEvent, TestEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import RUNS, Run, write_json, write_text
-from racnn_cli.training.loop import Interrupted, loader
+from racnn_cli.training.loop import loader
 from racnn_cli.training.stages import Guide, Teacher
 from racnn_cli.training.trainer import Trainer, baseline_recipe, rounds_run
-from racnn_cli.training.validate import validate
 
-QUICK = 240  # pictures of `clutter` with --quick
+QUICK = 240  # images of `clutter` with --quick
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class Arm:
 LEARNED = Arm("learned", "the recipe as it is", pretrained=False)
 
 
-class Seed:
+class SeedExperiment:
     """The arms of one seed.
 
     Args:
         options: of the bench: `recipe`, `data`, `quick`.
         seed: of everything random.
-        boxed: the pictures must have true boxes.
+        boxed: the images must have true boxes.
 
     Raises:
         RacnnError: there is no such recipe, or it has one scale.
@@ -106,7 +106,7 @@ class Seed:
 
     @cached_property
     def source(self) -> Source:
-        """The pictures; where they must, with true boxes for the test split at least."""
+        """The images; where they must, with true boxes for the test split at least."""
         data = self.recipe.data
         if self.items is not None:
             return clutter.Clutter(self.items, data.sample.images, data, self.seed)
@@ -116,7 +116,7 @@ class Seed:
                 f"{data.path} has no true boxes in its test split: there is nothing to measure attention against",
                 "the data clutter or fieldguide, or a CSV file with boxes",
             )
-        return Files(index, data, self.seed)
+        return FileSource(index, data, self.seed)
 
     @property
     def learned(self) -> Run:
@@ -151,7 +151,7 @@ class Seed:
         return {"alternate.rounds": max(rounds, 1), **changes}
 
     def guide(self, kind: str) -> Guide | None:
-        """Boxes in the place of the APNs'; None: the APNs' own."""
+        """Boxes instead of the APNs'; None: the APNs' own."""
         model = self.recipe.model
         if kind == "true":
             return boxes.true_boxes(model.scales, model.floor, model.ceiling)
@@ -185,8 +185,8 @@ class Seed:
         self.console.print(escape(f"seed {self.seed}, {arm.name}: {how}, {run.folder}"), soft_wrap=True)
         try:
             found = self._train(arm, recipe, run, there)
-        except Interrupted as fault:
-            fault.hint = "the same `racnn bench` command goes on"
+        except Interrupted as error:
+            error.hint = "the same `racnn bench` command goes on"
             raise
         write_json(marker, found)
         return found
@@ -195,8 +195,8 @@ class Seed:
         guide = self.guide(arm.guide)
         source = self.source
         teacher = self.teacher if arm.taught else None
-        if (guide or teacher) and isinstance(source, Files):  # the boxes of varied files take time
-            source = AnnotatedFiles(source.index, source.data, source.seed)
+        if (guide or teacher) and isinstance(source, FileSource):  # the boxes of varied files take time
+            source = AnnotatedFileSource(source.index, source.data, source.seed)
         if arm.pretrained and not arm.plain and not there:
             self._copy(self.pretrained, run, recipe)
         if run.recipe_file.is_file():
@@ -217,9 +217,7 @@ class Seed:
             if arm.place == LEARNED.place and stage == trainer.plan[0]:
                 self._keep_pretrained(trainer)
         trainer.close()
-        found = self._test(trainer, guide) | {
-            "seconds": sum(event["seconds"] for event in run.read_log() if event["event"] == "epoch")
-        }
+        found = self._test(trainer, guide) | {"seconds": sum(event.seconds for event in run.epochs())}
         if arm.place == LEARNED.place:
             found["moments"] = list(moments(run))
             if "iou_mean" in found["boxes"][-1]:
@@ -251,16 +249,16 @@ class Seed:
     def _test(self, trainer: Trainer, guide: Guide | None = None) -> dict[str, Any]:
         """The figures on the test split as the network stands."""
         context = trainer.context
-        pictures = self.source.pictures("test", context.model.source, augment=False)
-        found = validate(
+        images = self.source.dataset("test", context.model.source, augment=False)
+        found = evaluation.measure(
             context.model,
-            loader(context, pictures, shuffle=False),
+            loader(context, images, shuffle=False),
             context.device,
             scales=context.recipe.model.scales,
             margin=context.recipe.alternate.margin,
-            guide=guide,
+            proposals=guide,
         )
-        return flat(found) | {"images": len(pictures)}
+        return flat(found.validation().to_json()) | {"images": len(images)}
 
 
 def flat(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,13 +273,13 @@ def moments(run: Run) -> Iterator[dict[str, Any]]:
     """The end of every stage and phase: `moment`, `epochs` since the start, `val` and `test` if measured."""
     epochs, found = 0, dict[str, dict[str, Any]]()
     for event in run.read_log():
-        if event["event"] == "test":
-            found.setdefault(event["moment"], {"epochs": epochs})["test"] = event["test"]
-        elif event["event"] == "epoch":
+        if isinstance(event, TestEvent):
+            found.setdefault(event.moment, {"epochs": epochs})["test"] = event.test
+        elif isinstance(event, EpochEvent):
             epochs += 1
-            name = event["stage"] + (f": {event['phase']}, round {event['round']}" if event["phase"] else "")
-            if event["phase"] == "fusion head":  # the stage ends with it
-                name = event["stage"]
-            found.setdefault(name, {}).update(epochs=epochs, val=flat(event["val"]))
+            name = event.stage + (f": {event.phase}, round {event.round}" if event.phase else "")
+            if event.phase == "fusion head":  # the stage ends with it
+                name = event.stage
+            found.setdefault(name, {}).update(epochs=epochs, val=flat(event.val.to_json()))
     for name, entry in found.items():
         yield {"moment": name} | entry

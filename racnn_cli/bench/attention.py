@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from racnn_cli.bench import Figures, Options
-from racnn_cli.bench.arms import LEARNED, Arm, Seed
+from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment
 from racnn_cli.bench.page import page
 from racnn_cli.bench.seeds import paired
 
@@ -46,7 +46,7 @@ def run(options: Options) -> Figures:
     found: list[dict[str, Any]] = []
     seed = None
     for number in options.seeds:
-        seed = Seed(options, number)
+        seed = SeedExperiment(options, number)
         arms = {arm.name: seed.figures(arm) for arm in ARMS}
         learned = arms[LEARNED.name]
         arms[GIVEN] = learned.pop("true_boxes")
@@ -68,7 +68,7 @@ def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
 
     Args:
         name: of the recipe.
-        found: one entry a seed: `seed`, `folder`, and `arms`, name to what `Seed.figures` gives.
+        found: one entry a seed: `seed`, `folder`, and `arms`, name to what `SeedExperiment.figures` gives.
     """
     lines = list(found[0]["arms"][LEARNED.name]["top1"])
     order = [LEARNED.name, GIVEN, TAUGHT.name, TRUE.name, RANDOM.name, PLAIN.name, EQUAL.name]
@@ -100,7 +100,7 @@ def costs(values: Mapping[str, Any]) -> str:
     counts = values["multiply_adds"]
     size = values["runs"][0]["arms"][EQUAL.name]["size"]
     each = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in counts.items())
-    return f"million multiply-adds a picture, counted: {each} (at {size} px)"
+    return f"million multiply-adds an image, counted: {each} (at {size} px)"
 
 
 def spread(column: Sequence[float]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from racnn_cli.bench import Figures, Options
 from racnn_cli.core import store
 from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.errors import RacnnError
+from racnn_cli.export.onnx import export_onnx
 from racnn_cli.recipe import Recipe
-from racnn_cli.results.export import export_onnx
 from racnn_cli.run import Run
 from racnn_cli.training import stages
 from racnn_cli.training.loop import freeze_all_but, make_optimizer, seed_step
@@ -67,7 +67,7 @@ def run(options: Options) -> Figures:
 
 
 def measure(models: dict[str, tuple[int, ...]]) -> Figures:
-    """One line a backbone; a fault of one does not keep the others from being measured.
+    """One line a backbone; a error of one does not keep the others from being measured.
 
     Args:
         models: name to a size for each of three scales; empty: the model's own.
@@ -80,7 +80,7 @@ def told(name: str, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     start = time.perf_counter()
     entry = measured()
     Console(stderr=True, highlight=False).print(
-        escape(f"{name}: {entry['fault'] or 'ok'}, {time.perf_counter() - start:.0f} s")
+        escape(f"{name}: {entry['error'] or 'ok'}, {time.perf_counter() - start:.0f} s")
     )
     return entry
 
@@ -90,14 +90,14 @@ def one(name: str, sizes: Sequence[int]) -> dict[str, Any]:
 
     Returns:
         `model`, `sizes`, `features` (C, h, w of scale 1), `width`, `parameters`, `milliseconds` (stage to
-        time of its step), `onnx_difference`, `onnx_bytes`, and `fault`: empty, or what went wrong.
+        time of its step), `onnx_difference`, `onnx_bytes`, and `error`: empty, or what went wrong.
     """
-    entry: dict[str, Any] = {"model": name, "milliseconds": {}, "onnx_difference": None, "fault": ""}
+    entry: dict[str, Any] = {"model": name, "milliseconds": {}, "onnx_difference": None, "error": ""}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.model_validate(
             {
                 "name": "bench",
-                # No pictures: the export is then checked on noise.
+                # No images: the export is then checked on noise.
                 "data": {"path": str(Path(folder) / "none")},
                 "model": {"backbone": name, "weights": "none", "scales": 3, "sizes": list(sizes)},
                 "train": {"batch": BATCH, "device": "cpu"},
@@ -123,8 +123,8 @@ def one(name: str, sizes: Sequence[int]) -> dict[str, Any]:
             report = export_onnx(target)
             entry["onnx_difference"] = max(report["max_difference"].values())
             entry["onnx_bytes"] = report["bytes"]
-        except RacnnError as fault:
-            entry["fault"] = fault.message
+        except RacnnError as error:
+            entry["error"] = error.message
     return entry
 
 
@@ -141,13 +141,13 @@ def step(recipe: Recipe, stage: Stage, model: RACNN, batch: Batch) -> float:
     start = time.perf_counter()
     for name, loss in stage.losses(model, batch):
         if not math.isfinite(loss.item()):
-            raise _fault(stage, f"the loss `{name}` is {loss.item()}")
+            raise _error(stage, f"the loss `{name}` is {loss.item()}")
         loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
     optimizer.step()
     seconds = time.perf_counter() - start
     if not norm.isfinite():
-        raise _fault(stage, f"the gradient's norm is {norm.item()}")
+        raise _error(stage, f"the gradient's norm is {norm.item()}")
     mine = {id(tensor) for module in moving for tensor in (*module.parameters(), *module.buffers())}
     after = tensors(model)
     leaked = [
@@ -156,16 +156,16 @@ def step(recipe: Recipe, stage: Stage, model: RACNN, batch: Batch) -> float:
         if id(tensor) not in mine and not torch.equal(tensor, before[name])
     ]
     if leaked:
-        raise _fault(stage, f"{len(leaked)} frozen tensors moved, such as {leaked[0]}")
+        raise _error(stage, f"{len(leaked)} frozen tensors moved, such as {leaked[0]}")
     unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if unreached:
-        raise _fault(stage, f"{len(unreached)} weights got no gradient, such as {unreached[0]}")
+        raise _error(stage, f"{len(unreached)} weights got no gradient, such as {unreached[0]}")
     # Not weight by weight: a residual branch whose last scale starts at 0 passes no gradient at first.
     names = {id(tensor): name for name, tensor in after.items()}
     for module in moving:
         own = [(p, before[names[id(p)]]) for p in module.parameters()]
         if own and all(torch.equal(new, old) for new, old in own):
-            raise _fault(stage, f"{type(module).__name__} stood still")
+            raise _error(stage, f"{type(module).__name__} stood still")
     return seconds
 
 
@@ -174,7 +174,7 @@ def tensors(model: RACNN) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _fault(stage: Stage, what: str) -> RacnnError:
+def _error(stage: Stage, what: str) -> RacnnError:
     return RacnnError(f"{stage.name}: {what}", failure=True)
 
 
@@ -202,13 +202,13 @@ def summary(found: Sequence[dict[str, Any]]) -> Figures:
             *shape,
             *(f"{times[stage]:.0f}" if stage in times else "" for stage in STAGES),
             "" if gap is None else f"{gap:.0e}",
-            "FAILED" if entry["fault"] else "ok",
+            "FAILED" if entry["error"] else "ok",
         )
     notes = [
         "three scales together, with their APNs; random weights, one step each",
         "ok: losses and gradients finite, frozen weights and buffers bit-identical, the others moved,",
         "ONNX Runtime agrees at two batch sizes",
-        *(escape(f"{entry['model']}: {entry['fault']}") for entry in found if entry["fault"]),
+        *(escape(f"{entry['model']}: {entry['error']}") for entry in found if entry["error"]),
     ]
     table.caption, table.caption_justify = "\n".join(notes), "left"
     return Figures([table], {"batch": BATCH, "models": list(found)})

@@ -1,4 +1,4 @@
-"""Boxes in the place of the APNs': the true ones, and others of the same size anywhere."""
+"""Boxes instead of the APNs': the true ones, and others of the same size anywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from racnn_cli.training.stages import Batch, Guide, Teacher
 def true_boxes(scales: int, floor: float, ceiling: float) -> Guide:
     """What box annotation would give: the last box is the item's square, those before are around it.
 
-    A coarse box is centred on the item and as tight as the bounds allow, with the item inside it. A picture
+    A coarse box is centred on the item and as tight as the bounds allow, with the item inside it. An image
     without a true box gets boxes as large as they may be.
 
     Args:
@@ -49,7 +49,7 @@ def item_within(scales: int, floor: float, ceiling: float) -> Teacher:
 def random_boxes(scales: int, floor: float, ceiling: float, seed: int) -> Guide:
     """Boxes with the sides of the true ones, each at a uniformly random place on the view that it is cut from.
 
-    A place is a function of the seed and of the picture's `index`: it never changes during a training.
+    A place is a function of the seed and of the image's `index`: it never changes during a training.
     """
 
     true = true_boxes(scales, floor, ceiling)
@@ -67,7 +67,7 @@ def random_boxes(scales: int, floor: float, ceiling: float, seed: int) -> Guide:
 
 
 def squares(boxes: Tensor) -> Tensor:
-    """The smallest square (B, 3) around each box (B, 4); where there is no box (NaN) it is the whole picture."""
+    """The smallest square (B, 3) around each box (B, 4); where there is no box (NaN) it is the whole image."""
     missing = boxes.isnan().any(dim=1, keepdim=True)
     boxes = torch.where(missing, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), boxes)
     side = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Multiply-adds, counted while a picture goes through the network, and the plain backbone that costs as many."""
+"""Multiply-adds, counted while an image goes through the network, and the plain backbone that costs as many."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Compute(NamedTuple):
 
 @torch.no_grad()
 def multiply_adds(model: RACNN) -> int:
-    """Of one picture through the network: backbones, APNs, crops (of the side in the recipe), classifiers, fusion.
+    """Of one image through the network: backbones, APNs, crops (of the side in the recipe), classifiers, fusion.
 
-    Of a network with one scale, without bringing the picture to its size.
+    Of a network with one scale, without bringing the image to its size.
     """
     model.eval()
     scales, half = [model.scale(number) for number in range(len(model.sizes))], model.options.side / 2
@@ -43,7 +43,7 @@ def multiply_adds(model: RACNN) -> int:
 
 
 def at_size(recipe: Recipe, classes: int, size: int) -> int:
-    """Multiply-adds of the recipe's backbone alone, on pictures of `size` pixels.
+    """Multiply-adds of the recipe's backbone alone, on images of `size` pixels.
 
     Raises:
         RacnnError: the backbone takes no such size.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from racnn_cli.bench import Figures, Options
 from racnn_cli.core.attention import boxcar, zoom
-from racnn_cli.core.device import pick
+from racnn_cli.core.device import select_device
 
 BATCH, SOURCE, SIZE, K = 8, 448, 224, 0.5
 TURNS = 15
@@ -52,7 +52,7 @@ def one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 def measure(batch: int, source: int, size: int, turns: int) -> Figures:
     """Median seconds of each way over so many turns, and the median of the ratios within a turn."""
-    device = pick()
+    device = select_device()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, source, source, generator=generator).to(device)
     values = torch.rand(batch, 3, generator=generator)

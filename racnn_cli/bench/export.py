@@ -2,7 +2,7 @@
 
 Each backbone gets a run of every stage on a few drawn birds, one epoch each: enough for weights that training has
 touched, not for accuracy. Its ONNX file is then held against PyTorch, as every export is, and once more by
-`racnn export --check`'s own way; speed is that of one picture at a time.
+`racnn export --check`'s own way; speed is that of one image at a time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from racnn_cli.bench import Figures, Options
 from racnn_cli.bench.backbones import told
 from racnn_cli.core import store
 from racnn_cli.errors import RacnnError
-from racnn_cli.results import compress
-from racnn_cli.results.deployed import Deployed, Form
-from racnn_cli.results.export import Pictures, check, export_onnx
-from racnn_cli.results.onnx_network import as_input, open_session
+from racnn_cli.export import quantize
+from racnn_cli.export.graph import Deployed, Form
+from racnn_cli.export.onnx import CheckImages, check, export_onnx
+from racnn_cli.export.onnx_network import as_input, open_session
 from racnn_cli.run import Run
 
 MODELS: dict[str, int] = {
@@ -53,7 +53,7 @@ def run(options: Options) -> Figures:
 
 
 def measure(models: Mapping[str, int]) -> Figures:
-    """One line a backbone; a fault of one does not keep the others from being measured.
+    """One line a backbone; a error of one does not keep the others from being measured.
 
     Args:
         models: name to the side of every scale.
@@ -70,9 +70,9 @@ def one(name: str, side: int, folder: Path) -> dict[str, Any]:
 
     Returns:
         `model`, `side`, `bytes`, `max_difference` and `agreement` (as `export.compare` gives them), `over_torch` (times
-        as fast as PyTorch), `int8_bytes`, `int8_over_float32`, and `fault`: empty, or what went wrong.
+        as fast as PyTorch), `int8_bytes`, `int8_over_float32`, and `error`: empty, or what went wrong.
     """
-    entry: dict[str, Any] = {"model": name, "side": side, "fault": ""}
+    entry: dict[str, Any] = {"model": name, "side": side, "error": ""}
     changes = {
         "model.backbone": name,
         "model.sizes": [side] * SCALES,
@@ -98,26 +98,26 @@ def one(name: str, side: int, folder: Path) -> dict[str, Any]:
             "int8_bytes": smaller["bytes"],
             "int8_over_float32": smaller["compressed"]["times_faster"],
         }
-    except RacnnError as fault:
-        entry["fault"] = fault.message
+    except RacnnError as error:
+        entry["error"] = error.message
     return entry
 
 
 def _birds(trained: Run, folder: Path, side: int) -> Path:
-    """Some of the run's pictures as a user would have them: files in a folder."""
+    """Some of the run's images as a user would have them: files in a folder."""
     folder.mkdir()
-    pictures = Pictures(trained.recipe(), trained.classes(), side)
-    for number, square in enumerate(pictures.squares(4, side)):
+    images = CheckImages(trained.recipe(), trained.classes(), side)
+    for number, square in enumerate(images.squares(4, side)):
         Image.fromarray(square).save(folder / f"{number}.png")
     return folder
 
 
 def _over_torch(trained: Run) -> float:
-    """How many times as fast as PyTorch the file answers, one picture at a time."""
+    """How many times as fast as PyTorch the file answers, one image at a time."""
     network, _ = store.load(trained.folder)
     deployed = Deployed(network, trained.recipe().data.fit, Form()).eval()
     session = open_session(trained.onnx)
-    squares = Pictures(trained.recipe(), trained.classes(), network.source).squares(1, network.source)
+    squares = CheckImages(trained.recipe(), trained.classes(), network.source).squares(1, network.source)
     image = as_input(squares, raw=False)
     given = torch.from_numpy(image)
 
@@ -125,7 +125,7 @@ def _over_torch(trained: Run) -> float:
         with torch.inference_mode():
             return deployed(given)
 
-    return compress.times_faster(in_torch, lambda: session.run(None, {"image": image}))
+    return quantize.times_faster(in_torch, lambda: session.run(None, {"image": image}))
 
 
 def summary(found: list[dict[str, Any]]) -> Figures:
@@ -146,7 +146,7 @@ def summary(found: list[dict[str, Any]]) -> Figures:
     table.add_column("")
     for entry in found:
         cells = [""] * 7
-        if not entry["fault"]:
+        if not entry["error"]:
             gaps = entry["max_difference"]
             cells = [
                 f"{entry['bytes'] / 2**20:.0f}",
@@ -157,11 +157,11 @@ def summary(found: list[dict[str, Any]]) -> Figures:
                 f"{entry['int8_bytes'] / 2**20:.0f}",
                 f"{entry['int8_over_float32']:.2f}",
             ]
-        table.add_row(entry["model"], str(entry["side"]), *cells, "FAILED" if entry["fault"] else "ok")
+        table.add_row(entry["model"], str(entry["side"]), *cells, "FAILED" if entry["error"] else "ok")
     notes = [
         f"a run of every stage on {PICTURES} drawn birds each; ok: the file passed its check, and --check after it",
-        "× : times as fast, one picture at a time, median of 15 alternating turns, on the CPU",
-        *(escape(f"{entry['model']}: {entry['fault']}") for entry in found if entry["fault"]),
+        "× : times as fast, one image at a time, median of 15 alternating turns, on the CPU",
+        *(escape(f"{entry['model']}: {entry['error']}") for entry in found if entry["error"]),
     ]
     table.caption, table.caption_justify = "\n".join(notes), "left"
     return Figures([table], {"models": found})

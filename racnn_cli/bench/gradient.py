@@ -2,9 +2,9 @@
 
 The sign of the derivative is held against central differences: the box moved along tx, ty or tl, under the same
 mask, by ±6 px of the source, as far as an update may move it, and by ±0.1 px, where the derivative of a loss
-that is rough on the way may still be right. Pictures: the plankton photographs. Losses: A, a fixed random smooth linear
+that is rough on the way may still be right. Images: the plankton photographs. Losses: A, a fixed random smooth linear
 functional of the crop; B, the distance between an ImageNet-trained EfficientNet-Lite0's features of the crop
-and of another crop of the same picture.
+and of another crop of the same image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-import backbones
+from racnn_cli import backbones
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Figures, Options
 from racnn_cli.core.attention import Gradient, zoom
@@ -53,14 +53,14 @@ def run(options: Options) -> Figures:
     )
     counts: dict[str, Tensor] = {}
     for seed in options.seeds:
-        pictures, boxes, others = draw(photographs(), BOXES, seed)
-        references = zoom(pictures, others, SIZE, k=math.inf, gradient="none")
+        images, boxes, others = draw(photographs(), BOXES, seed)
+        references = zoom(images, others, SIZE, k=math.inf, gradient="none")
         losses = {
             "A": (linear(SIZE, seed), torch.float64),
             "B": (distance(network, references), torch.float32),
         }
         for name, (loss, kind) in losses.items():
-            new = agreement(pictures.to(kind), boxes.to(kind), SIZE, loss)
+            new = agreement(images.to(kind), boxes.to(kind), SIZE, loss)
             counts[name] = counts[name] + new if name in counts else new
     return summary(counts, BOXES * len(options.seeds))
 
@@ -74,19 +74,19 @@ def photographs() -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def draw(pictures: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """So many pictures (B, 3, H, H), a box on each (B, 3), and another box on each (B, 3).
+def draw(images: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """So many images (B, 3, H, H), a box on each (B, 3), and another box on each (B, 3).
 
-    Sides lie between a third and 0.8 of the picture's; every box can make its step inside the picture.
+    Sides lie between a third and 0.8 of the image's; every box can make its step inside the image.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(pictures), (count,), generator=generator)
-    step = max(STEPS) / pictures.shape[-1]
+    chosen = torch.randint(len(images), (count,), generator=generator)
+    step = max(STEPS) / images.shape[-1]
     values = torch.rand(2, count, 3, generator=generator)
     half = 1 / 6 + (0.4 - 1 / 6) * values[:, :, 2:]
     centre = half + step + (1 - 2 * (half + step)) * values[:, :, :2]
     boxes, others = torch.cat([centre, half], dim=2)  # (B, 3) each
-    return pictures[chosen], boxes, others
+    return images[chosen], boxes, others
 
 
 def linear(size: int, seed: int) -> Loss:
@@ -104,11 +104,11 @@ def distance(network: backbones.Backbone, references: Tensor) -> Loss:
     return lambda crops: (network(crops) - wanted).square().mean(dim=(1, 2, 3))
 
 
-def agreement(pictures: Tensor, boxes: Tensor, size: int, loss: Loss) -> Tensor:
+def agreement(images: Tensor, boxes: Tensor, size: int, loss: Loss) -> Tensor:
     """How often the sign of each choice's derivative is that of the central difference.
 
     Args:
-        pictures: (B, 3, H, H).
+        images: (B, 3, H, H).
         boxes: (B, 3), at least the largest of `STEPS` inside.
         size: side of the crops.
         loss: of the crops.
@@ -121,22 +121,22 @@ def agreement(pictures: Tensor, boxes: Tensor, size: int, loss: Loss) -> Tensor:
     slopes: dict[float, Tensor] = {}
     for row, (gradient, k) in enumerate(CHOICES):
         if k not in slopes:
-            each = [differences(pictures, boxes, size, loss, k, step) for step in STEPS]
+            each = [differences(images, boxes, size, loss, k, step) for step in STEPS]
             slopes[k] = torch.stack(each)  # (steps, B, 3)
         moving = boxes.clone().requires_grad_()
-        total = loss(zoom(pictures, moving, size, k=k, gradient=gradient)).sum()
+        total = loss(zoom(images, moving, size, k=k, gradient=gradient)).sum()
         derivative = torch.autograd.grad(total, moving)[0]  # (B, 3)
         counts[row] = (derivative.sign() * slopes[k].sign() > 0).sum(dim=1)
     return counts
 
 
 @torch.no_grad()
-def differences(pictures: Tensor, boxes: Tensor, size: int, loss: Loss, k: float, step: float) -> Tensor:
+def differences(images: Tensor, boxes: Tensor, size: int, loss: Loss, k: float, step: float) -> Tensor:
     """Central differences (B, 3) of the loss over ±`step` pixels along tx, ty and tl."""
-    moves = torch.eye(3, dtype=boxes.dtype) * step / pictures.shape[-1]
+    moves = torch.eye(3, dtype=boxes.dtype) * step / images.shape[-1]
 
     def at(moved: Tensor) -> Tensor:
-        return loss(zoom(pictures, moved, size, k=k, gradient="none"))
+        return loss(zoom(images, moved, size, k=k, gradient="none"))
 
     return torch.stack([at(boxes + move) - at(boxes - move) for move in moves], dim=1)
 

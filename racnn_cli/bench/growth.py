@@ -1,8 +1,8 @@
 """`racnn bench growth`: how long a recipe takes on iNaturalist-2021 with one GPU, eight, and many nodes, and what it
 waits for.
 
-Measured here: what each phase computes for a picture (multiply-adds of the forward passes are counted; where CNNs
-move, a backward pass is taken as two of them), how fast one core reads pictures, how large the messages and the
+Measured here: what each phase computes for an image (multiply-adds of the forward passes are counted; where CNNs
+move, a backward pass is taken as two of them), how fast one core reads images, how large the messages and the
 checkpoints are, how fast a checkpoint gets on the disk. On a machine with CUDA the phases are timed as well; without,
 a GPU is taken to sustain `SUSTAINED`. What connects GPUs is from data sheets. The rest is arithmetic.
 """
@@ -28,10 +28,10 @@ from racnn_cli import recipe as recipes
 from racnn_cli.bench import Figures, Options
 from racnn_cli.bench.compute import multiply_adds
 from racnn_cli.core import draws, store
-from racnn_cli.core.device import pick
+from racnn_cli.core.device import select_device
 from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.data.decode import check
-from racnn_cli.data.images import Pictures, batches
+from racnn_cli.data.images import ImageDataset, batches
 from racnn_cli.data.index import Item, build_index
 from racnn_cli.recipe import Data, Recipe
 from racnn_cli.training import stages
@@ -53,7 +53,7 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Phase:
-    """What one picture costs in a phase. Attributes: its name; epochs of it in the whole run; operations (two a
+    """What one image costs in a phase. Attributes: its name; epochs of it in the whole run; operations (two a
     multiply-add), forward and backward; seconds measured here; bytes of gradients that an update sends."""
 
     name: str
@@ -65,12 +65,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Measured:
-    """Attributes: of each phase; pictures of an update of one process; pictures a second that one core reads and
-    varies, and looks through; bytes of memory that a listed picture takes; bytes of a checkpoint, and how many of
-    them get on the disk a second; operations of a validation picture."""
+    """Attributes: of each phase; images of an update of one process; images a second that one core reads and
+    varies, and looks through; bytes of memory that a listed image takes; bytes of a checkpoint, and how many of
+    them get on the disk a second; operations of a validation image."""
 
     phases: tuple[Phase, ...]
-    pictures: int
+    images: int
     read: float
     checked: float
     listed: float
@@ -80,12 +80,12 @@ class Measured:
 
 
 def run(options: Options) -> Figures:
-    """Measure, then reckon."""
+    """Measure, then estimate."""
     recipe = resolve(recipes.load(options.recipe))
-    found, device = measure(recipe), pick()
+    found, device = measure(recipe), select_device()
     speeds: dict[str, float] = {"measured": 0.0} if device.type == "cuda" else SUSTAINED
     rows = [
-        {"layout": name, "speed": speed} | reckon(found, nodes, gpus, operations)
+        {"layout": name, "speed": speed} | estimate(found, nodes, gpus, operations)
         for name, (nodes, gpus) in LAYOUTS.items()
         for speed, operations in speeds.items()
     ]
@@ -95,7 +95,7 @@ def run(options: Options) -> Figures:
 
 def measure(recipe: Recipe) -> Measured:
     """The figures of this machine, for a recipe with its sizes resolved."""
-    device = pick(recipe.train.device)
+    device = select_device(recipe.train.device)
     model = build(recipe.model, CLASSES, source=recipe.data.source, weights="none")
     forward = 2 * multiply_adds(model)
     model.to(device)
@@ -115,8 +115,8 @@ def measure(recipe: Recipe) -> Measured:
     with tempfile.TemporaryDirectory(dir=".") as place:
         folder = Path(place)
         items = _photographs(folder, recipe.train.batch)
-        pictures = Pictures(items, recipe.data, model.source, seed=0, augment=True)
-        read = _rate(lambda: _seconds_of_reading(pictures, recipe.train.batch))
+        images = ImageDataset(items, recipe.data, model.source, seed=0, augment=True)
+        read = _rate(lambda: _seconds_of_reading(images, recipe.train.batch))
         checked = _rate(lambda: _seconds_of_checking(items))
         listed = _memory_of_listing(recipe.data, folder / "list")
         tensors = {
@@ -132,7 +132,7 @@ def measure(recipe: Recipe) -> Measured:
     )
 
 
-def reckon(found: Measured, nodes: int, gpus: int, operations: float) -> dict[str, Any]:
+def estimate(found: Measured, nodes: int, gpus: int, operations: float) -> dict[str, Any]:
     """Hours of a run on so many nodes with so many GPUs each, and of what they are made.
 
     Args:
@@ -146,9 +146,9 @@ def reckon(found: Measured, nodes: int, gpus: int, operations: float) -> dict[st
     spent = dict.fromkeys(("computing", "reading", "messages", "checkpoints", "validation"), 0.0)
     rates = {}
     for phase in found.phases:
-        own = phase.operations / operations if operations else phase.seconds  # of one picture
+        own = phase.operations / operations if operations else phase.seconds  # of one image
         read = 1 / (CORES * found.read)
-        send = 2 * (count - 1) / count * phase.message / wire / found.pictures
+        send = 2 * (count - 1) / count * phase.message / wire / found.images
         rates[phase.name] = count / (max(own, read) + send)
         share = phase.epochs * TRAIN / count
         spent["reading" if read > own else "computing"] += share * max(own, read)
@@ -163,7 +163,7 @@ def reckon(found: Measured, nodes: int, gpus: int, operations: float) -> dict[st
     whole, slowest = sum(spent.values()), max(spent, key=lambda name: spent[name])
     rate = rates.get("alternate: CNN phase", next(iter(rates.values())))
     return {
-        "pictures_per_second": rate,
+        "images_per_second": rate,
         "storage": rate * BYTES,
         "hours": whole / 3600,
         "parts": {name: seconds / 3600 for name, seconds in spent.items()},
@@ -228,9 +228,9 @@ def _photographs(folder: Path, batch: int) -> list[Item]:
     return items
 
 
-def _seconds_of_reading(pictures: Pictures, batch: int) -> float:
-    """Of a picture, by one process that reads ahead."""
-    stream = iter(batches(pictures, batch=batch, epoch=0, seed=0, shuffle=True, workers=1))
+def _seconds_of_reading(images: ImageDataset, batch: int) -> float:
+    """Of an image, by one process that reads ahead."""
+    stream = iter(batches(images, batch=batch, epoch=0, seed=0, shuffle=True, workers=1))
     next(stream)  # the process starts, and imports
     began, count = time.perf_counter(), 0
     for read in stream:
@@ -246,7 +246,7 @@ def _seconds_of_checking(items: list[Item]) -> float:
 
 
 def _memory_of_listing(data: Data, folder: Path, count: int = 2000) -> float:
-    """Bytes a picture, at most, while a folder is listed; the names are as long as iNaturalist's."""
+    """Bytes an image, at most, while a folder is listed; the names are as long as iNaturalist's."""
     data = data.model_copy(update={"path": str(folder), "limit": 0})
     for species in ("merula", "philomelos"):
         place = folder / "train" / f"04200_Animalia_Chordata_Aves_Passeriformes_Turdidae_Turdus_{species}"
@@ -265,7 +265,7 @@ def _rate(seconds: Callable[[], float]) -> float:
 
 
 def _phases(recipe: Recipe, found: Measured, device: str) -> Table:
-    title = f"Recipe {recipe.name}, {CLASSES:,} classes: what a picture costs in each phase"
+    title = f"Recipe {recipe.name}, {CLASSES:,} classes: what an image costs in each phase"
     table = Table(title=title, title_justify="left", caption_justify="left")
     for column in ("phase", "epochs", "G multiply-adds", f"a second, {device}", "MB an update"):
         table.add_column(column, justify="right" if column != "phase" else "left")
@@ -278,33 +278,33 @@ def _phases(recipe: Recipe, found: Measured, device: str) -> Table:
             f"{phase.message / 1e6:.1f}",
         )
     table.caption = (
-        f"forward and backward; {found.pictures} pictures an update. One core reads and varies {found.read:.0f} "
-        f"pictures a second and looks through {found.checked:.0f}. A checkpoint has "
+        f"forward and backward; {found.images} images an update. One core reads and varies {found.read:.0f} "
+        f"images a second and looks through {found.checked:.0f}. A checkpoint has "
         f"{found.checkpoint / 1e6:.0f} MB, written and synced at {found.disk / 1e6:.0f} MB/s. "
-        f"Listing all pictures takes {TRAIN * found.listed / 1e9:.1f} GB in each process."
+        f"Listing all images takes {TRAIN * found.listed / 1e9:.1f} GB in each process."
     )
     return table
 
 
 def _layouts(rows: list[dict[str, Any]]) -> Table:
-    title = f"iNaturalist-2021, {TRAIN:,} pictures: the whole run"
+    title = f"iNaturalist-2021, {TRAIN:,} images: the whole run"
     table = Table(title=title, title_justify="left", caption_justify="left")
-    for column in ("", "a GPU sustains", "pictures/s", "GB/s of files", "hours", "waits most for", "share"):
+    for column in ("", "a GPU sustains", "images/s", "GB/s of files", "hours", "waits most for", "share"):
         table.add_column(column, justify="left" if column in ("", "waits most for") else "right")
     for row in rows:
         sustained = SUSTAINED.get(row["speed"])
         table.add_row(
             row["layout"],
             f"{sustained / 1e12:.0f} T op/s" if sustained else "as measured",
-            f"{row['pictures_per_second']:,.0f}",
+            f"{row['images_per_second']:,.0f}",
             f"{row['storage'] / 1e9:.2f}",
             f"{row['hours']:.1f}",
             row["bottleneck"],
             f"{row['share']:.0%}",
         )
     table.caption = (
-        f"pictures/s and files: in the CNN phase; {CORES} cores read for a GPU; messages at {LINK / 1e9:.0f} GB/s in a "
-        f"node and {NETWORK / 1e9:.0f} GB/s between nodes, after the backward pass; without a baseline; reckoned, "
+        f"images/s and files: in the CNN phase; {CORES} cores read for a GPU; messages at {LINK / 1e9:.0f} GB/s in a "
+        f"node and {NETWORK / 1e9:.0f} GB/s between nodes, after the backward pass; without a baseline; estimated, "
         "not run"
     )
     return table

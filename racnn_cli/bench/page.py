@@ -20,8 +20,8 @@ BOX = {
     "hit_rate": "Hit rate",
     "coverage_mean": "Coverage",
     "side_mean": "Side, share of the scale before",
-    "side_std": "Standard deviation of the side over the pictures",
-    "centre_std": "Standard deviation of the centre over the pictures",
+    "side_std": "Standard deviation of the side over the images",
+    "centre_std": "Standard deviation of the centre over the images",
     "at_floor": "Share of boxes at the floor",
     "at_ceiling": "Share of boxes at the ceiling",
 }

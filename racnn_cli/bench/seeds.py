@@ -19,8 +19,8 @@ from rich.table import Table
 from racnn_cli import api
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Figures, Options
+from racnn_cli.events import EvalResult
 from racnn_cli.recipe import Recipe
-from racnn_cli.results.evaluate import read, rows
 from racnn_cli.run import RUNS, Run
 
 
@@ -45,9 +45,9 @@ def run(options: Options) -> Figures:
             {
                 "seed": seed,
                 "run": str(folder),
-                "split": result["split"],
-                "images": result["images"],
-                "top1": {name: figures["top1"] for name, figures in rows(result)},
+                "split": result.split,
+                "images": result.images,
+                "top1": {name: figures.top1 for name, figures in result.answers()},
                 "seconds": _seconds(trained),
                 "baseline_seconds": _seconds(Run(folder / "baseline")),
             }
@@ -55,19 +55,19 @@ def run(options: Options) -> Figures:
     return summary(recipe.name, found)
 
 
-def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+def finished(folder: Path, recipe: Recipe) -> EvalResult | None:
     """The figures of a seed that was trained to its end with this recipe; None if it was not.
 
     Raises:
         RacnnError: the folder holds a run of another recipe, whose figures would be passed off as this one's.
     """
     run = Run(folder)
-    return read(run) if api.same_recipe(folder, recipe) and run.eval.is_file() else None
+    return run.read_eval() if api.same_recipe(folder, recipe) and run.eval.is_file() else None
 
 
 def _seconds(run: Run) -> float:
     """Of training, without validation, reading the data set or evaluation; 0 if there is no such run."""
-    return sum(event["seconds"] for event in run.read_log() if event["event"] == "epoch")
+    return sum(event.seconds for event in run.epochs())
 
 
 def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
@@ -108,9 +108,9 @@ def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
         text = f"fused - baseline, paired: {difference['mean']:+.3f}"
         if difference["interval"] is not None:
             low, high = difference["interval"]
-            # The pictures of one data set come up in several test splits.
+            # The images of one data set come up in several test splits.
             text += f", 95 % t interval {low:+.3f} to {high:+.3f}"
-            text += " (too narrow as far as the splits share pictures)"
+            text += " (too narrow as far as the splits share images)"
         notes.append(text)
     table.caption, table.caption_justify = "\n".join(notes), "left"
     return Figures([table], values)

@@ -13,7 +13,7 @@ def present() -> list[str]:
     return [name for name, there in found.items() if there]
 
 
-def pick(name: str = "auto") -> torch.device:
+def select_device(name: str = "auto") -> torch.device:
     """`auto`: CUDA, then MPS, then the CPU; any other name is taken at its word.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Random numbers that belong to a picture.
+"""Random numbers that belong to an image.
 
-What is drawn for a picture depends on its key and on how many numbers were drawn for it before, and neither on the
-other pictures of the batch nor on which process computes it: a training shared out over several processes, or cut
+What is drawn for an image depends on its key and on how many numbers were drawn for it before, and neither on the
+other images of the batch nor on which process computes it: a training shared out over several processes, or cut
 into other batches, draws what one process would have drawn.
 
 The generator is counter-based: the n-th number is a mixture of key + n (SplitMix64; Steele, Lea, Flood, "Fast
@@ -20,7 +20,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd number nearest to 2^64 over the 
 
 
 class Draws:
-    """A stream of numbers for each of B pictures.
+    """A stream of numbers for each of B images.
 
     Args:
         keys: (B,) int64; the same key, the same numbers.
@@ -51,11 +51,11 @@ class Draws:
 
 
 def keys(seed: int, epoch: int, index: Tensor) -> Tensor:
-    """(B,) int64: one key for each picture of a data set and each time that it is seen.
+    """(B,) int64: one key for each image of a data set and each time that it is seen.
 
     Args:
         seed, epoch: from 0.
-        index: (B,) int64: which picture.
+        index: (B,) int64: which image.
     """
     start = torch.tensor([seed], dtype=torch.int64, device=index.device)
     return _mixed(_mixed(_mixed(start + _GOLDEN) + epoch) + index)

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import backbones
-from backbones import Backbone
-from racnn_cli import recipe
+from racnn_cli import backbones, recipe
+from racnn_cli.backbones import Backbone
 from racnn_cli.core import attention
 from racnn_cli.errors import RacnnError
 
@@ -36,8 +35,8 @@ class Output(NamedTuple):
     descriptors: tuple[Tensor, ...]  # S × (B, D)
 
 
-class Glance(NamedTuple):
-    """What scale 1 makes of a picture, and all that the finer scales need of it."""
+class CoarseOutput(NamedTuple):
+    """What scale 1 makes of an image, and all that the finer scales need of it."""
 
     view: Tensor  # (B, 3, s, s), normalised
     logits: Tensor  # (B, N)
@@ -156,26 +155,26 @@ class RACNN(nn.Module):
 
         Args:
             images: as above.
-            given: S - 1 proposals (B, 3) to use in the place of the APNs' own, such as true boxes.
+            given: S - 1 proposals (B, 3) to use instead of the APNs' own, such as true boxes.
         """
         source = self.normalise(images)
-        return self.look_closer(source, self.glance(source), given)
+        return self.refine(source, self.coarse(source), given)
 
-    def glance(self, source: Tensor) -> Glance:
+    def coarse(self, source: Tensor) -> CoarseOutput:
         """Normalised source images (B, 3, H, H) through scale 1."""
         view = self.first_view(source)
-        return Glance(view, *self.scale(0)(view))
+        return CoarseOutput(view, *self.scale(0)(view))
 
-    def look_closer(self, source: Tensor, glance: Glance, given: Sequence[Tensor] | None = None) -> Output:
+    def refine(self, source: Tensor, coarse: CoarseOutput, given: Sequence[Tensor] | None = None) -> Output:
         """From what scale 1 made of them to the answer of all scales.
 
         Args:
             source: (B, 3, H, H) normalised source images.
-            glance: of the same.
+            coarse: of the same.
             given: as in `forward`.
         """
-        view, box = glance.view, attention.whole(source)
-        logits, descriptors, proposal = [glance.logits], [glance.descriptor], glance.proposal
+        view, box = coarse.view, attention.whole(source)
+        logits, descriptors, proposal = [coarse.logits], [coarse.descriptor], coarse.proposal
         boxes, proposals, views = [], [], [view]
         for number in range(1, len(self.sizes)):
             if given is not None:
@@ -218,7 +217,7 @@ def build(model: recipe.Model, classes: int, *, source: int = 0, weights: str | 
         model: the recipe's model section.
         classes: number of classes N.
         source: side of the source images in pixels; 0: the first scale's input size.
-        weights: in the place of the recipe's, such as `none` when a run's own weights are loaded next.
+        weights: instead of the recipe's, such as `none` when a run's own weights are loaded next.
 
     Raises:
         RacnnError: no such backbone, a size that it refuses, weights that do not fit.

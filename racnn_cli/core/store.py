@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import racnn_cli
 from racnn_cli.core.model import RACNN, build
-from racnn_cli.errors import RacnnError, absent
+from racnn_cli.errors import RacnnError, describe_missing
 from racnn_cli.run import Run, write_atomic
 
 
@@ -21,8 +21,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     def write(temporary: Path) -> None:
         try:
             save_file(flat, temporary, metadata | {"racnn": racnn_cli.__version__})
-        except SafetensorError as fault:  # a full disk, said by safetensors in its own way
-            raise OSError(str(fault)) from None
+        except SafetensorError as error:  # a full disk, said by safetensors in its own way
+            raise OSError(str(error)) from None
 
     write_atomic(path, write)
 
@@ -35,14 +35,14 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise RacnnError(
-            absent(path),
+            describe_missing(path),
             "finish a training stage first (`racnn train --resume`), or name another run with --run",
         )
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as fault:
+    except (SafetensorError, OSError) as error:
         try:
             str(path).encode()
         except UnicodeEncodeError:
@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                 f"{path} has a name that is not UTF-8, which safetensors does not open", "rename that folder"
             ) from None
         raise RacnnError(
-            f"{path} is damaged: {fault}", "take the file from a backup, or train again", failure=True
+            f"{path} is damaged: {error}", "take the file from a backup, or train again", failure=True
         ) from None
 
 

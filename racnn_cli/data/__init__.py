@@ -1,1 +1,1 @@
-"""Pictures in: where they come from (`index`), how they become tensors (`images`), and built-in sets."""
+"""Images in: where they come from (`index`), how they become tensors (`images`), and built-in sets."""

@@ -1,4 +1,4 @@
-"""A picture file becomes pixels: proper 8-bit RGB, or one `RacnnError` that says what is wrong with it."""
+"""An image file becomes pixels: proper 8-bit RGB, or one `RacnnError` that says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF")
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"}
 """File name endings that are read, in lower case."""
 MAX_PIXELS = 178_956_970
-"""Pillow's own limit for a decompression bomb; a larger picture is refused before its pixels are decoded."""
+"""Pillow's own limit for a decompression bomb; a larger image is refused before its pixels are decoded."""
 
-_HINT = "mend or remove the file; JPEG, PNG, WebP, BMP and TIFF are read"
+_HINT = "fix or remove the file; JPEG, PNG, WebP, BMP and TIFF are read"
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,8 +54,8 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as it is meant to be seen.
+class ImageInput:
+    """An image as it is meant to be seen.
 
     Attributes:
         pixels: (H, W, 3) uint8, upright RGB.
@@ -68,7 +68,7 @@ class Picture:
     stored_size: tuple[int, int]
 
 
-def read_image(path: Path | str, *, least: int = 0) -> Picture:
+def read_image(path: Path | str, *, least: int = 0) -> ImageInput:
     """Read a file as upright RGB.
 
     Args:
@@ -77,11 +77,11 @@ def read_image(path: Path | str, *, least: int = 0) -> Picture:
             as long as its shorter side keeps at least `least` pixels.
 
     Raises:
-        RacnnError: the file is missing, empty, truncated, oversized or no picture.
+        RacnnError: the file is missing, empty, truncated, oversized or no image.
     """
     decoded = decode(path, least=least)
     pixels = np.array(upright(decoded.image, decoded.orientation))  # (H, W, 3)
-    return Picture(pixels, decoded.orientation, decoded.stored_size)
+    return ImageInput(pixels, decoded.orientation, decoded.stored_size)
 
 
 def decode(path: Path | str, *, least: int = 0) -> Decoded:
@@ -102,14 +102,14 @@ def decode(path: Path | str, *, least: int = 0) -> Decoded:
     except PermissionError:
         raise RacnnError(f"{name} may not be read (permission denied)", "change its permissions") from None
     except UnidentifiedImageError:
-        raise RacnnError(f"{name} is not a JPEG, PNG, WebP, BMP or TIFF picture", _HINT) from None
+        raise RacnnError(f"{name} is not a JPEG, PNG, WebP, BMP or TIFF image", _HINT) from None
     except Image.DecompressionBombError:
         raise RacnnError(
-            f"{name} is oversized: more than {MAX_PIXELS:,} pixels", "shrink the picture"
+            f"{name} is oversized: more than {MAX_PIXELS:,} pixels", "shrink the image"
         ) from None
     # Damaged bytes surface as any exception of Pillow's readers (OSError, SyntaxError, struct.error, ...).
-    except Exception as fault:
-        reason = " ".join(str(fault).split()) or type(fault).__name__
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise RacnnError(f"{name} is damaged or truncated: {reason}", _HINT) from None
 
 
@@ -141,7 +141,7 @@ def _load(image: Image.Image, name: str, least: int) -> Decoded:
     if width * height > MAX_PIXELS:
         raise RacnnError(
             f"{name} is oversized: {width} x {height} is more than {MAX_PIXELS:,} pixels",
-            "shrink the picture",
+            "shrink the image",
         )
     orientation = image.getexif().get(_ORIENTATION, 1)
     orientation = orientation if orientation in _UPRIGHT else 1

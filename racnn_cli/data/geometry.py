@@ -1,4 +1,4 @@
-"""Where a square source picture lies in its file, and back: rotation, crop, borders and resize undone."""
+"""Where a square source image lies in its file, and back: rotation, crop, borders and resize undone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 Rect = tuple[float, float, float, float]
 """x0, y0, x1, y1 with x0 <= x1 and y0 <= y1."""
 GREY = (128, 128, 128)
-"""Colour of the borders of a padded picture."""
+"""Colour of the borders of a padded image."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The map between three frames: the file as stored, the upright picture, the square source.
+    """The map between three frames: the file as stored, the upright image, the square source.
 
-    The source, [0, 1] x [0, 1], is an axis-aligned window of the upright picture, which may reach over its
+    The source, [0, 1] x [0, 1], is an axis-aligned window of the upright image, which may reach over its
     border (grey borders) and may be stretched. Pixel coordinates are continuous: pixel i covers [i, i + 1].
 
     Attributes:
@@ -31,7 +31,7 @@ class Geometry:
 
     @property
     def upright(self) -> tuple[int, int]:
-        """(width, height) of the picture as it is meant to be seen."""
+        """(width, height) of the image as it is meant to be seen."""
         width, height = self.stored
         return (height, width) if self.orientation >= 5 else (width, height)
 
@@ -88,7 +88,7 @@ def fit_square(stored: tuple[int, int], orientation: int, fit: str, side: int) -
         stored: (width, height) of the file as stored.
         orientation: EXIF orientation 1..8.
         fit: `crop` (the centre), `pad` (borders) or `squash` (stretched).
-        side: of the square, in pixels; the picture between two borders is a whole number of them.
+        side: of the square, in pixels; the image between two borders is a whole number of them.
     """
     width, height = (stored[1], stored[0]) if orientation >= 5 else stored
     if fit == "squash":

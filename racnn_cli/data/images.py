@@ -1,4 +1,4 @@
-"""Pictures as tensors: the square source picture or a variant of it for training, and batches of them."""
+"""Images as tensors: the square source image or a variant of it for training, and batches of them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from racnn_cli.data.index import Item
 
 Key = tuple[int, int]
-"""epoch and position: which variant of which picture."""
+"""epoch and position: which variant of which image."""
 
 
-class Pictures(Dataset[dict[str, torch.Tensor]]):
-    """The pictures of one split.
+class ImageDataset(Dataset[dict[str, torch.Tensor]]):
+    """The images of one split.
 
     Args:
         items: of the split.
         data: the recipe's `data`.
         side: of the square source, in pixels.
         seed: of the variants.
-        augment: True for training: a picture is varied as `data.augment` says.
+        augment: True for training: an image is varied as `data.augment` says.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Pictures(Dataset[dict[str, torch.Tensor]]):
         return len(self.items)
 
     def __getitem__(self, key: Key) -> dict[str, torch.Tensor]:
-        """One picture, a pure function of (seed, epoch, position).
+        """One image, a pure function of (seed, epoch, position).
 
         Returns:
             `image` (3, side, side) uint8; `label` () int64; `index` () int64: the position; `box` (4,)
             float32: x0, y0, x1, y1 in source units, NaN where the data has none, where it lies outside the
-            source, and for every varied picture.
+            source, and for every varied image.
 
         Raises:
             RacnnError: the file cannot be read any more.
@@ -78,11 +78,11 @@ class Pictures(Dataset[dict[str, torch.Tensor]]):
         }
 
     def __getitems__(self, keys: list[Key]) -> dict[str, torch.Tensor] | RacnnError:
-        """A whole batch; a fault travels as a value, because a worker would wrap it in a traceback."""
+        """A whole batch; a error travels as a value, because a worker would wrap it in a traceback."""
         try:
             samples = [self[key] for key in keys]
-        except RacnnError as fault:
-            return fault
+        except RacnnError as error:
+            return error
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
     def _whole(self, path: Path) -> np.ndarray:
@@ -105,10 +105,10 @@ def plan(
 ) -> list[list[int]]:
     """Which positions each step of an epoch sees on one process: a pure function of its arguments.
 
-    The order of all `count` pictures is cut into global batches of `batch * world`; a process takes its
+    The order of all `count` images is cut into global batches of `batch * world`; a process takes its
     strided share of each. With `shuffle` every process has the same number of steps: a last global batch with
-    fewer pictures than processes is filled up from the start of the order, so that each has one. Without
-    `shuffle` every picture is seen exactly once over all processes, and a process may have one step fewer
+    fewer images than processes is filled up from the start of the order, so that each has one. Without
+    `shuffle` every image is seen exactly once over all processes, and a process may have one step fewer
     than another.
     """
     order = np.arange(count)
@@ -123,7 +123,7 @@ def plan(
 
 
 def batches(
-    pictures: Pictures,
+    images: ImageDataset,
     *,
     batch: int,
     epoch: int,
@@ -138,8 +138,8 @@ def batches(
     """One epoch of a split, in the order that `plan` gives, without its first `skip` batches.
 
     Args:
-        pictures: the split.
-        batch: pictures a step on each process.
+        images: the split.
+        batch: images a step on each process.
         epoch: counts from 0; names the order (with `shuffle`) and the variants.
         seed: of the order.
         shuffle: True for training.
@@ -150,14 +150,14 @@ def batches(
         device_pin: put batches in page-locked memory, for a GPU.
 
     Returns:
-        A loader of dicts as from `Pictures`, stacked: `image` (B, 3, side, side) uint8, `label` (B,),
+        A loader of dicts as from `ImageDataset`, stacked: `image` (B, 3, side, side) uint8, `label` (B,),
         `box` (B, 4), `index` (B,). Its length is the number of batches left.
 
     Raises:
         RacnnError: while it is read, when a file cannot be read any more.
     """
     steps = plan(
-        len(pictures),
+        len(images),
         batch=batch,
         epoch=epoch,
         seed=seed,
@@ -166,10 +166,10 @@ def batches(
         world=world,
     )
     return _Loader(
-        pictures,
+        images,
         batch_sampler=[[(epoch, position) for position in step] for step in steps[skip:]],
         num_workers=workers if len(steps) > skip else 0,
-        collate_fn=_as_it_is,
+        collate_fn=identity_collate,
         worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global stream
         pin_memory=device_pin,
@@ -183,30 +183,30 @@ class _Loader(DataLoader[Any]):
                 if isinstance(batch, RacnnError):
                     raise batch
                 yield batch
-        except RuntimeError as fault:
-            if "DataLoader worker" not in str(fault):
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
                 raise
-            raise _worker_fault(str(fault), self.num_workers) from None
+            raise _worker_error(str(error), self.num_workers) from None
 
 
-def _worker_fault(text: str, workers: int) -> RacnnError:
-    """What torch says of a process that reads pictures and died, as a person would."""
+def _worker_error(text: str, workers: int) -> RacnnError:
+    """What torch says of a process that reads images and died, as a person would."""
     again = "then `racnn train --resume` goes on from the last checkpoint"
     if "shared memory" in text or "</torch_" in text:
         return RacnnError(
-            f"the {workers} processes that read pictures (data.workers) ran out of shared memory",
+            f"the {workers} processes that read images (data.workers) ran out of shared memory",
             f"a larger /dev/shm (of a container: --shm-size), or --set data.workers=0; {again}",
             failure=True,
         )
     said = re.search(r"DataLoader worker.*", text)
     return RacnnError(
-        f"one of the {workers} processes that read pictures (data.workers) died: {said[0] if said else text}",
+        f"one of the {workers} processes that read images (data.workers) died: {said[0] if said else text}",
         f"if the machine ran out of memory, --set data.workers={workers // 2}; {again}",
         failure=True,
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def identity_collate(batch: Any) -> Any:
     return batch
 
 

@@ -1,4 +1,4 @@
-"""Where the pictures come from: every file of the data with its class and split, verified before training."""
+"""Where the images come from: every file of the data with its class and split, verified before training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from racnn_cli import recipe
-from racnn_cli.data import samples
+from racnn_cli.data import datasets
 from racnn_cli.data.decode import check, show
 from racnn_cli.data.listing import Row, read_csv, read_folder
 from racnn_cli.data.split import choose, hold_out
@@ -23,14 +23,14 @@ from racnn_cli.run import printable
 
 SPLITS = ("train", "val", "test")
 SHOWN = 1000
-"""So many faults are spelt out in one message; the rest is counted."""
+"""So many errors are spelt out in one message; the rest is counted."""
 SLACK = 0.5
-"""Pixels by which a box may leave its picture: it was rounded, not misplaced."""
+"""Pixels by which a box may leave its image: it was rounded, not misplaced."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture.
+    """One image.
 
     Attributes:
         path: of the file.
@@ -45,15 +45,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Index:
-    """All pictures of a data set.
+    """All images of a data set.
 
     Attributes:
         classes: names in index order.
         splits: `train`, `val` and `test`; `test` is empty where nothing is held out for it.
         skipped: what `data.skip_bad` left out, a sentence each.
-        notes: what is worth knowing and no fault, a sentence each.
-        fingerprint: of which file is in which split; another one means that a run's test pictures may be
-            pictures that it was trained on.
+        notes: what is worth knowing and no error, a sentence each.
+        fingerprint: of which file is in which split; another one means that a run's test images may be
+            images that it was trained on.
     """
 
     classes: list[str]
@@ -79,14 +79,14 @@ def build_index(
 
     Args:
         data: the recipe's `data`: a folder, a CSV file or a built-in set, and how to split it.
-        seed: of the split, of `data.limit` and of the drawn pictures.
+        seed: of the split, of `data.limit` and of the drawn images.
         classes: the class names of a run, in their order; the data must have exactly these.
         verify: the splits whose files are read to the end, to find what is wrong with them.
         share: how several processes share out that work, each of which calls this.
 
     Raises:
-        RacnnError: with every fault of the data: unreadable, empty, truncated, oversized, unlabelled and
-            missing files, boxes outside their pictures, classes that do not fit together.
+        RacnnError: with every error of the data: unreadable, empty, truncated, oversized, unlabelled and
+            missing files, boxes outside their images, classes that do not fit together.
     """
     root = locate(data, seed)
     listing = read_folder(root) if root.is_dir() else read_csv(root)
@@ -98,40 +98,40 @@ def build_index(
     if data.skip_bad:  # what is left out must not depend on what is looked at
         verify = SPLITS
     bad = share([row for split in verify for row in splits[split]], _verify)
-    faults = listing.faults + list(bad.values())
+    errors = listing.errors + list(bad.values())
     if data.skip_bad:
         splits = {name: [row for row in rows if row not in bad] for name, rows in splits.items()}
         names = sorted({row.label for rows in splits.values() for row in rows})
     problems += _class_problems(names, splits, classes)
-    if problems or (faults and not data.skip_bad):
-        raise _report(root, problems, faults)
+    if problems or (errors and not data.skip_bad):
+        raise _report(root, problems, errors)
     order = classes or names
     label = {name: place for place, name in enumerate(order)}
     return Index(
         classes=order,
         splits={n: [Item(row.path, label[row.label], row.box) for row in rows] for n, rows in splits.items()},
-        skipped=faults,
+        skipped=errors,
         notes=listing.notes + _notes(names, splits, single),
         fingerprint=fingerprint,
     )
 
 
 def labelled(data: recipe.Data, *, seed: int, classes: list[str]) -> list[Item]:
-    """Every picture of a folder or CSV file, for measuring a trained network on it: nothing is held out.
+    """Every image of a folder or CSV file, for measuring a trained network on it: nothing is held out.
 
     Raises:
-        RacnnError: with every fault of the files, and classes that the network does not know.
+        RacnnError: with every error of the files, and classes that the network does not know.
     """
     root = locate(data, seed)
     listing = read_folder(root) if root.is_dir() else read_csv(root)
     names = sorted({row.label for row in listing.rows})
     problems = _name_problems(names) + _known_problems(names, classes)
     bad = _verify(listing.rows)
-    faults = listing.faults + list(bad.values())
+    errors = listing.errors + list(bad.values())
     if not listing.rows:
-        problems.append("there is no labelled picture")
-    if problems or (faults and not data.skip_bad):
-        raise _report(root, problems, faults)
+        problems.append("there is no labelled image")
+    if problems or (errors and not data.skip_bad):
+        raise _report(root, problems, errors)
     label = {name: place for place, name in enumerate(classes)}
     return [Item(row.path, label[row.label], row.box) for row in listing.rows if row not in bad]
 
@@ -151,15 +151,15 @@ def locate(data: recipe.Data, seed: int) -> Path:
     if not data.path:
         raise RacnnError(
             "no data are named: data.path is empty",
-            f"--data FOLDER with a folder a class, --data FILE.csv, or --data {' or '.join(samples.NAMES)}",
+            f"--data FOLDER with a folder a class, --data FILE.csv, or --data {' or '.join(datasets.NAMES)}",
         )
     if data.path == "clutter":
         raise RacnnError(
-            "the pictures of data.path = 'clutter' are made as they are read, and only the benches read them",
+            "the images of data.path = 'clutter' are made as they are read, and only the benches read them",
             "`racnn bench attention`",
         )
-    if data.path in samples.NAMES:
-        return samples.materialise(data.path, data.sample, seed)
+    if data.path in datasets.NAMES:
+        return datasets.materialise(data.path, data.sample, seed)
     path = Path(data.path).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix.casefold() == ".csv"):
         return path
@@ -168,7 +168,7 @@ def locate(data: recipe.Data, seed: int) -> Path:
             f"data.path = {show(path)} is neither a folder nor a .csv file",
             "--data FOLDER, or --data FILE.csv",
         )
-    hint = f"--data FOLDER, --data FILE.csv, or one of the built-in sets {', '.join(samples.NAMES)}"
+    hint = f"--data FOLDER, --data FILE.csv, or one of the built-in sets {', '.join(datasets.NAMES)}"
     if near := _near(path):
         hint = f"did you mean {' or '.join(near)}? Otherwise {hint}"
     raise RacnnError(f"data.path = {data.path!r} does not exist", hint)
@@ -187,7 +187,7 @@ def _near(path: Path) -> list[str]:
     for name in sorted(beside):
         folded.setdefault(name.casefold(), str(missing.parent / name))
     if missing == path and len(path.parts) == 1:
-        folded.update({name: name for name in samples.NAMES})
+        folded.update({name: name for name in datasets.NAMES})
     return [
         show(folded[near])
         for near in difflib.get_close_matches(missing.name.casefold(), folded, n=3, cutoff=0.6)
@@ -231,7 +231,7 @@ def _limit(splits: dict[str, list[Row]], limit: int, seed: int) -> dict[str, lis
 def _verify(rows: list[Row]) -> dict[Row, str]:
     """Decode every file (Pillow lets other threads run meanwhile); the bad rows with a sentence each."""
 
-    def fault(row: Row) -> str:
+    def problem(row: Row) -> str:
         prefix = "" if row.where == show(row.path) else f"{row.where}: "
         try:
             width, height = check(row.path)
@@ -241,7 +241,7 @@ def _verify(rows: list[Row]) -> dict[Row, str]:
             x, y, w, h = row.box
             if x + w > width + SLACK or y + h > height + SLACK:
                 return (
-                    f"{prefix}the box x,y,w,h = {x:g},{y:g},{w:g},{h:g} leaves the picture {show(row.path)}, "
+                    f"{prefix}the box x,y,w,h = {x:g},{y:g},{w:g},{h:g} leaves the image {show(row.path)}, "
                     f"which is {width} x {height} as stored"
                 )
         return ""
@@ -250,7 +250,7 @@ def _verify(rows: list[Row]) -> dict[Row, str]:
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         for start in range(0, len(rows), 4096):  # each that waits takes memory of its own
             some = rows[start : start + 4096]
-            found |= {row: text for row, text in zip(some, pool.map(fault, some), strict=True) if text}
+            found |= {row: text for row, text in zip(some, pool.map(problem, some), strict=True) if text}
     return found
 
 
@@ -260,8 +260,8 @@ def _name_problems(names: list[str]) -> list[str]:
     for name in names:
         try:
             printable(name)
-        except ValueError as fault:
-            problems.append(str(fault))
+        except ValueError as error:
+            problems.append(str(error))
     alike = defaultdict(list)
     for name in names:
         alike[re.sub(r"[\s_]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()].append(name)
@@ -288,10 +288,10 @@ def _class_problems(names: list[str], splits: dict[str, list[Row]], known: list[
     untaught = [name for name in names if name not in present["train"]]
     if not names:
         problems.append(
-            "there is no labelled picture: a folder with one folder a class, or a CSV file, is expected"
+            "there is no labelled image: a folder with one folder a class, or a CSV file, is expected"
         )
     elif not splits["train"]:
-        problems.append("train has no picture: name one split train, or name no split at all")
+        problems.append("train has no image: name one split train, or name no split at all")
     elif untaught:
         elsewhere = " or ".join(split for split in ("val", "test") if present[split] & set(untaught))
         problems.append(f"class {_some(untaught)} is in {elsewhere} and not in train: it cannot be learned")
@@ -300,31 +300,31 @@ def _class_problems(names: list[str], splits: dict[str, list[Row]], known: list[
             f"there is only one class, {names[0]!r}: one folder a class is expected, at least two"
         )
     elif not splits["val"]:
-        problems.append("val has no picture: no class has two pictures, so none can be held out")
+        problems.append("val has no image: no class has two images, so none can be held out")
     return problems
 
 
-def _report(root: Path, problems: list[str], faults: list[str]) -> RacnnError:
-    lines = problems + faults
+def _report(root: Path, problems: list[str], errors: list[str]) -> RacnnError:
+    lines = problems + errors
     shown = lines[:SHOWN]
     if len(lines) > SHOWN:
         shown.append(f"... and {len(lines) - SHOWN} more")
-    hint = "mend or remove them, or --skip-bad (data.skip_bad = true) to go on without them"
+    hint = "fix or remove them, or --skip-bad (data.skip_bad = true) to go on without them"
     if problems:
-        hint = "mend the data, or choose another folder or CSV file with --data"
-    return RacnnError(f"{show(root)} has {len(lines)} fault(s):\n  " + "\n  ".join(shown), hint)
+        hint = "fix the data, or choose another folder or CSV file with --data"
+    return RacnnError(f"{show(root)} has {len(lines)} error(s):\n  " + "\n  ".join(shown), hint)
 
 
 def _notes(names: list[str], splits: dict[str, list[Row]], single: list[str]) -> list[str]:
     notes = []
     if single:
         notes.append(
-            f"class {_some(single)} has one picture: it is in train, and nothing of it can be held out"
+            f"class {_some(single)} has one image: it is in train, and nothing of it can be held out"
         )
     for split in ("val", "test"):
         present = {row.label for row in splits[split]}
         if present and (absent := [name for name in names if name not in present and name not in single]):
-            notes.append(f"class {_some(absent)} has no {split} picture: there are no {split} figures for it")
+            notes.append(f"class {_some(absent)} has no {split} image: there are no {split} figures for it")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""What a folder or a CSV file says: one row a picture, and every fault in the way it is laid out."""
+"""What a folder or a CSV file says: one row an image, and every error in the way it is laid out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CLUTTER = {"thumbs.db", "desktop.ini", "__macosx"}
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled picture.
+    """One labelled image.
 
     Attributes:
         path: of the file.
@@ -56,10 +56,10 @@ class Row:
 
 @dataclass
 class Listing:
-    """Attributes: rows in the order of their names; faults, each a sentence; notes on what was left aside."""
+    """Attributes: rows in the order of their names; errors, each a sentence; notes on what was left aside."""
 
     rows: list[Row] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -109,12 +109,12 @@ def read_csv(file: Path) -> Listing:
             _check_header(file, columns)
             reader.fieldnames = columns
             return _read_rows(file, reader, columns)
-    except (UnicodeDecodeError, csv.Error) as fault:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise RacnnError(
-            f"{show(file)} is not a CSV file in UTF-8: {fault}", "save it as CSV, UTF-8"
+            f"{show(file)} is not a CSV file in UTF-8: {error}", "save it as CSV, UTF-8"
         ) from None
-    except OSError as fault:
-        raise RacnnError(f"{show(file)} cannot be read: {fault.strerror}", "check the path") from None
+    except OSError as error:
+        raise RacnnError(f"{show(file)} cannot be read: {error.strerror}", "check the path") from None
 
 
 def _check_header(file: Path, columns: list[str]) -> None:
@@ -124,11 +124,11 @@ def _check_header(file: Path, columns: list[str]) -> None:
         missing += [name for name in BOX if name not in columns]
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if missing or twice:
-        fault = (
+        error = (
             f"has no column {', '.join(missing)}" if missing else f"names the column {', '.join(twice)} twice"
         )
         raise RacnnError(
-            f"{show(file)} {fault}; its first line is {','.join(columns)!r}",
+            f"{show(file)} {error}; its first line is {','.join(columns)!r}",
             f"start the file with a line that names its columns, separated by commas: {wanted}",
         )
 
@@ -143,25 +143,25 @@ def _read_rows(file: Path, reader: csv.DictReader[str], columns: list[str]) -> L
         line = reader.line_num
         where = f"{show(file.name)} line {line}"
         if None in cells or None in cells.values():
-            listing.faults.append(f"{where} has not {len(columns)} cells as the first line has")
+            listing.errors.append(f"{where} has not {len(columns)} cells as the first line has")
             continue
         row = {name: cell.strip() for name, cell in cells.items()}
         name = row["path"]
         split = SPLITS.get(row.get("split", "").casefold(), "")
-        box, box_fault = _read_box(row)
+        box, box_error = _read_box(row)
         key = os.path.normpath(name)
         if not name:
-            listing.faults.append(f"{where} names no file")
+            listing.errors.append(f"{where} names no file")
         elif "\0" in name:
-            listing.faults.append(f"{where}: {name!r} is not a file name")
+            listing.errors.append(f"{where}: {name!r} is not a file name")
         elif not row["label"]:
-            listing.faults.append(f"{where}: {show(name)} has no label")
+            listing.errors.append(f"{where}: {show(name)} has no label")
         elif "split" in row and not split:
-            listing.faults.append(f"{where}: split is {row['split']!r}; train, val or test can be read")
-        elif box_fault:
-            listing.faults.append(f"{where}: {show(name)}: {box_fault}")
+            listing.errors.append(f"{where}: split is {row['split']!r}; train, val or test can be read")
+        elif box_error:
+            listing.errors.append(f"{where}: {show(name)}: {box_error}")
         elif key in seen:
-            listing.faults.append(f"{where}: {show(name)} is there already in line {seen[key]}")
+            listing.errors.append(f"{where}: {show(name)} is there already in line {seen[key]}")
         else:
             seen[key] = line
             listing.rows.append(
@@ -197,12 +197,12 @@ def _read_classes(folder: Path, root: Path, split: str, listing: Listing) -> Non
             if suffix in SUFFIXES:
                 found.append(file)
             elif suffix in _OTHER_PICTURES:
-                listing.faults.append(f"{show(file)}: {suffix} files are not read; convert it to JPEG or PNG")
+                listing.errors.append(f"{show(file)}: {suffix} files are not read; convert it to JPEG or PNG")
             else:
                 others.append(file)
         _note_others(place, others, listing)
         if not found:
-            listing.faults.append(f"the class folder {show(place)} holds no picture")
+            listing.errors.append(f"the class folder {show(place)} holds no image")
         listing.rows += [
             Row(file, file.relative_to(root).as_posix(), place.name, split, None, show(file))
             for file in found
@@ -210,7 +210,7 @@ def _read_classes(folder: Path, root: Path, split: str, listing: Listing) -> Non
 
 
 def _holds_runs(folder: Path) -> bool:
-    """Whether a folder is a run, or has runs in it: who trains where the pictures lie has them beside the classes."""
+    """Whether a folder is a run, or has runs in it: who trains where the images lie has them beside the classes."""
     try:
         with os.scandir(folder) as entries:
             inside = [entry.path for entry in entries if entry.is_dir()]
@@ -220,17 +220,17 @@ def _holds_runs(folder: Path) -> bool:
 
 
 def _loose_files(folder: Path, listing: Listing) -> None:
-    """Files beside the class folders: pictures among them have no label."""
+    """FileSource beside the class folders: images among them have no label."""
     files = [entry for entry in _entries(folder, listing) if not entry.is_dir()]
-    pictures = [file for file in files if file.suffix.casefold() in SUFFIXES | _OTHER_PICTURES]
-    listing.faults += [f"{show(file)} has no label: it lies in no class folder" for file in pictures]
-    _note_others(folder, [file for file in files if file not in pictures], listing)
+    images = [file for file in files if file.suffix.casefold() in SUFFIXES | _OTHER_PICTURES]
+    listing.errors += [f"{show(file)} has no label: it lies in no class folder" for file in images]
+    _note_others(folder, [file for file in files if file not in images], listing)
 
 
 def _note_others(folder: Path, files: list[Path], listing: Listing) -> None:
     if files:
         listing.notes.append(
-            f"{len(files)} file(s) in {show(folder)} are not used: no pictures, such as {show(files[0].name)}"
+            f"{len(files)} file(s) in {show(folder)} are not used: no images, such as {show(files[0].name)}"
         )
 
 
@@ -251,23 +251,21 @@ def _walk(folder: Path, listing: Listing, above: tuple[tuple[int, int], ...] = (
 def _entries(folder: Path, listing: Listing) -> Iterable[Path]:
     try:
         names = sorted(os.listdir(folder))
-    except OSError as fault:
-        listing.faults.append(f"the folder {show(folder)} cannot be read: {fault.strerror}")
+    except OSError as error:
+        listing.errors.append(f"the folder {show(folder)} cannot be read: {error.strerror}")
         return []
     return [folder / name for name in names if not name.startswith(".") and name.casefold() not in _CLUTTER]
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """All picture files of a folder and below, in the order of their names; hidden ones are left out.
+def list_images(folder: Path) -> list[Path]:
+    """All image files of a folder and below, in the order of their names; hidden ones are left out.
 
     Raises:
-        RacnnError: there is no such folder, or no picture in it.
+        RacnnError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise RacnnError(f"{show(folder)} is no folder", "name a folder of pictures")
+        raise RacnnError(f"{show(folder)} is no folder", "name a folder of images")
     found = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
-        raise RacnnError(
-            f"{show(folder)} holds no pictures", f"pictures end in {', '.join(sorted(SUFFIXES))}"
-        )
+        raise RacnnError(f"{show(folder)} holds no images", f"images end in {', '.join(sorted(SUFFIXES))}")
     return found

@@ -1,4 +1,4 @@
-"""Where a run's pictures come from: files on a disk, unless a caller brings something of the same form."""
+"""Where a run's images come from: files on a disk, unless a caller brings something of the same form."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from racnn_cli import recipe
-from racnn_cli.data.images import Pictures
+from racnn_cli.data.images import ImageDataset
 from racnn_cli.data.index import Index
 
 
 class Source(Protocol):
-    """What training asks for: which pictures there are, and one split of them as tensors."""
+    """What training asks for: which images there are, and one split of them as tensors."""
 
     @property
     def index(self) -> Index: ...
 
-    def pictures(self, split: str, side: int, *, augment: bool) -> Pictures:
-        """The pictures of one split as squares of `side` pixels; varied, as for training, with `augment`."""
+    def dataset(self, split: str, side: int, *, augment: bool) -> ImageDataset:
+        """The images of one split as squares of `side` pixels; varied, as for training, with `augment`."""
         ...
 
 
 @dataclass(frozen=True)
-class Files:
-    """The pictures that a recipe's `data` names, as `build_index` listed them."""
+class FileSource:
+    """The images that a recipe's `data` names, as `build_index` listed them."""
 
     index: Index
     data: recipe.Data
     seed: int
 
-    def pictures(self, split: str, side: int, *, augment: bool) -> Pictures:
-        return Pictures(self.index.splits[split], self.data, side, seed=self.seed, augment=augment)
+    def dataset(self, split: str, side: int, *, augment: bool) -> ImageDataset:
+        return ImageDataset(self.index.splits[split], self.data, side, seed=self.seed, augment=augment)

@@ -1,4 +1,4 @@
-"""One set of pictures becomes train, val and test: stratified, a pure function of the seed and the names."""
+"""One set of images becomes train, val and test: stratified, a pure function of the seed and the names."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def sizes(count: int, shares: Sequence[float]) -> list[int]:
-    """How many of a class's `count` pictures each held-out split gets.
+    """How many of a class's `count` images each held-out split gets.
 
     Each gets its share, rounded, and at least one; at least one stays for training. Where there are too few
-    for that, the first splits are served first: of two pictures, one is in train and one in the first split.
+    for that, the first splits are served first: of two images, one is in train and one in the first split.
     """
     held: list[int] = []
     left = count - 1
@@ -30,12 +30,12 @@ def hold_out(
     """Split each class by itself.
 
     Args:
-        labels: class name to the names of its pictures.
-        shares: split name to its share of all pictures (0 leaves it empty).
+        labels: class name to the names of its images.
+        shares: split name to its share of all images (0 leaves it empty).
         seed: of the choice.
 
     Returns:
-        What is left for training, and the pictures of each split; sorted.
+        What is left for training, and the images of each split; sorted.
     """
     rest: list[str] = []
     held: dict[str, list[str]] = {split: [] for split in shares}
@@ -54,7 +54,7 @@ def choose(names: Sequence[str], number: int, label: str, *, seed: int) -> list[
 
 
 def _shuffled(names: Sequence[str], label: str, seed: int) -> list[str]:
-    # A class has a stream of its own: a class more or less does not move the pictures of the others.
+    # A class has a stream of its own: a class more or less does not move the images of the others.
     stream = np.random.default_rng((seed, *label.encode("utf-8", "surrogateescape")))
     ordered = sorted(names)
     return [ordered[place] for place in stream.permutation(len(ordered))]

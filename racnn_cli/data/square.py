@@ -1,4 +1,4 @@
-"""From a file to the square source picture. Knows nothing of torch: what an exported file needs, too."""
+"""From a file to the square source image. Knows nothing of torch: what an exported file needs, too."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Fit = Literal["crop", "pad", "squash"]
 
 
 def load_source(path: Path | str, fit: Fit, side: int) -> tuple[np.ndarray, Geometry]:
-    """The square source picture of a file, without any chance in it (validation, test, predict).
+    """The square source image of a file, without any chance in it (validation, test, predict).
 
     Args:
         path: of the file.
-        fit: how a picture becomes square: `crop` (the centre), `pad` (borders) or `squash` (stretched).
+        fit: how an image becomes square: `crop` (the centre), `pad` (borders) or `squash` (stretched).
         side: of the square, in pixels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How a training picture is varied: the one module that knows albumentations."""
+"""How a training image is varied: the one module that knows albumentations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Augmentation:
         self._steps = A.Compose(_steps(data, side))
 
     def __call__(self, pixels: np.ndarray, *, seed: int, epoch: int, position: int) -> np.ndarray:
-        """(H, W, 3) uint8 to (side, side, 3) uint8; a pure function of the picture and the three numbers."""
+        """(H, W, 3) uint8 to (side, side, 3) uint8; a pure function of the image and the three numbers."""
         # Compose.set_random_seed would give every step the SAME stream: the mirror image would then depend
         # on the place of the crop. So each step gets a seed of its own.
         states = np.random.SeedSequence((seed, epoch, position)).generate_state(len(self._steps.transforms))

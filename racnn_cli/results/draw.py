@@ -1,4 +1,4 @@
-"""Where the network looked, as a picture: boxes on the upright photograph, and what each box shows."""
+"""Where the network looked, as an image: boxes on the upright photograph, and what each box shows."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from racnn_cli.data.decode import Picture
+from racnn_cli.data.decode import ImageInput
 from racnn_cli.data.geometry import Geometry
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; one a scale, in the order of scales.
 COLOURS = ("#595959", "#D55E00", "#56B4E9", "#F0E442", "#009E73")
 INK, SOFT, PAPER = "#1b1b1b", "#666666", "#ffffff"
-NOTHING = "#c8c8c8"  # where a box leaves the picture
+NOTHING = "#c8c8c8"  # where a box leaves the image
 GAP = 12
 
 Rect = tuple[float, float, float, float]
 
 
-def upright_boxes(picture: Picture, boxes: Sequence[Rect]) -> list[Rect]:
-    """Boxes x0, y0, x1, y1 in pixels of the file as stored, in pixels of the upright picture."""
-    geometry = Geometry(picture.stored_size, picture.orientation, (0.0, 0.0), (1.0, 1.0))
+def upright_boxes(image: ImageInput, boxes: Sequence[Rect]) -> list[Rect]:
+    """Boxes x0, y0, x1, y1 in pixels of the file as stored, in pixels of the upright image."""
+    geometry = Geometry(image.stored_size, image.orientation, (0.0, 0.0), (1.0, 1.0))
     return [geometry.upright_from_stored(box) for box in boxes]
 
 
 def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int) -> Image.Image:
-    """The picture with its boxes, and at its right what each box shows, enlarged.
+    """The image with its boxes, and at its right what each box shows, enlarged.
 
     Args:
         pixels: (H, W, 3) uint8, upright.
         boxes: x0, y0, x1, y1 in pixels of `pixels`, from scale 2 on.
-        height, width: what the picture itself may take; it is enlarged or reduced to fill it.
+        height, width: what the image itself may take; it is enlarged or reduced to fill it.
     """
     source = Image.fromarray(pixels)
     factor = min(height / source.height, width / source.width)
@@ -45,7 +45,7 @@ def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int)
         _frame(draw, [value * factor for value in box], _colour(number), line, whole.size)
     if not boxes:
         return whole
-    height = max(whole.height, height // 2)  # a flat picture leaves its views room all the same
+    height = max(whole.height, height // 2)  # a flat image leaves its views room all the same
     columns = 1 if len(boxes) <= 2 else 2
     lines = -(-len(boxes) // columns)
     gap = max(4, round(GAP * height / 560))
@@ -71,17 +71,17 @@ def sheet(
     name: str,
 ) -> Image.Image:
     """What `panel` draws, over a caption: the answer, the file's name, what each scale says (the legend)."""
-    picture = panel(pixels, boxes, height=560, width=840)
-    width = max(picture.width, 480)
+    image = panel(pixels, boxes, height=560, width=840)
+    width = max(image.width, 480)
     entries = [
         (number, f"scale {number}: {label} {probability:.2f}")
         for number, (label, probability) in enumerate(scales, start=1)
     ]
     lines = _wrap(entries, width) if len(scales) > 1 else []
-    paper = Image.new("RGB", (width + 2 * GAP, picture.height + 2 * GAP + 46 + 28 * len(lines)), PAPER)
-    paper.paste(picture, (GAP + (width - picture.width) // 2, GAP))
+    paper = Image.new("RGB", (width + 2 * GAP, image.height + 2 * GAP + 46 + 28 * len(lines)), PAPER)
+    paper.paste(image, (GAP + (width - image.width) // 2, GAP))
     draw = ImageDraw.Draw(paper)
-    y = picture.height + 2 * GAP
+    y = image.height + 2 * GAP
     label, probability = answer
     share = f"{probability:.1%}"
     draw.text((GAP, y), _fit(label, _font(30), width * 0.6), INK, _font(30))
@@ -125,7 +125,7 @@ def _frame(
 ) -> None:
     """A coloured outline between two dark hairs, so that it shows on any background."""
     x0, y0, x1, y1 = (round(value) for value in box)
-    # The frame lies around what the box shows, but never outside the picture.
+    # The frame lies around what the box shows, but never outside the image.
     outer = (max(x0 - line, 0), max(y0 - line, 0), min(x1 + line, size[0]) - 1, min(y1 + line, size[1]) - 1)
     left, top, right, bottom = outer
     right, bottom = max(right, left + 3 * line), max(bottom, top + 3 * line)

@@ -22,24 +22,24 @@ from rich.console import Console
 from rich.markup import escape
 
 from racnn_cli.data.decode import SUFFIXES, read_image, show
-from racnn_cli.data.listing import pictures_in
-from racnn_cli.errors import RacnnError, absent
+from racnn_cli.data.listing import list_images
+from racnn_cli.errors import RacnnError, describe_missing
+from racnn_cli.export.prediction import Frame, Model, Prediction, Unread
 from racnn_cli.results import draw
-from racnn_cli.results.prediction import Frame, Model, Prediction, Unread
 from racnn_cli.run import write_atomic
 
 Rows = Literal["table", "jsonl", "csv"]
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 CAMERA = re.compile(r"camera:(\d+)")
-SHOWN = 20  # faults in one message
-HINT = f"name pictures ({', '.join(sorted(SUFFIXES))}), videos, folders, patterns, camera:0, or - for a list on stdin"
+SHOWN = 20  # errors in one message
+HINT = f"name images ({', '.join(sorted(SUFFIXES))}), videos, folders, patterns, camera:0, or - for a list on stdin"
 
 
 def gather(names: Iterable[str | Path], listed: TextIO | None = None) -> list[str | Path]:
     """What is to be answered for: files, videos and cameras as they are, folders and patterns spelt out.
 
     Args:
-        names: files, folders (all pictures in them and below), patterns such as `*.jpg` or `**/*.png`,
+        names: files, folders (all images in them and below), patterns such as `*.jpg` or `**/*.png`,
             `camera:0`, and `-` for a list of such names, one a line.
         listed: where that list is read from; None: standard input.
 
@@ -47,27 +47,27 @@ def gather(names: Iterable[str | Path], listed: TextIO | None = None) -> list[st
         RacnnError: a name that leads nowhere, an address; all of them at once.
     """
     found: list[str | Path] = []
-    faults: list[str] = []
+    errors: list[str] = []
     for name in names:
         text = str(name)
         if text == "-":
             lines = _lines(listed)
             if any("\0" in line for line in lines):
-                faults.append("standard input is no list of file names")
+                errors.append("standard input is no list of file names")
                 continue
             try:
                 found += gather([line for line in lines if line and line != "-"])
-            except RacnnError as fault:
-                faults.append(fault.message)
+            except RacnnError as error:
+                errors.append(error.message)
         elif re.match(r"[a-z][a-z0-9+.-]*://", text, re.I):
-            faults.append(f"{show(text)} is an address; nothing is ever downloaded")
+            errors.append(f"{show(text)} is an address; nothing is ever downloaded")
         elif CAMERA.fullmatch(text):
             found.append(text)
         elif os.path.isdir(text):
             try:
-                found += pictures_in(Path(text))
-            except RacnnError as fault:
-                faults.append(fault.message)
+                found += list_images(Path(text))
+            except RacnnError as error:
+                errors.append(error.message)
         elif os.path.lexists(text):
             found.append(Path(text))
         elif matches := sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []:
@@ -75,17 +75,17 @@ def gather(names: Iterable[str | Path], listed: TextIO | None = None) -> list[st
             if not files:  # folders alone, as `birds/*` gives: what is in them is meant
                 for match in matches:
                     with contextlib.suppress(RacnnError):  # one of them may be empty
-                        files += pictures_in(Path(match))
+                        files += list_images(Path(match))
             if not files:
-                faults.append(f"{show(text)} matches no picture")
+                errors.append(f"{show(text)} matches no image")
             found += files
         else:
-            faults.append(
+            errors.append(
                 f"{show(text)} " + ("matches nothing" if glob.has_magic(text) else "does not exist")
             )
-    if faults:
-        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        raise RacnnError("; ".join([*faults[:SHOWN], *more]), HINT)
+    if errors:
+        more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+        raise RacnnError("; ".join([*errors[:SHOWN], *more]), HINT)
     return found
 
 
@@ -99,8 +99,8 @@ def _lines(listed: TextIO | None) -> list[str]:
     return [line.rstrip("\r\n") for line in lines]
 
 
-def pictures(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unread]:
-    """Picture files as they are, videos and cameras frame by frame; a video that cannot be read is said to be one.
+def images(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unread]:
+    """ImageInput files as they are, videos and cameras frame by frame; a video that cannot be read is said to be one.
 
     Args:
         sources: what `gather` gives.
@@ -119,7 +119,7 @@ def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame
     import cv2
 
     if isinstance(opened, str) and not os.path.isfile(opened):
-        yield Unread(str(source), absent(Path(source)))
+        yield Unread(str(source), describe_missing(Path(source)))
         return
     video = cv2.VideoCapture(opened)
     try:
@@ -149,10 +149,10 @@ def predict_command(
     every: int = 1,
     out: TextIO | None = None,
 ) -> int:
-    """What `racnn predict` does: one row a picture, as soon as it is there, and drawings in `save`.
+    """What `racnn predict` does: one row an image, as soon as it is there, and drawings in `save`.
 
     Returns:
-        the exit code: 1 if a picture could not be read, else 0.
+        the exit code: 1 if an image could not be read, else 0.
 
     Raises:
         RacnnError: as `Model.stream` and `Drawings`.
@@ -163,23 +163,23 @@ def predict_command(
     waiting: deque[Path | Frame | Unread] = deque()  # what has been read, until its answer comes
 
     def remember() -> Iterator[Path | Frame | Unread]:
-        for picture in pictures(sources, every):
-            waiting.append(picture)
-            yield picture
+        for image in images(sources, every):
+            waiting.append(image)
+            yield image
 
     count = unread = 0
     for prediction in model.stream(remember(), batch=batch):
-        picture = waiting.popleft()
+        image = waiting.popleft()
         count += 1
         unread += bool(prediction.error)
         write(prediction)
-        if drawings and not isinstance(picture, Unread) and not prediction.error:
-            drawings.add(prediction, picture)
+        if drawings and not isinstance(image, Unread) and not prediction.error:
+            drawings.add(prediction, image)
     told = Console(stderr=True, highlight=False)
     if drawings:
         told.print(escape(f"{drawings.count} drawings in {save}"), soft_wrap=True)
     if unread:
-        told.print(f"{unread} of {count} pictures could not be read", soft_wrap=True)
+        told.print(f"{unread} of {count} images could not be read", soft_wrap=True)
     return 1 if unread else 0
 
 
@@ -207,7 +207,7 @@ def _goes_out(text: str, out: TextIO) -> bool:
 
 
 def comma_separated(model: Model, out: TextIO) -> Writer:
-    """A header, then a line a picture: the answer, the box of each finer scale, and what was wrong.
+    """A header, then a line an image: the answer, the box of each finer scale, and what was wrong.
 
     A name stays what it is in a file, if it is text at all, and on a terminal does nothing to it.
     """
@@ -235,7 +235,7 @@ def aligned(model: Model, out: TextIO) -> Writer:
     """Lines for a terminal: probability, class, file, and the finest box in pixels of the file."""
     wide = max(map(len, model.classes))
     console = Console(file=out, highlight=False, width=None if out.isatty() else 200)
-    console.print(f"[bold]{'':>5}  {'class':{wide}}  picture[/]", soft_wrap=True)
+    console.print(f"[bold]{'':>5}  {'class':{wide}}  image[/]", soft_wrap=True)
 
     def write(prediction: Prediction) -> None:
         name = escape(show(prediction.path or "(in memory)"))
@@ -260,25 +260,25 @@ WRITERS: dict[Rows, Callable[[Model, TextIO], Writer]] = {
 
 
 class Drawings:
-    """Pictures with their boxes and what these show, in a folder: NAME.jpg, numbered where that is there already."""
+    """Images with their boxes and what these show, in a folder: NAME.jpg, numbered where that is there already."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
-        # Small letters: some file systems know no others. The folder may be that of the pictures themselves.
+        # Small letters: some file systems know no others. The folder may be that of the images themselves.
         self._taken = {path.stem.lower() for path in folder.glob("*")}
 
-    def add(self, prediction: Prediction, picture: Path | Frame) -> Path:
+    def add(self, prediction: Prediction, image: Path | Frame) -> Path:
         """Draw one.
 
         Raises:
             RacnnError: the file has gone since, or the folder cannot be written.
         """
-        if isinstance(picture, Frame):
-            stem = Path(picture.name).name.replace("#", "-").replace(":", "-")
-            sheet = drawn(prediction, picture.pixels, prediction.boxes)
+        if isinstance(image, Frame):
+            stem = Path(image.name).name.replace("#", "-").replace(":", "-")
+            sheet = drawn(prediction, image.pixels, prediction.boxes)
         else:
-            stem = picture.stem
-            read = read_image(picture)
+            stem = image.stem
+            read = read_image(image)
             sheet = drawn(prediction, read.pixels, draw.upright_boxes(read, prediction.boxes))
         name, number = stem, 1
         while name.lower() in self._taken:
@@ -294,7 +294,7 @@ class Drawings:
 def drawn(
     prediction: Prediction, pixels: np.ndarray, boxes: list[tuple[float, float, float, float]]
 ) -> Image.Image:
-    """The upright picture (H, W, 3) uint8 with the boxes in its pixels, what they show, and a caption."""
+    """The upright image (H, W, 3) uint8 with the boxes in its pixels, what they show, and a caption."""
     answer = (prediction.label, prediction.probability)
     name = Path(prediction.path or "").name
     return draw.sheet(pixels, boxes, answer, prediction.scales, name)

@@ -14,30 +14,32 @@ from racnn_cli.core.model import sizes_of
 from racnn_cli.data.decode import read_image, show
 from racnn_cli.data.index import Item, build_index, labelled
 from racnn_cli.errors import RacnnError
+from racnn_cli.events import EvalResult
+from racnn_cli.export.prediction import Prediction, load
 from racnn_cli.recipe import Recipe
-from racnn_cli.results import chart, draw, evaluate
-from racnn_cli.results.prediction import Prediction, load
+from racnn_cli.results import chart, draw, tables
 from racnn_cli.run import Run, write_text
 
-LOOKED_AT = 48  # pictures of the split that the gallery is chosen from
+LOOKED_AT = 48  # images of the split that the gallery is chosen from
 SHOWN = 12
 DRAWN = 300  # classes of a heat map at most
 STYLE = Path(__file__).with_name("report.css")
 
 
 def write_report(run: Run) -> Path:
-    """Write report.html from eval.json, log.jsonl and, where the data is still there, some of its pictures.
+    """Write report.html from eval.json, log.jsonl and, where the data is still there, some of its images.
 
     Raises:
         RacnnError: eval.json or the weights are missing or damaged.
     """
-    recipe, result, log = run.recipe(), evaluate.read(run), run.read_log()
+    recipe, found, log = run.recipe(), run.read_eval(), [event.to_json() for event in run.epochs()]
+    result = found.to_json()
     names = list(result["per_class"])
     per_class = [(name, entry["top1"], entry["n"]) for name, entry in result["per_class"].items()]
     sections = [
-        _section("How often it is right", _answers(result), f"<p>{escape(evaluate.caption(result))}.</p>"),
-        _section("Where it looks", _boxes(result)) if result["boxes"] else "",
-        _section("Pictures", _gallery(run, recipe, result)),
+        _section("How often it is right", _answers(found), f"<p>{escape(tables.caption(found))}.</p>"),
+        _section("Where it looks", _boxes(found)) if result["boxes"] else "",
+        _section("Images", _gallery(run, recipe, result)),
         _section("Training", _curves(log)),
         _section("Each class", chart.bars(per_class)),
         _section("What is taken for what", _confusion(result["confusion"], names)),
@@ -98,30 +100,15 @@ def _table(head: Iterable[str], rows: Iterable[tuple[str, list[str]]], last: str
     return f'<div class="scroll">{table}</div>'
 
 
-def _answers(result: dict[str, Any]) -> str:
-    head = ["", "top-1", f"top-{min(5, result['classes'])}", "NLL", "ECE"]
-    rows = [
-        (name, [f"{figures[key]:.3f}" for key in ("top1", "top5", "nll", "ece")])
-        for name, figures in evaluate.rows(result)
-    ]
-    return _table(head, rows, last="fused")
+def _answers(result: EvalResult) -> str:
+    return _table(["", *tables.answer_columns(result)], tables.answer_rows(result), last="fused")
 
 
-def _boxes(result: dict[str, Any]) -> str:
-    head = ["zoom", "side", "smallest", "largest", "at floor", "at ceiling"]
-    truth = "iou_mean" in result["boxes"][0]
-    rows = []
-    for number, figures in enumerate(result["boxes"], start=1):
-        values = [f"{figures[key]:.3f}" for key in ("side_mean", "side_min", "side_max")]
-        values += [f"{figures[key]:.0%}" for key in ("at_floor", "at_ceiling")]
-        if truth:
-            values += [f"{figures[key]:.3f}" for key in ("iou_mean", "hit_rate", "coverage_mean")]
-        rows.append((f"scale {number} to {number + 1}", values))
-    note = "<p>Sides are shares of the scale before."
-    if truth:
-        head += ["IoU", "hit", "coverage"]
-        note += " IoU, hit (its centre is inside) and coverage are against the data's own boxes."
-    return _table(head, rows) + note + "</p>"
+def _boxes(result: EvalResult) -> str:
+    note = "<p>Sides are shares of the side of the scale before."
+    if result.boxes[0].iou_mean is not None:
+        note += " IoU, hit (its centre is inside) and coverage compare with the data's own boxes."
+    return _table(["zoom", *tables.box_columns(result)], tables.box_rows(result)) + note + "</p>"
 
 
 def _curves(log: list[dict[str, Any]]) -> str:
@@ -202,7 +189,7 @@ def _duration(seconds: float) -> str:
 
 
 def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
-    """Some pictures of the split, wrong answers first, with what each scale saw."""
+    """Some images of the split, wrong answers first, with what each scale saw."""
     classes = run.classes()
     try:
         if result["split"] == "all":
@@ -214,8 +201,8 @@ def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
             ]
         some = items[:: max(1, len(items) // LOOKED_AT)][:LOOKED_AT]
         answers = load(run).predict([item.path for item in some])
-    except RacnnError as fault:
-        return f"<p>No pictures: {escape(fault.message)}.</p>"
+    except RacnnError as error:
+        return f"<p>No images: {escape(error.message)}.</p>"
     pairs = [(item, answer) for item, answer in zip(some, answers, strict=True) if not answer.error]
     wrong = [pair for pair in pairs if pair[1].label != classes[pair[0].label]]
     right = [pair for pair in pairs if pair[1].label == classes[pair[0].label]]
@@ -223,19 +210,17 @@ def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
     step = max(1, len(right) // (SHOWN - len(wrong)))
     chosen = wrong + right[::step][: SHOWN - len(wrong)]
     cards = "".join(_card(item, answer, classes[item.label]) for item, answer in chosen)
-    note = (
-        f"Chosen from {len(pairs)} {escape(result['split'])} pictures: wrong answers first, then right ones."
-    )
+    note = f"Chosen from {len(pairs)} {escape(result['split'])} images: wrong answers first, then right ones."
     return f"<p>{note}</p><div class=gallery>{cards}</div>"
 
 
 def _card(item: Item, answer: Prediction, truth: str) -> str:
-    picture = read_image(item.path, least=480)
-    shrunk = picture.pixels.shape[1] / (picture.stored_size[picture.orientation >= 5])
-    boxes = draw.upright_boxes(picture, answer.boxes)
+    image = read_image(item.path, least=480)
+    shrunk = image.pixels.shape[1] / (image.stored_size[image.orientation >= 5])
+    boxes = draw.upright_boxes(image, answer.boxes)
     boxes = [(x0 * shrunk, y0 * shrunk, x1 * shrunk, y1 * shrunk) for x0, y0, x1, y1 in boxes]
     file = io.BytesIO()
-    draw.panel(picture.pixels, boxes, height=240, width=320).save(file, "JPEG", quality=82)
+    draw.panel(image.pixels, boxes, height=240, width=320).save(file, "JPEG", quality=82)
     data = base64.b64encode(file.getvalue()).decode("ascii")
     good = answer.label == truth
     verdict = "right" if good else f"wrong: it is {escape(truth)}"

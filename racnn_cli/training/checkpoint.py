@@ -45,7 +45,7 @@ class Progress:
         stage: the stage under way; empty between stages.
         round, phase: of `alternate`: rounds that are finished, and what comes next in this one.
         epoch, step: position in the present call of the loop; `step` counts batches.
-        batch: pictures of such a step, over all processes.
+        batch: images of such a step, over all processes.
         views: epochs since the start of the run: every epoch sees its own augmentations.
         sums: every loss of the present epoch, added up over its steps so far.
         best, stall: of the present call of the loop: lowest validation loss, and epochs since.
@@ -106,7 +106,7 @@ def saved(run: Run) -> list[Path]:
     return sorted(run.state.glob(PATTERN), reverse=True)
 
 
-def put_aside(run: Run, name: str, model: RACNN, progress: Progress) -> None:
+def save_snapshot(run: Run, name: str, model: RACNN, progress: Progress) -> None:
     """Keep the weights as they are under a name, such as `best`, to be restored by `restore`."""
     _write(
         run.state / f"{name}.safetensors",
@@ -116,7 +116,7 @@ def put_aside(run: Run, name: str, model: RACNN, progress: Progress) -> None:
 
 
 def restore(run: Run, name: str, model: RACNN) -> None:
-    """Read the weights that `put_aside` wrote into the network.
+    """Read the weights that `save_snapshot` wrote into the network.
 
     Raises:
         RacnnError: the file is missing or damaged.
@@ -125,7 +125,7 @@ def restore(run: Run, name: str, model: RACNN) -> None:
 
 
 def remove(run: Run, name: str) -> None:
-    """Delete what `put_aside` wrote."""
+    """Delete what `save_snapshot` wrote."""
     (run.state / f"{name}.safetensors").unlink(missing_ok=True)
 
 
@@ -137,13 +137,13 @@ class Saved:
         progress: where the run stood.
         optimizer: parameter's number to the entries of its state.
         averaged: of the weights that move.
-        faults: what was wrong with newer checkpoints, which were passed over.
+        errors: what was wrong with newer checkpoints, which were passed over.
     """
 
     progress: Progress
     optimizer: dict[int, dict[str, Tensor]]
     averaged: dict[str, Tensor]
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
 
 def load(run: Run, model: RACNN) -> Saved | None:
@@ -152,17 +152,17 @@ def load(run: Run, model: RACNN) -> Saved | None:
     Raises:
         RacnnError: every one of them is damaged, or of another network.
     """
-    faults: list[str] = []
+    errors: list[str] = []
     for path in saved(run):
         try:
             found = _read(path, model)
-        except RacnnError as fault:
-            faults.append(fault.message)
+        except RacnnError as error:
+            errors.append(error.message)
         else:
-            found.faults = faults
+            found.errors = errors
             return found
-    if faults:
-        raise RacnnError("\n  ".join(["no checkpoint can be read:", *faults]), HINT, failure=True)
+    if errors:
+        raise RacnnError("\n  ".join(["no checkpoint can be read:", *errors]), HINT, failure=True)
     return None
 
 
@@ -241,9 +241,9 @@ def _progress(metadata: dict[str, str], path: Path) -> Progress:
     try:
         values = json.loads(metadata["progress"])
         return _PROGRESS.validate_python({f.name: values[f.name] for f in fields(Progress)})
-    except (KeyError, ValueError, TypeError, RecursionError) as fault:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise RacnnError(
-            f"{path} does not say where the run stood ({fault}); it was written by racnn "
+            f"{path} does not say where the run stood ({error}); it was written by racnn "
             f"{metadata.get('racnn', 'of an unknown version')}",
             HINT,
             failure=True,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from racnn_cli.errors import visible
+from racnn_cli.errors import escape_control
+from racnn_cli.events import EpochEvent
 
 
 class Console:
@@ -29,7 +28,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line for a person; what looks like markup in it is printed as it is."""
-        self.out.print(escape(visible(text)), soft_wrap=True)
+        self.out.print(escape(escape_control(text)), soft_wrap=True)
 
     def title(self, text: str) -> None:
         self.out.print(f"[bold]{escape(text)}[/bold]")
@@ -45,7 +44,7 @@ class Console:
             self.task, advance=1, figures=f"epoch {epoch + 1}/{epochs}  {shown}  {rate:.0f} img/s"
         )
 
-    def epoch(self, event: dict[str, Any]) -> None:
+    def epoch(self, event: EpochEvent) -> None:
         """The line that stays."""
         self.say("  " + describe(event))
 
@@ -55,19 +54,18 @@ class Console:
             self.bar.remove_task(task)
 
 
-def describe(event: dict[str, Any]) -> str:
+def describe(event: EpochEvent) -> str:
     """An epoch's event of the log as one line."""
-    val = event["val"]
-    parts = [f"epoch {event['epoch']}/{event['epochs']}"]
-    parts += [f"{name} {value:.3f}" for name, value in event["train_loss"].items()]
-    parts.append("val top-1 " + " ".join(f"{scale['top1']:.3f}" for scale in val["scales"]))
-    if "average" in val:
-        parts.append(f"average {val['average']['top1']:.3f}")
-        parts.append(f"rank {val['rank']:.3f}")
-        sides = " ".join(f"{box['side_mean']:.2f}±{box['side_std']:.2f}" for box in val["boxes"])
-        parts.append(f"side {sides}")
-        bounds = max(max(box["at_floor"], box["at_ceiling"]) for box in val["boxes"])
+    val = event.val
+    parts = [f"epoch {event.epoch}/{event.epochs}"]
+    parts += [f"{name} {value:.3f}" for name, value in event.train_loss.items()]
+    parts.append("val top-1 " + " ".join(f"{scale.top1:.3f}" for scale in val.scales))
+    if val.average is not None:
+        parts.append(f"average {val.average.top1:.3f}")
+        parts.append(f"rank {val.rank:.3f}")
+        parts.append("side " + " ".join(f"{boxes.side_mean:.2f}±{boxes.side_std:.2f}" for boxes in val.boxes))
+        bounds = max(max(boxes.at_floor, boxes.at_ceiling) for boxes in val.boxes)
         if bounds > 0.005:
             parts.append(f"at a bound {bounds:.0%}")
-    parts.append(f"{event['images_per_second']:.0f} img/s")
+    parts.append(f"{event.images_per_second:.0f} img/s")
     return "  ".join(parts)

@@ -15,28 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from racnn_cli.core import draws
+from racnn_cli import evaluation
+from racnn_cli.core import distributed, draws
 from racnn_cli.core.model import RACNN
-from racnn_cli.data.images import Pictures, batches
-from racnn_cli.errors import RacnnError, out_of_memory
+from racnn_cli.data.images import ImageDataset, batches
+from racnn_cli.errors import Interrupted, RacnnError, is_out_of_memory
+from racnn_cli.events import EpochEvent, Validation
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
-from racnn_cli.training import checkpoint, distributed, stages
+from racnn_cli.training import checkpoint, stages
 from racnn_cli.training.checkpoint import Progress, Saved
 from racnn_cli.training.console import Console
 from racnn_cli.training.stages import Stage
-from racnn_cli.training.validate import validate
-
-
-class Interrupted(RacnnError):
-    """Training stopped on a signal, after it was saved."""
-
-    def __init__(self, again: str, number: int) -> None:
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name}; everything up to this step is saved", f"`{again}` goes on", failure=True
-        )
-        self.exit_code = 128 + number
 
 
 class Stopped(Exception):
@@ -76,20 +66,20 @@ class Context:
     run: Run
     recipe: Recipe
     model: RACNN
-    train: Pictures
-    val: Pictures
+    train: ImageDataset
+    val: ImageDataset
     device: torch.device
     console: Console
     progress: Progress
-    guide: stages.Guide | None  # boxes in the place of the APNs'
-    teacher: stages.Teacher | None  # what the APNs learn in the place of the peak and the rank loss
+    guide: stages.Guide | None  # boxes instead of the APNs'
+    teacher: stages.Teacher | None  # what the APNs learn instead of the peak and the rank loss
     signals: Signals
     saved: float  # when the last checkpoint was written, on a clock that never jumps
     resume: Path  # the folder that `--resume --run` names: for a baseline, that of the run it belongs to
 
     @property
     def again(self) -> str:
-        """The command that goes on with the run."""
+        """The command that continues the run."""
         words = f"train --resume --run {self.resume}"
         # Without the two dashes, torchrun on Python 3.11 would take --run for an abbreviation of its own --run-path.
         return f"racnn {words}" if distributed.world() == 1 else f"torchrun ... -m racnn_cli -- {words}"
@@ -110,20 +100,20 @@ LOST = (
 
 
 @contextmanager
-def explained(context: Context) -> Iterator[None]:
-    """Turn a failed allocation, on a device or on the CPU, into a fault that says which setting to lower; and a
+def translate_errors(context: Context) -> Iterator[None]:
+    """Turn a failed allocation, on a device or on the CPU, into a error that says which setting to lower; and a
     process that has died into one that says how to go on."""
     try:
         yield
-    except (RuntimeError, MemoryError) as fault:
-        text = str(fault).lower()
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
         if distributed.world() > 1 and any(said in text for said in LOST):
             raise RacnnError(
-                f"another process of this training is gone: {str(fault).splitlines()[0]}",
+                f"another process of this training is gone: {str(error).splitlines()[0]}",
                 f"`{context.again}`, or torchrun with --max-restarts, which goes on by itself",
                 failure=True,
             ) from None
-        if not out_of_memory(fault):
+        if not is_out_of_memory(error):
             raise
         train = context.recipe.train
         raise RacnnError(
@@ -212,7 +202,7 @@ class Averaged:
 
     def share(self) -> None:
         """Give every process the mean of the processes' averaged statistics; averaged weights are alike anyway."""
-        distributed.share(
+        distributed.average_buffers(
             value for name, value in self.values.items() if not isinstance(self.live[name], nn.Parameter)
         )
 
@@ -255,7 +245,7 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
         _set_rate(recipe, stage, optimizer, averaged.updates - 1, updates_per_epoch)
     watched = len(stage.scales) if stage.name == "pretrain-cnn" else recipe.model.scales
 
-    def check() -> dict[str, Any]:
+    def check() -> Validation:
         averaged.swap()
         try:
             return measure(context, watched)
@@ -269,27 +259,27 @@ def fit(context: Context, stage: Stage, resumed: Saved | None = None) -> None:
         context.saved = time.monotonic()
 
     def share() -> None:
-        distributed.share(buffer for module in moving for buffer in module.buffers())
+        distributed.average_buffers(buffer for module in moving for buffer in module.buffers())
         averaged.share()
 
     def save_midway(optimizer: torch.optim.Optimizer) -> None:
         share()  # of several processes one writes, and its BatchNorm statistics are not the others'
         save(optimizer)
 
-    def keep_if_best(val: dict[str, Any]) -> None:
-        loss = val["fused"]["nll"] if stage.part == "fusion" else val["scales"][0]["nll"]
+    def keep_if_best(val: Validation) -> None:
+        loss = val.fused.nll if stage.part == "fusion" else val.scales[0].nll
         if progress.best is None or loss < progress.best:
             progress.best, progress.stall = loss, 0
             averaged.swap()
             if distributed.rank() == 0:
-                checkpoint.put_aside(context.run, "best", model, progress)
+                checkpoint.save_snapshot(context.run, "best", model, progress)
             averaged.swap()
         else:
             progress.stall += 1
 
     context.console.begin(stage.name, stage.epochs, steps, progress.epoch * steps + progress.step)
     try:
-        with explained(context):
+        with translate_errors(context):
             if stage.keep_best and stage.from_start and progress.best is None:
                 keep_if_best(check())
             while progress.epoch < stage.epochs and not (stage.patience and progress.stall >= stage.patience):
@@ -346,11 +336,8 @@ def _epoch(
         figures: dict[str, float] = {}
         losses = stage.losses(context.model, batch)
         while True:
-            with (
-                torch.autocast(
-                    device.type, torch.bfloat16, enabled=recipe.train.amp and device.type == "cuda"
-                ),
-                distributed.batchnorm(synced=recipe.train.batchnorm == "synced"),
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=recipe.train.amp and device.type == "cuda"
             ):
                 name, loss = next(losses, ("", None))
             if loss is None:
@@ -383,12 +370,12 @@ def _epoch(
     return {name: value / max(steps, 1) for name, value in sums.items()}
 
 
-def _share(context: Context, step: int, pictures: int) -> float:
-    """What a mean over this process' pictures counts in the mean over the processes: an epoch's last batch need not
-    come out even, and every picture of it weighs the same."""
+def _share(context: Context, step: int, images: int) -> float:
+    """What a mean over this process' images counts in the mean over the processes: an epoch's last batch need not
+    come out even, and every image of it weighs the same."""
     whole = context.recipe.train.batch * distributed.world()
     left = max(len(context.train) - step * whole, distributed.world())
-    return pictures * distributed.world() / min(whole, left)
+    return images * distributed.world() / min(whole, left)
 
 
 def _due(context: Context, update: int) -> bool:
@@ -410,7 +397,6 @@ def _update(
 ) -> None:
     """One move of the weights, unless a gradient is not finite."""
     recipe = context.recipe
-    distributed.average_gradients(parameters)
     limit = recipe.train.clip or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     if not math.isfinite(norm):
@@ -440,7 +426,7 @@ def _not_finite(context: Context, stage: Stage, what: str, step: int) -> RacnnEr
     )
 
 
-def measure(context: Context, scales: int) -> dict[str, Any]:
+def measure(context: Context, scales: int) -> Validation:
     """The validation figures of the first `scales` scales as the network stands.
 
     Raises:
@@ -448,7 +434,9 @@ def measure(context: Context, scales: int) -> dict[str, Any]:
     """
     plain = polled(context, loader(context, context.val, shuffle=False))
     margin = context.recipe.alternate.margin
-    return validate(context.model, plain, context.device, scales=scales, margin=margin, guide=context.guide)
+    return evaluation.measure(
+        context.model, plain, context.device, scales=scales, margin=margin, proposals=context.guide
+    ).validation()
 
 
 def polled(context: Context, batches: Iterable[Any]) -> Iterator[Any]:
@@ -459,11 +447,11 @@ def polled(context: Context, batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def loader(context: Context, pictures: Pictures, *, shuffle: bool, skip: int = 0) -> Any:
-    """One epoch of pictures for this process: in a new order with `shuffle`, else as they are listed."""
+def loader(context: Context, images: ImageDataset, *, shuffle: bool, skip: int = 0) -> Any:
+    """One epoch of images for this process: in a new order with `shuffle`, else as they are listed."""
     recipe = context.recipe
     return batches(
-        pictures,
+        images,
         batch=recipe.train.batch,
         epoch=context.progress.views if shuffle else 0,
         seed=recipe.seed,
@@ -480,26 +468,25 @@ def _log(
     context: Context,
     stage: Stage,
     losses: dict[str, float],
-    val: dict[str, Any],
+    val: Validation,
     seconds: float,
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """One line of log.jsonl, and the same for a person. The seconds are those of training, without validation."""
     progress = context.progress
-    event: dict[str, Any] = {
-        "event": "epoch",
-        "stage": stage.name.partition(":")[0],
-        "phase": stage.name.partition(": ")[2],
-        "round": progress.round + 1 if progress.stage == "alternate" else 0,
-        "epoch": progress.epoch,
-        "epochs": stage.epochs,
-        "views": progress.views,
-        "lr": max(group["lr"] for group in optimizer.param_groups),
-        "train_loss": losses,
-        "val": val,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(len(context.train) / max(seconds, 1e-9), 2),
-    }
+    event = EpochEvent(
+        stage=stage.name.partition(":")[0],
+        phase=stage.name.partition(": ")[2],
+        round=progress.round + 1 if progress.stage == "alternate" else 0,
+        epoch=progress.epoch,
+        epochs=stage.epochs,
+        views=progress.views,
+        lr=max(group["lr"] for group in optimizer.param_groups),
+        train_loss=losses,
+        val=val,
+        seconds=round(seconds, 3),
+        images_per_second=round(len(context.train) / max(seconds, 1e-9), 2),
+    )
     if distributed.rank() == 0:
         context.run.append_log(event)
     context.console.epoch(event)

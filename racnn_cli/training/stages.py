@@ -28,7 +28,7 @@ NAMES = ("pretrain-cnn", "pretrain-apn", "alternate")
 Batch = Mapping[str, Tensor]
 Losses = Callable[[RACNN, Batch], Iterator[tuple[str, Tensor]]]
 Guide = Callable[[Batch], Sequence[Tensor]]
-"""S - 1 proposals (B, 3) for a batch, to use in the place of the APNs': true boxes, or any other."""
+"""S - 1 proposals (B, 3) for a batch, to use instead of the APNs': true boxes, or any other."""
 Teacher = Callable[[Batch, Tensor, int], Tensor]
 """(batch, box (B, 3) on the source of what a scale sees, the scale's number from 0) to the proposal (B, 3) that its
 APN is to make: what annotated boxes would teach it."""
@@ -136,7 +136,7 @@ def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> St
 
     Args:
         recipe: of the run.
-        guide: boxes in the place of the APNs'.
+        guide: boxes instead of the APNs'.
         round_: of `alternate`, counted from 0.
     """
     section, bounds = recipe.alternate, (recipe.model.floor, recipe.model.ceiling)
@@ -168,7 +168,7 @@ def apn_phase(recipe: Recipe, teacher: Teacher | None = None) -> Stage:
 
     Args:
         recipe: of the run.
-        teacher: what they learn in the place of the rank loss.
+        teacher: what they learn instead of the rank loss.
     """
     section, scales = recipe.alternate, range(recipe.model.scales - 1)
     losses = aim(recipe, teacher) if teacher else rank_losses(recipe)

@@ -7,22 +7,23 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from filelock import FileLock
 
-import backbones
+from racnn_cli import backbones
 from racnn_cli import recipe as recipes
-from racnn_cli.core import store
-from racnn_cli.core.device import pick
+from racnn_cli.core import distributed, store
+from racnn_cli.core.device import select_device
 from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.data.index import build_index
-from racnn_cli.data.source import Files, Source
+from racnn_cli.data.source import FileSource, Source
 from racnn_cli.errors import RacnnError
+from racnn_cli.events import RoundEvent, StageEvent, Validation, WarningEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run, write_text
-from racnn_cli.training import checkpoint, distributed, stages
+from racnn_cli.training import checkpoint, stages
 from racnn_cli.training.checkpoint import Progress, Saved
 from racnn_cli.training.console import Console
 from racnn_cli.training.health import warnings
@@ -61,7 +62,7 @@ class Trainer:
         guide: Guide | None = None,
         teacher: Teacher | None = None,
     ) -> None:
-        device = distributed.local_device(pick(recipe.train.device))
+        device = distributed.local_device(select_device(recipe.train.device))
         model.to(device)
         if recipe.train.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -70,8 +71,8 @@ class Trainer:
             run=run,
             recipe=recipe,
             model=model,
-            train=source.pictures("train", model.source, augment=True),
-            val=source.pictures("val", model.source, augment=False),
+            train=source.dataset("train", model.source, augment=True),
+            val=source.dataset("val", model.source, augment=False),
             device=device,
             console=console,
             progress=saved.progress if saved else Progress(),
@@ -83,7 +84,7 @@ class Trainer:
         )
         self.source = source
         self.lock = lock
-        self.warned = {event["kind"] for event in run.read_log() if event["event"] == "warning"}
+        self.warned = {event.kind for event in run.read_log() if isinstance(event, WarningEvent)}
         self.watch: Callable[[str], None] = lambda moment: None
 
     @classmethod
@@ -105,18 +106,18 @@ class Trainer:
             out: the run's folder; None for the next free one in `runs/`.
             owner: the run that this one is the baseline of; `runs/latest` names a run without an owner.
             quiet: print nothing.
-            source: pictures in the place of those that the recipe names.
-            guide: boxes in the place of those that the APNs propose.
-            teacher: boxes that the APNs learn to propose, in the place of what they find out by themselves.
+            source: images instead of those that the recipe names.
+            guide: boxes instead of those that the APNs propose.
+            teacher: boxes that the APNs learn to propose, instead of what they find out by themselves.
 
         Raises:
-            RacnnError: faults in the data, a backbone or weights that cannot be had, `out` in use.
+            RacnnError: errors in the data, a backbone or weights that cannot be had, `out` in use.
         """
-        distributed.start(pick(recipe.train.device))
+        distributed.start(select_device(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
         if source is None:
-            index = build_index(recipe.data, seed=recipe.seed, share=distributed.shared_out)
-            source = Files(index, recipe.data, recipe.seed)
+            index = build_index(recipe.data, seed=recipe.seed, share=distributed.split_work)
+            source = FileSource(index, recipe.data, recipe.seed)
         index = source.index
         recipe = resolve(recipe)
         seed_step(recipe.seed)
@@ -127,7 +128,7 @@ class Trainer:
                 recipe, list(index.classes), out, fingerprint=index.fingerprint, latest=owner is None
             )
             folder = str(created.folder)
-        run = Run(Path(distributed.from_first(folder)))
+        run = Run(Path(distributed.broadcast(folder)))
         trainer = cls(run, recipe, model, source, console, _locked(run), None, owner, guide, teacher)
         trainer._introduce()
         return trainer
@@ -169,16 +170,16 @@ class Trainer:
             )
         if sets:
             recipe = _changed(run, recipe, sets, saved.progress if saved else Progress())
-        distributed.start(pick(recipe.train.device))
+        distributed.start(select_device(recipe.train.device))
         console = Console(quiet=quiet or distributed.rank() > 0)
         if source is None:
-            index = build_index(recipe.data, seed=recipe.seed, classes=classes, share=distributed.shared_out)
-            source = Files(index, recipe.data, recipe.seed)
+            index = build_index(recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work)
+            source = FileSource(index, recipe.data, recipe.seed)
         run.check_data(source.index.fingerprint)
         if saved:
             _rebatch(run, recipe, saved.progress, len(source.index.splits["train"]))
-        for fault in saved.faults if saved else ():
-            console.say(f"note: {fault}; the one before it is used")
+        for error in saved.errors if saved else ():
+            console.say(f"note: {error}; the one before it is used")
         if distributed.rank() == 0:
             run.sweep()
             run.cut_log(saved.progress.logged if saved else 0)
@@ -206,8 +207,8 @@ class Trainer:
             console.say(f"note: {note}")
         if skipped := index.skipped:
             console.say(f"left out, as --skip-bad asks: {len(skipped)} file(s)")
-            for fault in skipped[:20]:
-                console.say(f"  {fault}")
+            for error in skipped[:20]:
+                console.say(f"  {error}")
 
     @property
     def plan(self) -> tuple[str, ...]:
@@ -259,9 +260,7 @@ class Trainer:
         self.context.progress = Progress(done=done, views=progress.views, number=progress.number)
         if distributed.rank() == 0:
             store.save_weights(self.context.run.weights, self.context.model)
-            self.context.run.append_log(
-                {"event": "stage", "stage": name, "views": progress.views, "val": val}
-            )
+            self.context.run.append_log(StageEvent(stage=name, views=progress.views, val=val))
         self.watch(name)  # before it is saved: what is logged after that is not kept by a resume
         self._save()
         distributed.barrier()  # another process may still be reading the best weights
@@ -288,7 +287,7 @@ class Trainer:
         if later:
             raise RacnnError(
                 f"{run.folder} is past {name} already ({later[-1]} has begun or finished); nothing was overwritten",
-                "start a new run with --out DIR, or go on with `racnn alternate`",
+                "start a new run with --out DIR, or continue with `racnn alternate`",
             )
 
     def _resumed(self) -> Saved | None:
@@ -358,15 +357,15 @@ class Trainer:
         context, progress = self.context, self.context.progress
         section = context.recipe.alternate
         val = self.validate()
-        loss = val["average"]["nll"]
+        loss = val.average.nll
         progress.round += 1
         if progress.best_round_loss is None or loss < progress.best_round_loss:
             progress.best_round, progress.best_round_loss = progress.round, loss
             if distributed.rank() == 0:
-                checkpoint.put_aside(context.run, "best-round", context.model, progress)
+                checkpoint.save_snapshot(context.run, "best-round", context.model, progress)
         now = {
-            "classification": sum(scale["nll"] for scale in val["scales"]) / len(val["scales"]),
-            "rank": val["rank"],
+            "classification": sum(scale.nll for scale in val.scales) / len(val.scales),
+            "rank": val.rank,
         }
         before = progress.smoothed
         progress.smoothed = {
@@ -377,10 +376,9 @@ class Trainer:
             for name, value in progress.smoothed.items()
         )
         progress.still = 0 if changed else progress.still + 1
-        event = {"event": "round", "stage": "alternate", "round": progress.round, "val": val} | {
-            "smoothed": progress.smoothed,
-            "still": progress.still,
-        }
+        event = RoundEvent(
+            stage="alternate", round=progress.round, val=val, smoothed=progress.smoothed, still=progress.still
+        )
         if distributed.rank() == 0:
             context.run.append_log(event)
         self._warn(val)
@@ -389,7 +387,7 @@ class Trainer:
             return True
         return progress.round >= section.rounds
 
-    def _warn(self, val: dict[str, Any]) -> None:
+    def _warn(self, val: Validation) -> None:
         """Say, and log, what the validation figures give cause to worry about, each kind once."""
         context, progress = self.context, self.context.progress
         for kind, text in warnings(
@@ -401,26 +399,20 @@ class Trainer:
             context.console.say(f"  warning: {text}")
             if distributed.rank() == 0:
                 context.run.append_log(
-                    {
-                        "event": "warning",
-                        "stage": progress.stage,
-                        "round": progress.round,
-                        "kind": kind,
-                        "text": text,
-                    }
+                    WarningEvent(stage=progress.stage, round=progress.round, kind=kind, text=text)
                 )
 
-    def validate(self) -> dict:
+    def validate(self) -> Validation:
         """The validation figures of all scales as the network stands."""
         return measure(self.context, self.context.recipe.model.scales)
 
     @torch.no_grad()
     def _start_fusion(self) -> None:
-        """Measure the length of each scale's descriptors on (at most 512) training pictures as they are."""
+        """Measure the length of each scale's descriptors on (at most 512) training images as they are."""
         context = self.context
         model = context.model.eval()
         freeze_all_but(model, [])
-        plain = self.source.pictures("train", model.source, augment=False)
+        plain = self.source.dataset("train", model.source, augment=False)
         plain.items = plain.items[:: math.ceil(len(plain.items) / 512)]
         sums = torch.zeros(len(model.sizes), device=context.device)
         for batch in polled(context, loader(context, plain, shuffle=False)):
@@ -437,7 +429,7 @@ def _locked(run: Run) -> FileLock | None:
 
 def rounds_run(run: Run) -> int:
     """How many rounds `alternate` really ran, from the log."""
-    return len({event["round"] for event in run.read_log() if event["event"] == "round"})
+    return len({event.round for event in run.read_log() if isinstance(event, RoundEvent)})
 
 
 def baseline_recipe(recipe: Recipe, rounds: int, size: int | None = None) -> Recipe:
@@ -450,7 +442,7 @@ def baseline_recipe(recipe: Recipe, rounds: int, size: int | None = None) -> Rec
     Args:
         recipe: as used by the run, with its sizes resolved.
         rounds: rounds that `alternate` really ran.
-        size: of the input, in the place of that size.
+        size: of the input, instead of that size.
     """
     sizes = recipe.model.sizes
     if size is None:
@@ -495,7 +487,7 @@ def check_fixed(run: Run, recipe: Recipe, asked: Recipe) -> None:
     if fixed:
         raise RacnnError(
             "a run's network and data cannot change after its start:\n  " + "\n  ".join(fixed),
-            "leave that out to go on with this run, or start a new one with --out DIR",
+            "leave that out to continue with this run, or start a new one with --out DIR",
         )
 
 
@@ -515,28 +507,28 @@ def _changed(run: Run, recipe: Recipe, sets: dict[str, object], progress: Progre
     return new
 
 
-def _rebatch(run: Run, recipe: Recipe, progress: Progress, pictures: int) -> None:
-    """Count an epoch that has begun in steps of the batch that it goes on with: the order of pictures is the same.
+def _rebatch(run: Run, recipe: Recipe, progress: Progress, images: int) -> None:
+    """Count an epoch that has begun in steps of the batch that it continues: the order of images is the same.
 
     Args:
         run, recipe: as they go on.
         progress: where the run stands; changed in place.
-        pictures: of an epoch.
+        images: of an epoch.
 
     Raises:
         RacnnError: what has been seen is no whole number of updates of that size.
     """
     batch, accumulate = recipe.train.batch * distributed.world(), recipe.train.accumulate
-    seen = min(progress.step * progress.batch, pictures)
+    seen = min(progress.step * progress.batch, images)
     steps = math.ceil(seen / batch)
     if not progress.step:
         return
-    if seen < pictures and (seen % batch or steps % accumulate):
+    if seen < images and (seen % batch or steps % accumulate):
         raise RacnnError(
-            f"{run.folder} stands in the middle of an epoch, after {seen} pictures; updates of {batch * accumulate} "
+            f"{run.folder} stands in the middle of an epoch, after {seen} images; updates of {batch * accumulate} "
             f"({distributed.world()} process(es), train.batch = {recipe.train.batch}, train.accumulate = {accumulate}) "
             "do not fit into that",
-            f"as many pictures an update as before, in batches that divide {progress.batch}",
+            f"as many images an update as before, in batches that divide {progress.batch}",
         )
     progress.sums = {name: value * steps / progress.step for name, value in progress.sums.items()}
     progress.step, progress.batch = steps, batch

@@ -1,4 +1,4 @@
-"""Kill a training anywhere, go on with `--resume`, and compare with a training that was left in peace.
+"""Kill a training anywhere, continue with `--resume`, and compare with a training that was left in peace.
 
     python tests/faults/campaign.py --points 200 --seed 0
 
@@ -33,10 +33,13 @@ from blobs import tiny, write_blobs
 from safetensors import torch as safe
 
 import racnn_cli
-from racnn_cli import api  # noqa: F401  (everything that a child needs is imported once)
+from racnn_cli import (
+    api,  # noqa: F401  (everything that a child needs is imported once)
+    evaluation,  # noqa: F401
+)
 from racnn_cli import recipe as recipes
 from racnn_cli.cli import main
-from racnn_cli.results import evaluate, report  # noqa: F401
+from racnn_cli.results import report  # noqa: F401
 
 OURS = (str(Path(racnn_cli.__file__).parent), str(Path(safe.__file__).parent))
 KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "exception")
@@ -85,7 +88,7 @@ class Injector:
             self.depth += {"call": 1, "return": -1}.get(event, 0)
         if event not in ("call", "c_call") or not code.co_filename.startswith(OURS):
             return
-        if os.getpid() != self.process:  # a worker that reads pictures
+        if os.getpid() != self.process:  # a worker that reads images
             return
         self.counts["anywhere"] += 1
         self.counts["writing"] += self.depth > 0

@@ -98,10 +98,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(mine: Run, here,
 def test_with_every_checkpoint_damaged_all_of_them_are_named(mine: Run) -> None:
     for path in checkpoint.saved(mine):
         damaged(path, "a bit flipped")
-    with pytest.raises(RacnnError, match="no checkpoint can be read") as fault:
+    with pytest.raises(RacnnError, match="no checkpoint can be read") as error:
         Trainer.proceed(mine)
-    assert all(path.name in fault.value.message for path in checkpoint.saved(mine))
-    assert fault.value.exit_code == 1
+    assert all(path.name in error.value.message for path in checkpoint.saved(mine))
+    assert error.value.exit_code == 1
 
 
 def test_so_many_checkpoints_are_kept_as_the_recipe_says(here, data) -> None:
@@ -155,11 +155,11 @@ def test_a_full_disk_loses_nothing(small_disk: Path, here, data) -> None:
     ballast.write_bytes(
         b"0" * (free - int(2.5 * size))
     )  # room for one checkpoint with its optimizer, not for two
-    with pytest.raises(RacnnError, match=r"could not be written: .*No space left on device") as fault:
+    with pytest.raises(RacnnError, match=r"could not be written: .*No space left on device") as error:
         trainer.run_all()
     trainer.close()
-    assert "free some space" in fault.value.hint
-    assert fault.value.exit_code == 1
+    assert "free some space" in error.value.hint
+    assert error.value.exit_code == 1
     assert not list(run.folder.rglob(".*"))
     ballast.unlink()
     shutil.move(run.folder, here / "moved")
@@ -213,24 +213,24 @@ def test_a_process_that_was_killed_holds_no_lock(mine: Run) -> None:
     mine.lock().release()
 
 
-# ---- workers and pictures
+# ---- workers and images
 
 
 def test_a_reading_process_that_is_killed_is_named(here, data, monkeypatch) -> None:
     recipe = tiny(data, data__workers=2)
-    honest = images.Pictures.__getitem__
+    honest = images.ImageDataset.__getitem__
 
-    def shot(self: images.Pictures, key: tuple[int, int]) -> Any:
+    def shot(self: images.ImageDataset, key: tuple[int, int]) -> Any:
         if torch.utils.data.get_worker_info() is not None and key[0] == 1:
             os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
         return honest(self, key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(images.Pictures, "__getitem__", shot)
-        with pytest.raises(RacnnError, match=r"one of the 2 processes .* died: DataLoader worker") as fault:
+        patch.setattr(images.ImageDataset, "__getitem__", shot)
+        with pytest.raises(RacnnError, match=r"one of the 2 processes .* died: DataLoader worker") as error:
             api.train(recipe, out=here / "mine", quiet=True)
-    assert "--set data.workers=1" in fault.value.hint
-    assert "racnn train --resume" in fault.value.hint
+    assert "--set data.workers=1" in error.value.hint
+    assert "racnn train --resume" in error.value.hint
     ends_as(Run(here / "mine"), recipe, here / "whole")
 
 
@@ -244,15 +244,15 @@ def test_a_reading_process_that_is_killed_is_named(here, data, monkeypatch) -> N
     ],
 )
 def test_too_little_shared_memory_says_what_to_enlarge(text: str) -> None:
-    fault = images._worker_fault(text, 4)
-    assert "4 processes" in fault.message
-    assert "shared memory" in fault.message
-    assert "/dev/shm" in fault.hint
-    assert "--set data.workers=0" in fault.hint
+    error = images._worker_error(text, 4)
+    assert "4 processes" in error.message
+    assert "shared memory" in error.message
+    assert "/dev/shm" in error.hint
+    assert "--set data.workers=0" in error.hint
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_vanishes_is_named_and_can_come_back(here, data, workers) -> None:
+def test_a_images_that_vanishes_is_named_and_can_come_back(here, data, workers) -> None:
     place = here / "data"
     shutil.copytree(data, place)
     recipe = tiny(place, data__workers=workers)
@@ -261,10 +261,10 @@ def test_a_picture_that_vanishes_is_named_and_can_come_back(here, data, workers)
     gone = next((place / "train").rglob("*.png"))
     content = gone.read_bytes()
     gone.unlink()
-    with pytest.raises(RacnnError, match=re.escape(gone.name)) as fault:
+    with pytest.raises(RacnnError, match=re.escape(gone.name)) as error:
         trainer.run_all()
     trainer.close()
-    assert "Traceback" not in str(fault.value)
+    assert "Traceback" not in str(error.value)
     with pytest.raises(RacnnError, match="changed since it was started"):
         api.resume(Run(here / "mine"), quiet=True)
     gone.write_bytes(content)
@@ -279,10 +279,10 @@ def test_memory_that_runs_out_says_what_to_lower(mine: Run, monkeypatch) -> None
 
     with monkeypatch.context() as patch:
         patch.setattr("racnn_cli.training.loop._epoch", full)
-        with pytest.raises(RacnnError, match=r"ran out of memory with train\.batch = 6") as fault:
+        with pytest.raises(RacnnError, match=r"ran out of memory with train\.batch = 6") as error:
             trainer.run_stage("pretrain-apn")
     trainer.close()
-    assert "--set train.batch=3 --set train.accumulate=2" in fault.value.hint
+    assert "--set train.batch=3 --set train.accumulate=2" in error.value.hint
     assert mine.recipe().train.batch == 6  # never changed in silence
 
 

@@ -196,8 +196,8 @@ def read_run(file: Path) -> None:
             run.classes()
             run.check_data("0" * 64)
             write_report(run)
-        except RacnnError as fault:
-            refused.append(fault)
+        except RacnnError as error:
+            refused.append(error)
     if len(refused) > 2:  # as the data's fingerprint always, and classes.json or eval.json but not both
         raise refused[0]
 
@@ -250,8 +250,8 @@ def one(read: Callable[[Path], object], file: Path, content: bytes) -> str:
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
         read(file)
-    except RacnnError as fault:
-        whole = str(fault)
+    except RacnnError as error:
+        whole = str(error)
         hidden = not whole.replace("\n", "").isprintable() and "\x1b" in whole
         return "an escape sequence in a message" if hidden else "refused"
     except Hang:
@@ -267,10 +267,10 @@ def fuzz(name: str, inputs: int, seed: int, folder: Path) -> dict[str, int | lis
     """So many inputs for one reader, in processes of their own.
 
     Returns:
-        `inputs`, `read`, `refused`, and `faults`: what else happened, with the number of the input.
+        `inputs`, `read`, `refused`, and `errors`: what else happened, with the number of the input.
     """
     title, make, read = TARGETS[name]
-    seeds, counts, faults = make(), {"read": 0, "refused": 0}, []
+    seeds, counts, errors = make(), {"read": 0, "refused": 0}, []
     for start in range(0, inputs, CHUNK):
         told, at = folder / "told.json", folder / "at"
         pid = os.fork()
@@ -280,7 +280,7 @@ def fuzz(name: str, inputs: int, seed: int, folder: Path) -> dict[str, int | lis
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                 watch()
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-                answers = {"read": 0, "refused": 0, "faults": []}
+                answers = {"read": 0, "refused": 0, "errors": []}
                 for number in range(start, min(start + CHUNK, inputs)):
                     at.write_text(str(number))
                     content = changed(random.Random(f"{name} {seed} {number}"), seeds)
@@ -288,19 +288,19 @@ def fuzz(name: str, inputs: int, seed: int, folder: Path) -> dict[str, int | lis
                     if answer in answers:
                         answers[answer] += 1
                     else:
-                        answers["faults"].append(f"{name} {number}: {answer}")
+                        answers["errors"].append(f"{name} {number}: {answer}")
                 told.write_text(json.dumps(answers))
                 code = 0
             finally:
                 os._exit(code)
         status = os.waitpid(pid, 0)[1]
         if status:
-            faults.append(f"{name} {at.read_text()}: the process died, status {status}")
+            errors.append(f"{name} {at.read_text()}: the process died, status {status}")
             continue
         answers = json.loads(told.read_text())
-        faults += answers.pop("faults")
+        errors += answers.pop("errors")
         counts = {key: counts[key] + answers[key] for key in counts}
-    return {"inputs": inputs, **counts, "faults": faults}
+    return {"inputs": inputs, **counts, "errors": errors}
 
 
 def _hang(number: int, frame: FrameType | None) -> None:
@@ -312,12 +312,12 @@ def watch() -> None:
     signal.signal(signal.SIGALRM, _hang)
 
 
-HEADER = f"{'':12} {'inputs':>8} {'read':>8} {'refused':>8} {'faults':>7} {'seconds':>8}"
+HEADER = f"{'':12} {'inputs':>8} {'read':>8} {'refused':>8} {'errors':>7} {'seconds':>8}"
 
 
 def line(name: str, found: Mapping[str, Any], seconds: float) -> str:
     """A reader's row of the table."""
-    counts = f"{found['inputs']:8} {found['read']:8} {found['refused']:8} {len(found['faults']):7}"
+    counts = f"{found['inputs']:8} {found['read']:8} {found['refused']:8} {len(found['errors']):7}"
     return f"{name:12} {counts} {seconds:8.0f}"
 
 
@@ -335,7 +335,7 @@ if __name__ == "__main__":
         for target in options.only or TARGETS:
             began = time.monotonic()
             result = fuzz(target, options.inputs, options.seed, Path(place))
-            wrong += result["faults"]
+            wrong += result["errors"]
             print(line(target, result, time.monotonic() - began), flush=True)
     print("\n".join(wrong[:20]), file=sys.stderr)
     sys.exit(bool(wrong))

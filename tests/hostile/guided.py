@@ -22,7 +22,7 @@ import atheris
 with atheris.instrument_imports(include=["racnn_cli", "tomllib", "csv", "PIL"]):
     import fuzz
 
-LONGEST = 4096  # bytes of an input: of the seeds all but pictures are shorter
+LONGEST = 4096  # bytes of an input: of the seeds all but images are shorter
 
 
 def breed(name: str, inputs: int, seed: int, folder: Path) -> None:
@@ -33,7 +33,7 @@ def breed(name: str, inputs: int, seed: int, folder: Path) -> None:
     for number, content in enumerate(make()):
         (corpus / str(number)).write_bytes(content)
     answers: dict[str, int] = {"inputs": 0, "read": 0, "refused": 0}
-    faults: list[str] = []
+    errors: list[str] = []
 
     def one(content: bytes) -> None:
         answer = fuzz.one(read, folder / title, content)
@@ -41,10 +41,10 @@ def breed(name: str, inputs: int, seed: int, folder: Path) -> None:
         if answer in answers:
             answers[answer] += 1
         else:
-            faults.append(answer)
-            (folder / f"fault-{len(faults)}").write_bytes(content)
+            errors.append(answer)
+            (folder / f"error-{len(errors)}").write_bytes(content)
         if answers["inputs"] % 1000 == 0:
-            (folder / "told.json").write_text(json.dumps({**answers, "faults": faults}))
+            (folder / "told.json").write_text(json.dumps({**answers, "errors": errors}))
 
     fuzz.watch()
     options = [f"-runs={inputs}", f"-seed={seed + 1}", f"-max_len={LONGEST}", "-verbosity=0"]
@@ -78,8 +78,8 @@ if __name__ == "__main__":
             )
             told = json.loads((Path(place) / "told.json").read_text())
             if done.returncode:
-                told["faults"].append(f"the process ended with {done.returncode}")
-            wrong += [f"{target}: {fault}" for fault in told["faults"]]
+                told["errors"].append(f"the process ended with {done.returncode}")
+            wrong += [f"{target}: {error}" for error in told["errors"]]
             print(fuzz.line(target, told, time.monotonic() - began), flush=True)
     print("\n".join(wrong[:20]), file=sys.stderr)
     sys.exit(bool(wrong))

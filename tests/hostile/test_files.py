@@ -1,4 +1,4 @@
-"""Files that mean harm: each is refused or passed over with one clear sentence, and does nothing."""
+"""FileSource that mean harm: each is refused or passed over with one clear sentence, and does nothing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import onnx
 import pytest
 import torch
 from blobs import tiny, write_blobs, write_recipe
-from loud import make_run, write_data
 from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import load_file
+from untrained import make_run, write_data
 
 from racnn_cli import api
 from racnn_cli.errors import RacnnError
-from racnn_cli.results.prediction import load
+from racnn_cli.export.prediction import load
 from racnn_cli.run import Run
 from racnn_cli.training import checkpoint
 from racnn_cli.training.trainer import Trainer
@@ -90,12 +90,12 @@ def test_a_zip_bomb_of_weights_is_refused(here: Path, said) -> None:
     assert text.startswith("error: weights 'bomb.pth'"), text
 
 
-# ---- pictures
+# ---- images
 
 
 @pytest.fixture
 def odd(here: Path) -> Path:
-    """A folder of files that call themselves pictures."""
+    """A folder of files that call themselves images."""
     folder = here / "odd"
     folder.mkdir()
     Image.new("RGB", (100_000, 1), "red").save(folder / "long.png")
@@ -115,16 +115,16 @@ def odd(here: Path) -> Path:
 
 REFUSED = {
     "bomb.png": "is oversized",
-    "page.jpg": "is not a JPEG, PNG, WebP, BMP or TIFF picture",
+    "page.jpg": "is not a JPEG, PNG, WebP, BMP or TIFF image",
     "zero.jpg": "is not a regular file",
-    "secret.png": "is not a JPEG, PNG, WebP, BMP or TIFF picture",
+    "secret.png": "is not a JPEG, PNG, WebP, BMP or TIFF image",
     "nothing.png": "does not exist",
     "round.png": "symbolic links",
     "pipe.png": "is not a regular file",
 }
 
 
-def test_odd_pictures_are_rows_of_a_prediction(run: Run, odd: Path, said) -> None:
+def test_odd_images_are_rows_of_a_prediction(run: Run, odd: Path, said) -> None:
     names = [str(odd / name) for name in sorted(os.listdir(odd))]
     code, text = said("predict", *names, "--run", run.folder, "--format", "jsonl", "--save", "drawn")
     rows = {Path(row["path"]).name: row for row in map(json.loads, text.splitlines()[: len(names)])}
@@ -154,14 +154,14 @@ def test_csv_on_a_terminal_does_nothing_to_it(run: Run, odd: Path) -> None:
     assert b"\x1b" not in text
 
 
-def test_odd_pictures_among_the_training_data_are_named_at_once(odd: Path, here: Path, said) -> None:
+def test_odd_images_among_the_training_data_are_named_at_once(odd: Path, here: Path, said) -> None:
     data = write_blobs(here / "data")
     for path in odd.iterdir():
         path.rename(data / "train" / "red" / path.name)
     write_recipe(here / "mine.toml", data)
     code, text = said("train", "mine.toml", "--out", "mine")
     assert code == 2
-    assert f"{len(REFUSED)} fault(s)" in text
+    assert f"{len(REFUSED)} error(s)" in text
     assert all(name in text and reason in text for name, reason in REFUSED.items())
     assert not (here / "mine").exists()
     code, text = said("train", "mine.toml", "--out", "mine", "--skip-bad")

@@ -18,7 +18,7 @@ def test_broken_files_are_read_or_refused() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines()[1:]]
     assert len(lines) == 5
-    for *name, inputs, read, refused, faults, _ in lines:
-        assert (int(inputs), int(faults)) == (400, 0), name
+    for *name, inputs, read, refused, errors, _ in lines:
+        assert (int(inputs), int(errors)) == (400, 0), name
         assert int(read) + int(refused) == 400, name
         assert int(read) > 0, name  # else it would not be the readers that are tried

@@ -1,0 +1,885 @@
+"""From a run folder to figures, an ONNX file, predictions, drawings and the page. No network is trained."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchvision.ops import box_iou
+from untrained import CLASSES, SIDE, make_run, write_data
+
+import racnn_cli
+from racnn_cli import evaluation
+from racnn_cli.core import store
+from racnn_cli.core.metrics import BoxMetrics
+from racnn_cli.data.decode import read_image
+from racnn_cli.data.images import ImageDataset
+from racnn_cli.data.index import build_index
+from racnn_cli.data.square import load_source
+from racnn_cli.errors import RacnnError
+from racnn_cli.events import EvalResult
+from racnn_cli.export import onnx as exporter
+from racnn_cli.export.graph import Deployed, Form
+from racnn_cli.export.prediction import Frame, load
+from racnn_cli.results import draw, predict, report, tables
+from racnn_cli.run import Run, write_json
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def data(place: Path) -> Path:
+    return write_data(place / "data")
+
+
+@pytest.fixture(scope="module")
+def run(place: Path, data: Path) -> Run:
+    return make_run(place / "three", data, scales=3)
+
+
+@pytest.fixture(scope="module")
+def result(run: Run) -> dict:
+    return evaluation.evaluate(run).to_json()
+
+
+@pytest.fixture(scope="module")
+def outputs(run: Run):
+    """All test images in one forward pass: the independent way to the figures."""
+    network, _ = store.load(run.folder)
+    recipe = run.recipe()
+    items = build_index(recipe.data, seed=0, classes=run.classes()).splits["test"]
+    images = ImageDataset(items, recipe.data, SIDE, seed=0, augment=False)
+    samples = [images[(0, number)] for number in range(len(items))]
+    with torch.inference_mode():
+        output = network(torch.stack([sample["image"] for sample in samples]))
+    labels = torch.stack([sample["label"] for sample in samples])
+    return output, labels, torch.stack([sample["box"] for sample in samples]), items
+
+
+def test_eval_json_has_the_promised_keys(run: Run, result: dict) -> None:
+    assert json.loads(run.eval.read_text()) == result
+    assert set(result) == {
+        *("split", "images", "classes", "scales", "average", "fused", "per_class", "boxes", "baseline"),
+        *("seconds", "images_per_second", "confusion", "interval", "data"),
+    }
+    assert (result["split"], result["images"], result["classes"], result["baseline"]) == ("test", 24, 3, None)
+    assert [set(entry) for entry in (*result["scales"], result["average"], result["fused"])] == [
+        {"top1", "top5", "nll", "ece"}
+    ] * 5
+    assert list(result["per_class"]) == run.classes()
+    assert result["fused"]["top5"] == 1.0  # of three classes
+
+
+def test_figures_agree_with_torchmetrics_on_all_images_at_once(run: Run, result: dict, outputs) -> None:
+    output, labels, _, _ = outputs
+    shares = [logits.softmax(1) for logits in output.logits]
+    expected = [*shares, torch.stack(shares).mean(0), output.probabilities]
+    found = [*result["scales"], result["average"], result["fused"]]
+    assert len({figures["nll"] for figures in found}) == 5
+    for figures, probabilities in zip(found, expected, strict=True):
+        top1 = multiclass_accuracy(probabilities, labels, 3, average="micro").item()
+        ece = multiclass_calibration_error(probabilities, labels, 3, n_bins=15).item()
+        nll = -probabilities.gather(1, labels[:, None]).log().mean().item()
+        assert figures["top1"] == pytest.approx(top1, abs=1e-6)
+        assert figures["ece"] == pytest.approx(ece, abs=1e-4)
+        assert figures["nll"] == pytest.approx(nll, rel=1e-4)
+    answers = output.probabilities.argmax(1)
+    for number, (name, entry) in enumerate(result["per_class"].items()):
+        assert entry == {"top1": (answers[labels == number] == number).float().mean().item(), "n": 8}
+        counts = torch.bincount(answers[labels == number], minlength=3).tolist()
+        cells = [[number, answer, count] for answer, count in enumerate(counts) if count]
+        assert [cell for cell in result["confusion"] if cell[0] == number] == cells, name
+    low, high = result["interval"]
+    assert 0 <= low < result["fused"]["top1"] < high <= 1
+
+
+def test_box_figures_against_ground_truth(result: dict, outputs) -> None:
+    output, _, truth, _ = outputs
+    assert len(result["boxes"]) == 2
+    for figures, box, proposal in zip(result["boxes"], output.boxes, output.proposals, strict=True):
+        side = 2 * proposal[:, 2]
+        assert side.max() - side.min() > 0.01
+        assert figures["side_mean"] == pytest.approx(side.mean().item(), abs=1e-5)
+        assert figures["side_min"] == pytest.approx(side.min().item(), abs=1e-5)
+        assert figures["side_max"] == pytest.approx(side.max().item(), abs=1e-5)
+        assert figures["at_floor"] == pytest.approx((side < 1.02 / 3).float().mean().item())
+        assert figures["at_ceiling"] == pytest.approx((side > 0.98 * 0.95).float().mean().item())
+        found = torch.cat([box[:, :2] - box[:, 2:], box[:, :2] + box[:, 2:]], 1)
+        assert figures["iou_mean"] == pytest.approx(box_iou(found, truth).diagonal().mean().item(), abs=1e-5)
+        x, y = ((truth[:, :2] + truth[:, 2:]) / 2).T
+        inside = (found[:, 0] <= x) & (x <= found[:, 2]) & (found[:, 1] <= y) & (y <= found[:, 3])
+        assert figures["hit_rate"] == pytest.approx(inside.float().mean().item())
+        assert 0 < figures["coverage_mean"] < 1
+
+
+def test_bounds_are_counted() -> None:
+    sides = BoxMetrics(0.4, 0.8)
+    halves = torch.tensor([0.2, 0.203, 0.3, 0.395])
+    boxes = torch.stack([torch.full((4,), 0.5), torch.full((4,), 0.5), halves], 1)
+    sides.add(boxes, boxes, torch.full((4, 4), float("nan")))
+    found = sides.figures()
+    assert found.pop("side_std") == pytest.approx((2 * halves).std(correction=0).item())
+    assert found.pop("centre_std") == 0.0
+    assert found == pytest.approx(
+        {"side_mean": 0.549, "side_min": 0.4, "side_max": 0.79, "at_floor": 0.5, "at_ceiling": 0.25}
+    )
+
+
+def test_split_data_and_baseline(place: Path, data: Path) -> None:
+    run = make_run(place / "one", data, scales=1)
+    plain = make_run(run.folder / "baseline", data, scales=1)
+    fused = evaluation.evaluate(plain, split="val").fused.to_json()
+    other = write_data(place / "other", count=3)
+    result = evaluation.evaluate(run, data=str(other)).to_json()
+    assert (result["split"], result["images"], result["boxes"]) == ("all", 27, [])
+    assert result["baseline"] is None  # its figures are of other images
+    found = evaluation.evaluate(run, split="val")
+    result = found.to_json()
+    assert result["baseline"] == {**fused, "size": 64}
+    assert [name for name, _ in found.answers()] == ["baseline", "scale 1", "average", "fused"]
+    with pytest.raises(RacnnError, match="no split 'dev'") as error:
+        evaluation.evaluate(run, split="dev")
+    assert error.value.hint == "--split train or val or test"
+
+
+def test_tables_show_the_figures(result: dict) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    for table in tables.tables(EvalResult.model_validate(result)):
+        console.print(table)
+    text = console.file.getvalue()
+    for name, figures in EvalResult.model_validate(result).answers():
+        assert any(name in line and f"{figures.nll:.3f}" in line for line in text.splitlines()), name
+    low, high = result["interval"]
+    assert "24 test images of 3 classes" in text
+    assert f"{low:.3f} to {high:.3f}" in text
+    assert f"{result['boxes'][1]['coverage_mean']:.3f}" in text
+
+
+def test_outputs_that_are_not_finite_are_a_failure(place: Path, data: Path) -> None:
+    run = make_run(place / "broken", data, scales=1)
+    network, _ = store.load(run.folder)
+    network.scale(0).classifier.bias.data[0] = float("nan")
+    store.save_weights(run.weights, network)
+    with pytest.raises(RacnnError, match="not finite") as error:
+        evaluation.evaluate(run)
+    assert error.value.exit_code == 1
+    assert not run.eval.exists()
+    with pytest.raises(RacnnError, match="not finite"):
+        load(run).predict(np.zeros((9, 9, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def exported(run: Run) -> dict:
+    return exporter.export_onnx(run)
+
+
+def test_onnx_file_answers_as_the_network_does(run: Run, exported: dict, outputs, capfd) -> None:
+    output, _, _, items = outputs
+    assert exported["checked_on"] == "validation images"
+    assert exported["inputs"] == {"image": ["batch", 3, "height", "width"]}
+    assert exported["outputs"]["boxes"] == ["batch", 2, 4]
+    assert exported["outputs"]["labels"] == ["batch", 3]
+    assert max(exported["max_difference"].values()) < 1e-4
+    assert (exported["batches"], exported["sides"], exported["agreement"]) == ([1, 2, 7], [48, 72], [20, 20])
+    assert str(run.onnx) in exporter.describe(exported)
+    assert "same class on 20 of 20" in exporter.describe(exported)
+    pixels = np.stack([load_source(item.path, "crop", SIDE)[0] for item in items[:3]])
+    session = onnxruntime.InferenceSession(str(run.onnx))
+    names = [value.name for value in session.get_outputs()]
+    assert names == ["probabilities", "labels", "scales", "boxes"]
+    image = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 255
+    found = dict(zip(names, session.run(names, {"image": image}), strict=True))
+    assert np.abs(found["probabilities"] - output.probabilities[:3].numpy()).max() < 1e-3
+    assert (found["labels"] == output.probabilities[:3].argsort(descending=True).numpy()).all()
+    assert np.abs(found["scales"][:, 2] - output.logits[2][:3].softmax(1).numpy()).max() < 1e-3
+    boxes = torch.stack(output.boxes, 1)[:3]
+    corners = SIDE * torch.cat([boxes[..., :2] - boxes[..., 2:], boxes[..., :2] + boxes[..., 2:]], 2)
+    assert np.abs(found["boxes"] - corners.numpy()).max() < 0.05
+    meta = {entry.key: entry.value for entry in onnx.load(run.onnx).metadata_props}
+    assert json.loads(meta["classes"]) == run.classes()
+    assert (meta["source"], meta["sizes"], meta["fit"]) == (str(SIDE), "[64, 64, 64]", "crop")
+    assert (meta["layout"], meta["top"], meta["racnn"]) == ("NCHW", "5", racnn_cli.__version__)
+    assert len(json.loads(meta["mean"])) == len(json.loads(meta["std"])) == 3
+    assert meta["recipe_sha256"] == hashlib.sha256(meta["recipe"].encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("fit", "opset"), [("crop", 18), ("pad", 20), ("squash", 20)])
+def test_raw_images_of_any_shape_are_made_square_inside(run: Run, fit: str, opset: int) -> None:
+    """What the graph says of an image that is not square is what it says of the square, in the image's pixels."""
+    network, _ = store.load(run.folder)
+    deployed = Deployed(network, fit, Form(raw=True, top=2, crops=True)).eval()
+    proto = onnx_ir.to_proto(exporter.to_onnx(deployed, opset))
+    assert [entry.version for entry in proto.opset_import if not entry.domain] == [opset]
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    rng = np.random.default_rng(0)
+    for count, height, width in ((1, 40, 90), (3, 77, 50), (2, SIDE, SIDE), (2, 65, 65)):
+        image = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+        found = dict(zip(deployed.names, session.run(deployed.names, {"image": image}), strict=True))
+        with torch.inference_mode():
+            expected = dict(zip(deployed.names, deployed(torch.from_numpy(image)), strict=True))
+        for name, value in expected.items():
+            assert np.abs(found[name] - value.numpy()).max() < (
+                1e-3 if name in ("probabilities", "scales") else 1e-2
+            ), name
+        assert found["labels"].shape == (count, 2)
+        assert found["crop_3"].shape == (count, 3, 64, 64)
+        assert (found["crop_3"].min() >= 0, found["crop_3"].max() <= 1) == (True, True)
+        boxes = found["boxes"]
+        assert (boxes >= 0).all()
+        assert (boxes[..., [0, 2]] <= width).all()
+        assert (boxes[..., [1, 3]] <= height).all()
+        if fit == "squash":
+            continue
+        # The square by hand, through the network as it was trained.
+        side = min(height, width) if fit == "crop" else max(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        square = np.full((count, side, side, 3), 128, np.uint8)
+        if fit == "crop":
+            square = image[:, top : top + side, left : left + side]
+        else:
+            left, top = -((side - width) // 2), -((side - height) // 2)
+            square[:, -top : height - top, -left : width - left] = image
+        with torch.inference_mode():
+            plain = network(torch.from_numpy(square.copy()).permute(0, 3, 1, 2))
+        assert np.abs(found["probabilities"] - plain.probabilities.numpy()).max() < 1e-3
+        centre = plain.boxes[0][:, :2].numpy() * side + (left, top)
+        inside = (boxes[:, 0, :2] > 0).all(1) & (boxes[:, 0, 2:] < (width, height)).all(1)
+        middle = (boxes[:, 0, :2] + boxes[:, 0, 2:]) / 2
+        assert np.abs(middle - centre)[inside].max(initial=0) < 0.05
+
+
+def test_a_file_that_disagrees_is_not_left_behind(run: Run, exported: dict, place: Path, monkeypatch) -> None:
+    network, _ = store.load(run.folder)
+    images = exporter.CheckImages(run.recipe(), run.classes(), SIDE, [])
+    deployed = Deployed(network, "crop", Form()).eval()
+    exporter.compare(deployed, run.onnx, images)
+    assert network.fusion is not None
+    network.fusion.bias.data[0] += 0.5
+    with pytest.raises(
+        RacnnError, match=r"differ by .* in probabilities on noise of 48×48 px, 1 at a time"
+    ) as error:
+        exporter.compare(deployed, run.onnx, images)
+    assert error.value.exit_code == 1
+    monkeypatch.setattr(exporter, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
+    monkeypatch.setattr(store, "load", lambda _: (network.eval(), run))
+    folder = place / "elsewhere"
+    for largest in (exporter.LARGEST, 1000):  # with the weights inside, and beside
+        monkeypatch.setattr(exporter, "LARGEST", largest)
+        with pytest.raises(RacnnError, match="differ by"):
+            exporter.export_onnx(run, folder / "net.onnx")
+        assert list(folder.iterdir()) == []
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(
+    run: Run, exported: dict, place: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(exporter, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
+    monkeypatch.setattr(exporter, "LARGEST", 1000)
+    folder = place / "large"
+    made = [exporter.export_onnx(run, folder / "net.onnx") for _ in range(2)]
+    graph, weights = sorted(
+        folder.iterdir(), key=lambda file: file.stat().st_size
+    )  # the first weights are gone
+    assert graph.name == "net.onnx"
+    assert re.fullmatch(r"net\.onnx\.[0-9a-f]{8}\.data", weights.name)
+    assert made[1]["bytes"] == graph.stat().st_size + weights.stat().st_size
+    moved = place / "moved"
+    shutil.move(folder, moved)
+    file = next((place / "data").glob("test-*.png"))
+    assert load(moved / "net.onnx").predict(file)[0].label == load(run.onnx).predict(file)[0].label
+    smaller = exporter.export_onnx(run, folder / "half.onnx", precision="half", max_drop=100)
+    assert [file.name for file in folder.iterdir()] == ["half.onnx"]  # it needs no weights beside it
+    assert smaller["bytes"] == (folder / "half.onnx").stat().st_size
+
+
+def test_a_file_is_checked_again_later(run: Run, exported: dict, place: Path, data: Path) -> None:
+    report = exporter.check(run, None, data.parent)
+    assert (report["checked_on"], report["agreement"]) == ("images of the folder", [20, 20])
+    assert "wrote" not in exporter.describe(report)
+    network, _ = store.load(run.folder)
+    before = run.weights.read_bytes()
+    with torch.no_grad():
+        network.scale(2).classifier.bias[0] += 1
+    store.save_weights(run.weights, network)
+    try:
+        with pytest.raises(RacnnError, match="differ by"):
+            exporter.check(run, None, data.parent)
+    finally:
+        run.weights.write_bytes(before)
+    assert run.onnx.is_file()
+    with pytest.raises(RacnnError, match="does not exist"):
+        exporter.check(run, place / "none.onnx", data.parent)
+    with pytest.raises(RacnnError, match="is no folder"):
+        exporter.check(run, None, place / "nowhere")
+    proto = onnx.load(run.onnx)
+    for entry in [entry for entry in proto.metadata_props if entry.key == "layout"]:
+        proto.metadata_props.remove(entry)
+    onnx.save(proto, place / "older.onnx")
+    with pytest.raises(RacnnError, match="another version of racnn"):
+        exporter.check(run, place / "older.onnx", data.parent)
+
+
+def backbone_types(path: Path) -> tuple[set[int], set[int]]:
+    """Types of the weights in the backbones, and of all others, by the names that they had in PyTorch."""
+    weights = {entry.name: entry.data_type for entry in onnx.load(path).graph.initializer}
+    inside = {kind for name, kind in weights.items() if ".backbone." in name and "weight" in name}
+    return inside, {kind for name, kind in weights.items() if ".apn." in name or "fusion" in name}
+
+
+@pytest.mark.parametrize(("precision", "kind", "share"), [("half", 10, 0.6), ("int8", 3, 0.4)])
+def test_smaller_precisions_leave_the_boxes_in_float(
+    run: Run, exported: dict, place: Path, monkeypatch, precision, kind, share
+) -> None:
+    monkeypatch.setattr(exporter, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
+    made = exporter.export_onnx(run, place / f"{precision}.onnx", precision=precision, max_drop=100)
+    found = made["compressed"]
+    assert made["bytes"] < share * found["bytes_before"]
+    assert found["bytes_before"] == pytest.approx(run.onnx.stat().st_size, rel=0.01)
+    assert (found["precision"], found["images"]) == (precision, 24)
+    assert found["times_faster"] > 0
+    text = exporter.describe(made)
+    assert f"{precision}: " in text
+    assert f"accuracy {found['before']:.3f} before and {found['after']:.3f} after on 24" in text
+    inside, outside = backbone_types(made["path"])
+    assert kind in inside
+    assert outside == {1}  # float32
+    onnx.checker.check_model(made["path"], full_check=True)
+    casts = [
+        node
+        for node in onnx.load(made["path"]).graph.node
+        if "image" in node.input and node.op_type == "Cast"
+    ]
+    assert not casts  # nor are the images rounded on their way to the crops
+    files = sorted((place / "data").glob("val-*.png"))
+    answers = [load(file).predict(files) for file in (run.onnx, made["path"])]
+    right = [
+        np.mean([answer.label == CLASSES[int(Path(answer.path).name[4])] for answer in some])
+        for some in answers
+    ]
+    assert right == pytest.approx([found["before"], found["after"]])
+    gaps = [abs(a.probability - b.probability) for a, b in zip(*answers, strict=True)]
+    assert np.median(gaps) < (0.01 if precision == "half" else 0.2)
+
+
+def test_a_smaller_file_that_is_worse_is_refused(run: Run, exported: dict, place: Path, monkeypatch) -> None:
+    monkeypatch.setattr(exporter, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
+    shares = iter([0.9, 0.85])
+    monkeypatch.setattr(quantize, "accuracy", lambda *_: next(shares))
+    with pytest.raises(RacnnError, match=r"half costs 5\.0 points .* \(0\.900 to 0\.850\)") as error:
+        exporter.export_onnx(run, place / "worse" / "net.onnx", precision="half", max_drop=4.9)
+    assert "--max-drop 5" in (error.value.hint or "")
+    assert list((place / "worse").iterdir()) == []
+
+
+def test_a_torch_program_answers_without_racnn(run: Run, place: Path, data: Path) -> None:
+    made = exporter.export_program(run, place / "net.pt2", form=Form(raw=True))
+    assert max(made["max_difference"].values()) < 1e-3
+    code = """
+import json, sys
+class Wall:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in ("racnn_cli", "backbones", "timm"):
+            raise ImportError(f"{name} is not installed here")
+sys.meta_path.insert(0, Wall())
+import numpy, torch
+from PIL import Image
+told = {"metadata.json": ""}
+network = torch.export.load(sys.argv[1], extra_files=told).module()
+classes = json.loads(json.loads(told["metadata.json"])["classes"])
+image = torch.from_numpy(numpy.array(Image.open(sys.argv[2])))[None]
+answers = dict(zip(["probabilities", "labels"], network(image)))
+print(classes[answers["labels"][0, 0]], float(answers["probabilities"].max()))
+"""
+    file = data.parent / "test-0-0.png"
+    words = [sys.executable, "-c", code, made["path"], str(file)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    network, _ = store.load(run.folder)
+    with torch.inference_mode():
+        expected = Deployed(network, "crop", Form(raw=True))(
+            torch.from_numpy(np.array(Image.open(file)))[None]
+        )
+    label, probability = said.rsplit(maxsplit=1)
+    assert label == run.classes()[int(expected[1][0, 0])]
+    assert float(probability) == pytest.approx(float(expected[0].max()), abs=1e-4)
+
+
+def test_a_single_scale_exports_without_boxes_and_without_data(place: Path, data: Path, capfd) -> None:
+    run = make_run(place / "single", data, scales=1)
+    text = run.recipe_file.read_text().replace(str(data), str(place / "gone.csv"))
+    run.recipe_file.write_text(text)
+    made = exporter.export_onnx(run, place / "single.onnx")
+    assert made["checked_on"] == "noise"
+    assert list(made["outputs"]) == ["probabilities", "labels", "scales"]
+    assert load(place / "single.onnx").predict(data.parent / "test-0-0.png")[0].boxes == []
+    with pytest.raises(RacnnError, match=r"exported from .*: its recipe is another one"):
+        exporter.check(run, place / "three" / "model.onnx", data.parent)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_safetensors_folder_loads_and_answers_the_same(run: Run, place: Path, data: Path) -> None:
+    folder = exporter.export_safetensors(run, place / "shared")
+    assert {file.name for file in folder.iterdir()} == {"recipe.toml", "classes.json", "weights.safetensors"}
+    image = data.parent / "test-0-0.png"
+    assert racnn_cli.load(folder).predict(image) == racnn_cli.load(run.folder).predict(image)
+    with pytest.raises(RacnnError, match="not empty"):
+        exporter.export_safetensors(run, folder)
+
+
+def test_predictions_and_their_boxes_in_pixels(run: Run, outputs) -> None:
+    output, _, _, items = outputs
+    found = load(run, "cpu").predict([item.path for item in items], batch=7)
+    assert len(found) == 24
+    for number, (item, answer) in enumerate(zip(items, found, strict=True)):
+        assert answer.path == str(item.path)
+        best = output.probabilities[number].argmax().item()
+        assert answer.label == run.classes()[best]
+        assert answer.probability == pytest.approx(output.probabilities[number].max().item(), abs=1e-5)
+        assert [label for label, _ in answer.top] == [
+            run.classes()[i] for i in output.probabilities[number].argsort(descending=True)
+        ]
+        assert [share for _, share in answer.scales] == pytest.approx(
+            [logits[number].softmax(0).max().item() for logits in output.logits], abs=1e-5
+        )
+        for box, source in zip(answer.boxes, output.boxes, strict=True):
+            x, y, half = source[number].tolist()
+            # 80 × 60 pixels: the source is the middle 60 × 60.
+            expected = (10 + 60 * (x - half), 60 * (y - half), 10 + 60 * (x + half), 60 * (y + half))
+            assert box == pytest.approx(expected, abs=0.01)
+
+
+def test_a_turned_file_gets_its_boxes_in_its_own_pixels(run: Run, place: Path, data: Path) -> None:
+    upright = Image.open(data.parent / "test-1-1.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise for viewing
+    upright.transpose(Image.Transpose.ROTATE_90).save(place / "turned.png", exif=exif)
+    model = load(run)
+    straight, turned, in_memory = model.predict(
+        [data.parent / "test-1-1.png", place / "turned.png", Image.open(place / "turned.png")]
+    )
+    assert in_memory.boxes[1] == pytest.approx(turned.boxes[1], abs=1e-3)
+    assert turned.probability == pytest.approx(straight.probability, abs=1e-3)
+    for (x0, y0, x1, y1), box in zip(straight.boxes, turned.boxes, strict=True):
+        assert box == pytest.approx((y0, 80 - x1, y1, 80 - x0), abs=0.05)
+    assert draw.upright_boxes(read_image(place / "turned.png"), turned.boxes)[0] == pytest.approx(
+        straight.boxes[0], abs=0.05
+    )
+
+
+def test_images_in_memory_and_bad_files(run: Run, place: Path, data: Path) -> None:
+    file = data.parent / "test-2-0.png"
+    (place / "bad.jpg").write_bytes(b"no image")
+    model = load(run)
+    from_file, bad, from_image, from_array = model.predict(
+        [file, place / "bad.jpg", Image.open(file), np.asarray(Image.open(file))]
+    )
+    assert (bad.label, bad.boxes) == ("", [])
+    assert "bad.jpg is not a" in bad.error
+    for answer in (from_image, from_array):
+        assert answer.path is None
+        assert answer.label == from_file.label
+        assert answer.boxes[1] == pytest.approx(from_file.boxes[1], abs=1e-3)
+    (alone,) = model.predict(str(file))
+    assert (alone.path, alone.label) == (str(file), from_file.label)
+    assert alone.boxes[1] == pytest.approx(from_file.boxes[1], abs=1e-3)
+    with pytest.raises(RacnnError, match=r"shape \(5, 5\) and type float64"):
+        model.predict([np.zeros((5, 5))])
+
+
+def test_gather(place: Path, monkeypatch) -> None:
+    folder = place / "gather"
+    (folder / "b" / "c").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    for name in ("b/2.JPG", "b/c/1.png", "a.webp", "b/notes.txt", "b/.hidden.png", "a[1].png"):
+        (folder / name).touch()
+    inside = [folder / name for name in ("a.webp", "a[1].png", "b/2.JPG", "b/c/1.png")]
+    assert predict.gather([folder, folder / "b/notes.txt"]) == [*inside, folder / "b/notes.txt"]
+    assert predict.gather([f"{folder}/**/*.png"]) == [folder / "a[1].png", folder / "b/c/1.png"]
+    assert predict.gather([folder / "a[1].png", "camera:0"]) == [folder / "a[1].png", "camera:0"]
+    listed = io.StringIO(f"{folder}/a.webp\n\n{folder}/b/c\r\n")
+    assert predict.gather(["-"], listed) == [folder / "a.webp", folder / "b/c/1.png"]
+    with pytest.raises(RacnnError) as error:
+        predict.gather(
+            [folder / "no", folder / "empty", "https://x.org/a.jpg", f"{folder}/*.gif", "a\x1b[2J.png"]
+        )
+    for part in (
+        "no does not exist",
+        "empty holds no images",
+        "a.jpg is an address",
+        "*.gif matches nothing",
+    ):
+        assert part in error.value.message
+    assert "\x1b" not in error.value.message
+
+
+@pytest.mark.parametrize("trained", ["run", "file"])
+def test_predict_command(run: Run, exported: dict, place: Path, data: Path, trained: str) -> None:
+    model = load(run.folder if trained == "run" else run.onnx)
+    twice, drawings = place / f"again-{trained}", place / f"drawn-{trained}"
+    twice.mkdir()
+    file = data.parent / "test-0-1.png"
+    (twice / file.name).write_bytes(file.read_bytes())
+    out = io.StringIO()
+    sources = predict.gather([file, twice])
+    assert predict.predict_command(model, sources, rows="jsonl", save=drawings, batch=1, out=out) == 0
+    first, second = map(json.loads, out.getvalue().splitlines())
+    assert set(first) == {"path", "label", "probability", "top", "boxes", "scales", "error"}
+    assert first["boxes"] == second["boxes"]
+    assert {path.name for path in drawings.iterdir()} == {"test-0-1.jpg", "test-0-1-2.jpg"}
+    (place / "bad.png").write_bytes(b"")
+    sources = [place / "bad.png", file]
+    table, lines = io.StringIO(), io.StringIO()
+    assert predict.predict_command(model, sources, out=table) == 1
+    _, bad, good = table.getvalue().splitlines()
+    assert "bad.png is empty" in bad
+    assert good.startswith(f"{first['probability']:.3f}  {first['label']}")
+    assert predict.predict_command(model, sources, rows="csv", out=lines) == 1
+    bad, good = csv.DictReader(io.StringIO(lines.getvalue()))
+    assert (bad["label"], bad["probability"], bad["x0_2"]) == ("", "", "")
+    assert "bad.png is empty" in bad["error"]
+    assert (good["label"], good["error"]) == (first["label"], "")
+    assert float(good["probability"]) == pytest.approx(first["probability"], abs=1e-5)
+    edges = [float(good[f"{edge}_3"]) for edge in ("x0", "y0", "x1", "y1")]
+    assert edges == pytest.approx(first["boxes"][1], abs=0.06)
+
+
+def test_rows_come_as_soon_as_they_are_there(run: Run, data: Path) -> None:
+    """The first batch is written before the second one is read."""
+    out, seen = io.StringIO(), []
+
+    def sources():
+        for number in range(4):
+            seen.append(len(out.getvalue().splitlines()))
+            yield data.parent / f"test-0-{number}.png"
+
+    assert predict.predict_command(load(run), sources(), rows="jsonl", batch=2, out=out) == 0
+    assert seen == [0, 0, 2, 2]
+
+
+def test_an_onnx_file_and_its_run_say_the_same(run: Run, exported: dict, data: Path) -> None:
+    files = sorted(data.parent.glob("test-*.png"))
+    for one, other in zip(load(run).predict(files), load(run.onnx).predict(files), strict=True):
+        assert one.label == other.label
+        assert one.probability == pytest.approx(other.probability, abs=1e-4)
+        assert np.allclose(one.boxes, other.boxes, atol=0.05)
+        assert [label for label, _ in one.scales] == [label for label, _ in other.scales]
+    larger = [load(trained, source=100).predict(files[0])[0] for trained in (run, run.onnx)]
+    assert larger[0].boxes != load(run).predict(files[0])[0].boxes
+    assert np.allclose(larger[0].boxes, larger[1].boxes, atol=0.05)
+
+
+def test_an_onnx_file_answers_without_torch(run: Run, exported: dict, data: Path) -> None:
+    """In a process that cannot import it, nor anything else that training needs."""
+    code = """
+import sys
+class Wall:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in ("torch", "torchvision", "timm", "albumentations", "cv2", "onnx", "scipy"):
+            raise ImportError(f"{name} is not installed here")
+sys.meta_path.insert(0, Wall())
+from racnn_cli.cli import app
+app(["predict", *sys.argv[1:]])
+"""
+    files = [str(data.parent / "test-0-0.png"), str(data.parent / "test-1-0.png")]
+    words = [sys.executable, "-c", code, str(run.onnx), *files, "--format", "jsonl"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in said.stdout.splitlines()]
+    expected = load(run).predict(files)
+    assert [answer["label"] for answer in found] == [answer.label for answer in expected]
+
+
+def test_openvino_answers_as_onnx_runtime_does(run: Run, exported: dict, data: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    squares = np.stack(
+        [load_source(file, "crop", SIDE)[0] for file in sorted(data.parent.glob("val-*.png"))[:5]]
+    )
+    image = np.ascontiguousarray(squares.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+    network = openvino.Core().compile_model(run.onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    answers = network({"image": image})
+    names = ["probabilities", "labels", "scales", "boxes"]
+    for name, value in zip(
+        names, onnxruntime.InferenceSession(run.onnx).run(names, {"image": image}), strict=True
+    ):
+        assert np.abs(answers[name] - value).max() < (0.05 if name == "boxes" else 1e-3), name
+
+
+def test_a_file_of_another_make_is_refused(run: Run, exported: dict, place: Path) -> None:
+    proto = onnx.load(run.onnx)
+    del proto.metadata_props[:]
+    onnx.save(proto, place / "bare.onnx")
+    with pytest.raises(
+        RacnnError, match=r"of its metadata, classes, fit, layout, sizes, source cannot be used"
+    ):
+        load(place / "bare.onnx")
+    (place / "bad.onnx").write_bytes(b"no graph")
+    with pytest.raises(RacnnError, match=r"cannot load .*bad\.onnx"):
+        load(place / "bad.onnx")
+    with pytest.raises(RacnnError, match="does not exist"):
+        load(place / "none.onnx")
+
+
+def test_frames_of_a_video(run: Run, place: Path) -> None:
+    import cv2
+
+    film = cv2.VideoWriter(str(place / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (80, 60))
+    for number in range(6):
+        film.write(np.full((60, 80, 3), (0, 0, 40 * number), np.uint8))  # blue, green, red
+    film.release()
+    frames = list(predict.images([place / "film.avi"], every=2))
+    assert [Path(frame.name).name for frame in frames] == ["film.avi#0", "film.avi#2", "film.avi#4"]
+    assert frames[2].pixels[30, 40].tolist() == pytest.approx([160, 0, 0], abs=6)  # red, green, blue
+    out = io.StringIO()
+    predict.predict_command(
+        load(run), [place / "film.avi"], rows="jsonl", every=3, save=place / "film", out=out
+    )
+    assert [json.loads(line)["path"][-10:] for line in out.getvalue().splitlines()] == [
+        "film.avi#0",
+        "film.avi#3",
+    ]
+    assert {path.name for path in (place / "film").iterdir()} == {"film.avi-0.jpg", "film.avi-3.jpg"}
+    (place / "no.mp4").write_bytes(b"no film")
+    os.mkfifo(place / "pipe.mp4")
+    answers = load(run).predict(predict.images([place / "no.mp4", place / "pipe.mp4"]))
+    assert [answer.label for answer in answers] == ["", ""]
+    assert "no.mp4 cannot be opened as a video" in answers[0].error
+    assert "pipe.mp4 is no regular file" in answers[1].error
+    assert load(run).predict(Frame("x", frames[0].pixels))[0].path == "x"
+
+
+def test_a_drawing_never_replaces_a_file(run: Run, data: Path, place: Path) -> None:
+    mine = place / "mine"
+    mine.mkdir()
+    image = next(data.parent.rglob("*.*g"))
+    shutil.copy(image, mine / "a.jpg")
+    before = (mine / "a.jpg").read_bytes()
+    for count in (2, 4):  # the second time, what has been drawn is among the images
+        predict.predict_command(load(run), predict.gather([mine]), save=mine, out=io.StringIO())
+        assert len(list(mine.iterdir())) == count
+    assert (mine / "a.jpg").read_bytes() == before
+
+
+def test_a_pattern_of_folders_means_what_is_in_them(data: Path, place: Path) -> None:
+    (place / "groups" / "empty").mkdir(parents=True)
+    pattern = str(place / "groups" / "*")
+    with pytest.raises(RacnnError, match="matches no image"):
+        predict.gather([pattern])
+    (place / "groups" / "full").mkdir()
+    shutil.copy(next(data.parent.rglob("*.*g")), place / "groups" / "full")
+    assert predict.gather([pattern]) == predict.gather([place / "groups" / "full"]) != []
+
+
+def test_standard_input_that_is_no_list(place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xd8\xff\xe0\0\x10JFIF\0\n"), "utf-8"))
+    with pytest.raises(RacnnError, match=r"^standard input is no list of file names"):
+        predict.gather(["-"])
+    (place / "odd").mkdir()
+    name = os.fsdecode(b"\xe9.jpg")
+    (place / "odd" / name).touch()
+    listed = io.BytesIO(os.fsencode(place / "odd" / name) + b"\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(listed, "utf-8"))
+    assert predict.gather(["-"]) == [place / "odd" / name]
+
+
+def test_images_in_memory_of_every_mode(run: Run) -> None:
+    model, pixels = load(run), Image.radial_gradient("L").resize((50, 40))
+    plain = model.predict(pixels.convert("RGB"))[0]
+    for mode in ("L", "RGBA", "RGBa", "HSV", "CMYK", "YCbCr", "I", "F", "P", "La"):
+        image = (
+            pixels.convert("RGBA") if mode == "RGBa" else pixels.convert("LA") if mode == "La" else pixels
+        ).convert(mode)
+        assert model.predict(image)[0].label, mode
+    assert model.predict(pixels.convert("RGB").convert("HSV"))[0].probability == pytest.approx(
+        plain.probability, abs=0.02
+    )
+    for nothing in (3, [3], Image.new("RGB", (0, 5)), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(RacnnError, match=r"is not an image|shows nothing"):
+            model.predict(nothing)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_an_export_does_not_replace_what_is_none(run: Run, kind: str) -> None:
+    before = run.weights.read_bytes()
+    write = exporter.export_onnx if kind == "onnx" else exporter.export_program
+    with pytest.raises(RacnnError, match="nothing was written"):
+        write(run, run.weights)
+    assert run.weights.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"top": "x"}, {"threshold": "high"}, {"source": "0"}, {"top": "4000000"}])
+def test_a_check_of_a_file_that_lies(
+    run: Run, data: Path, exported: dict, place: Path, change: dict[str, str]
+) -> None:
+    model = onnx.load(exported["path"])
+    for entry in model.metadata_props:
+        entry.value = change.get(entry.key, entry.value)
+    for key in change.keys() - {entry.key for entry in model.metadata_props}:
+        model.metadata_props.add(key=key, value=change[key])
+    onnx.save(model, place / "lies.onnx")
+    with pytest.raises(RacnnError):
+        exporter.check(run, place / "lies.onnx", data)
+
+
+def test_a_check_of_a_file_without_labels(run: Run, data: Path, exported: dict, place: Path) -> None:
+    model = onnx.load(exported["path"])
+    del model.graph.output[[value.name for value in model.graph.output].index("labels")]
+    onnx.save(model, place / "fewer.onnx")
+    with pytest.raises(RacnnError, match="it has no output labels"):
+        exporter.check(run, place / "fewer.onnx", data)
+
+
+def test_drawing_shows_the_box_and_what_is_in_it() -> None:
+    pixels = np.zeros((100, 200, 3), np.uint8)
+    pixels[20:40, 120:140] = (255, 0, 0)
+    panel = draw.panel(
+        pixels, [(110.0, 10.0, 150.0, 50.0), (120.0, 20.0, 140.0, 40.0)], height=400, width=800
+    )
+    # Four times as large; the frame lies outside of its box.
+    colour = tuple(int(draw.COLOURS[1][i : i + 2], 16) for i in (1, 3, 5))
+    assert panel.getpixel((520, 38)) == colour
+    assert panel.getpixel((438, 120)) == colour
+    assert panel.getpixel((520, 120)) == (255, 0, 0)
+    assert panel.getpixel((300, 120)) == (0, 0, 0)
+    first, second = (800 + 12 + 97, 97), (800 + 12 + 97, 400 - 97)
+    assert panel.getpixel(first) == (255, 0, 0)  # the middle of scale 2's view
+    assert panel.getpixel((first[0] + 70, first[1])) == (0, 0, 0)
+    assert panel.getpixel((second[0] + 70, second[1])) == (255, 0, 0)  # scale 3 sees nothing but red
+    paper = draw.sheet(pixels, [], ("a label that is far too long " * 9, 0.5), [("a", 0.5)], "name.jpg")
+    assert paper.width == 864
+
+
+class Page(HTMLParser):
+    """Counts tags, keeps the text, and checks that what is opened is closed."""
+
+    VOID = ("meta", "img", "br", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def count(self, name: str) -> int:
+        return sum(tag == name for tag, _ in self.tags)
+
+
+def epoch(stage: str, phase: str, number: int, scales: int, losses: dict) -> dict:
+    val: dict = {"scales": [{"top1": 0.4, "nll": 1.0 / number}] * scales}
+    if scales > 1:
+        both = {"top1": 0.5, "nll": 0.9}
+        box = {"side_mean": 0.5, "side_std": 0.1, "at_floor": 0.0, "at_ceiling": 0.0}
+        val |= {"average": both, "fused": both, "rank": 0.1, "boxes": [box] * (scales - 1)}
+    event = {"event": "epoch", "stage": stage, "phase": phase, "round": 1, "epoch": number, "epochs": 2}
+    return event | {"train_loss": losses, "val": val, "seconds": 40.0, "images_per_second": 9.0}
+
+
+def test_report_is_one_page_that_needs_nothing_else(run: Run, result: dict) -> None:
+    run.log.unlink(missing_ok=True)
+    for number in (1, 2):
+        run.append_log(epoch("pretrain-cnn", "", number, 1, {"classification 1": 1.0}))
+    for number in (1, 2):
+        run.append_log(epoch("alternate", "APN phase", number, 3, {"rank 1-2": 0.1, "rank 2-3": 0.2}))
+    run.append_log({"event": "round", "stage": "alternate", "round": 1})
+    write_json(run.eval, result | {"baseline": result["fused"] | {"top1": 0.123, "size": 32}})
+    text = report.write_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "http" not in text.replace("http-equiv", "")
+    assert "<script" not in text
+    assert "<b>red</b>" not in text  # a class name is text, not markup
+    assert CLASSES[0] in page.text
+    assert all(attrs["src"].startswith("data:image/jpeg;base64,") for tag, attrs in page.tags if tag == "img")
+    assert page.count("img") == report.SHOWN
+    # Curves: top-1 has 3 scales, average and fused; NLL 3; losses 1 + 2; sides 2.
+    assert page.count("polyline") == 5 + 3 + 3 + 2
+    assert sum(tag == "rect" and attrs["class"] in ("right", "wrong") for tag, attrs in page.tags) == len(
+        result["confusion"]
+    )
+    for figure in ("0.123", f"{result['fused']['nll']:.3f}", f"{result['boxes'][0]['iou_mean']:.3f}"):
+        assert figure in page.text
+    assert "4 epochs, 3 min of training." in page.text
+
+
+def test_a_report_of_many_classes_names_the_pairs_that_are_mixed_up(run: Run, result: dict) -> None:
+    before = run.eval.read_text()
+    names = [f"species {number}" for number in range(report.DRAWN + 1)]
+    cells = [[number, number, 9] for number in range(len(names))] + [[3, 4, 2], [5, 6, 7]]
+    many = {"classes": len(names), "images": sum(cell[2] for cell in cells)}
+    many |= {"per_class": {name: {"top1": 0.9, "n": 10} for name in names}}
+    write_json(run.eval, result | many | {"confusion": sorted(cells)})
+    page = Page(report.write_report(run).read_text(encoding="utf-8"))
+    run.eval.write_text(before)
+    assert "species 5 species 6 7 species 3 species 4 2" in " ".join(page.text)
+    assert not any(attrs.get("class") == "matrix" for _, attrs in page.tags)
+
+
+def test_report_without_data_or_eval(place: Path, data: Path) -> None:
+    run = make_run(place / "lonely", data, scales=1)
+    with pytest.raises(RacnnError, match=r"eval\.json does not exist") as error:
+        report.write_report(run)
+    assert "racnn eval" in error.value.hint
+    evaluation.evaluate(run)
+    run.recipe_file.write_text(run.recipe_file.read_text().replace(str(data), str(place / "gone.csv")))
+    page = Page(report.write_report(run).read_text(encoding="utf-8"))
+    assert any(text.startswith("No images: ") for text in page.text)
+    assert "log.jsonl holds no epochs." in page.text
+    assert page.count("img") == 0
+
+
+def test_data_that_changed_since_the_start_are_not_evaluated_in_silence(here) -> None:
+    """A new file moves the split: what is a test image now may have been trained on."""
+    from racnn_cli import api, recipe
+    from racnn_cli.data.datasets import write
+
+    write("fieldguide", here / "drawn", recipe.Sample(images=48, size=64), seed=0)
+    for image in sorted((here / "drawn").glob("*/*/*.png")):
+        target = here / "birds" / image.parent.name / f"{image.parent.parent.name}-{image.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.rename(target)
+    small = {"quick": True, "model.scales": 1, "model.sizes": [32], "data.source": 32, "data.path": "birds"}
+    run, _ = api.train("tiny", out="run", changes=small, quiet=True)
+    first = next(iter((here / "birds").iterdir()))
+    (first / "another.png").write_bytes(next(first.glob("*.png")).read_bytes())
+    with pytest.raises(RacnnError, match="have changed since it was started"):
+        evaluation.evaluate(run)
+    with pytest.raises(RacnnError, match="have changed since it was started"):
+        api.resume(run, quiet=True)
+    assert evaluation.evaluate(run, data="birds").split == "all"
+    assert evaluation.evaluate(run, data="birds").images == 49

@@ -1,0 +1,313 @@
+"""The numbers of the loop: rates, groups, averaged weights, accumulation, and the rules that end a stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blobs import tiny, write_blobs
+from safetensors.torch import load_file
+from torch import nn
+
+from racnn_cli import api
+from racnn_cli.core.model import RACNN, build
+from racnn_cli.recipe import Recipe
+from racnn_cli.training import checkpoint, loop, stages, trainer
+from racnn_cli.training.loop import Averaged, fit, freeze_all_but, make_optimizer, rate_at
+from racnn_cli.training.trainer import Trainer, baseline_recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_blobs(tmp_path_factory.mktemp("blobs") / "data")
+
+
+def small(recipe: Recipe) -> RACNN:
+    torch.manual_seed(0)
+    return build(recipe.model, 3, source=64)
+
+
+# ---- learning rate
+
+
+def rates(data: Path, updates: int, per_epoch: int, **train: Any) -> list[float]:
+    recipe = tiny(data, **{f"train__{key}": value for key, value in train.items()})
+    return [rate_at(recipe, update, updates, per_epoch) for update in range(updates)]
+
+
+def test_cosine_with_warmup(data) -> None:
+    found = rates(data, 10, 5, schedule="cosine", warmup=0.2)
+    assert found[:2] == [0.5, 1.0]
+    assert found[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * n / 8)) for n in range(8)])
+    assert found[2] == 1.0
+    assert found[6] == pytest.approx(0.5)
+    assert 0 < found[9] < 0.05
+
+
+def test_steps_of_a_tenth(data) -> None:
+    found = rates(data, 12, 2, schedule="step", warmup=0.0, step_epochs=2)
+    assert found == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 4)
+
+
+def test_constant_with_and_without_warmup(data) -> None:
+    assert rates(data, 4, 2, schedule="constant", warmup=0.0) == [1.0] * 4
+    assert rates(data, 4, 2, schedule="constant", warmup=1.0) == [0.25, 0.5, 0.75, 1.0]
+    assert rates(data, 1, 1, schedule="cosine", warmup=0.1) == [1.0]
+
+
+# ---- optimizer
+
+
+def test_groups_of_the_optimizer(data) -> None:
+    recipe = tiny(data, pretrain_cnn__lr=0.01, pretrain_cnn__head_lr=5.0, train__weight_decay=0.1)
+    model = small(recipe)
+    stage = stages.pretrain_cnn(recipe)
+    moving = freeze_all_but(model, stage.moving(model))
+    optimizer = make_optimizer(recipe, stage, model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    given = {p: group for group in optimizer.param_groups for p in group["params"]}
+    assert set(given) == set(moving)
+    head = model.scale(0).classifier
+    for parameter, group in given.items():
+        own = parameter is head.weight or parameter is head.bias
+        assert group["lr"] == pytest.approx(0.05 if own else 0.01)
+        assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
+
+    sgd = make_optimizer(tiny(data, train__optimizer="sgd", train__momentum=0.7), stage, model)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert all(group["momentum"] == 0.7 for group in sgd.param_groups)
+
+
+def test_frozen_batchnorm_keeps_its_statistics(data) -> None:
+    model = small(tiny(data))
+    stage = stages.pretrain_cnn(tiny(data))
+    norms = [m for m in model.scale(0).backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    freeze_all_but(model, stage.moving(model), True)
+    assert not any(layer.training for layer in norms)
+    assert all(p.requires_grad for layer in norms for p in layer.parameters())
+    freeze_all_but(model, stage.moving(model), False)
+    assert all(layer.training for layer in norms)
+
+
+# ---- averaged weights
+
+
+def test_averaged_weights_by_hand(data) -> None:
+    model = small(tiny(data))
+    head = model.scale(0).classifier
+    averaged = Averaged(model, [head], 0.5)
+    assert set(averaged.values) == {"scales.0.classifier.weight", "scales.0.classifier.bias"}
+    expected = head.bias.detach().clone()
+    for update, value in enumerate((1.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 9.0), start=1):
+        with torch.no_grad():
+            head.bias.fill_(value)
+        averaged.update()
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(averaged.values["scales.0.classifier.bias"], expected)
+    averaged.swap()
+    torch.testing.assert_close(head.bias.detach(), expected)
+    torch.testing.assert_close(averaged.values["scales.0.classifier.bias"], torch.full((3,), 9.0))
+    averaged.swap()
+    torch.testing.assert_close(head.bias.detach(), torch.full((3,), 9.0))
+    assert Averaged(model, [head], 0.0).values == {}
+
+
+def test_a_stage_ends_with_the_averaged_weights(here, data) -> None:
+    started = Trainer.start(tiny(data, train__ema=0.9, pretrain_cnn__lr=0.01), here / "mine", quiet=True)
+    context = started.context
+    fit(context, stages.pretrain_cnn(context.recipe))
+    saved = load_file(checkpoint.saved(context.run)[0])
+    averages = {k.removeprefix("averaged."): v for k, v in saved.items() if k.startswith("averaged.")}
+    assert len(averages) > 20
+    state = context.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in averages.items())
+    differ = [name for name, value in averages.items() if not torch.equal(saved[f"model.{name}"], value)]
+    assert "scales.0.classifier.weight" in differ
+
+
+# ---- accumulation
+
+
+def weights_after(recipe: Recipe, folder: Path, stage: str = "pretrain-cnn") -> dict[str, torch.Tensor]:
+    started = Trainer.start(recipe, folder, quiet=True)
+    started.run_stage(stage)
+    return load_file(started.context.run.weights)
+
+
+@pytest.mark.parametrize("batches", [(4, 2, 8), (5, 2, 10)], ids=["even", "uneven"])
+def test_accumulated_batches_are_one_large_batch(here, data, batches) -> None:
+    batch, accumulate, large = batches  # of 24 images
+    keys = {"model__backbone": "test_convnext", "train__optimizer": "sgd", "pretrain_cnn__lr": 0.01}
+    keys |= {"train__momentum": 0.9, "pretrain_cnn__epochs": 1, "model__scales": 1, "model__sizes": [64]}
+    parts = weights_after(tiny(data, train__batch=batch, train__accumulate=accumulate, **keys), here / "a")
+    whole = weights_after(tiny(data, train__batch=large, **keys), here / "b")
+    once = weights_after(tiny(data, train__batch=batch, **keys), here / "c")
+    name = "scales.0.classifier.weight"
+    if batches[0] == 4:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+    assert (parts[name] - once[name]).abs().max() > 1e-4
+    assert (parts[name] - whole[name]).abs().max() < (once[name] - whole[name]).abs().max() / 5
+
+
+def test_workers_read_what_one_process_reads(here, data) -> None:
+    keys = {"pretrain_cnn__epochs": 1, "model__scales": 1, "model__sizes": [64]}
+    alone = weights_after(tiny(data, **keys), here / "a")
+    two = weights_after(tiny(data, data__workers=2, **keys), here / "b")
+    assert all(torch.equal(alone[name], two[name]) for name in alone)
+
+
+# ---- when a stage ends
+
+
+def val(first: float, *, rank: float = 0.1) -> dict[str, Any]:
+    """What `validate` gives, with one figure for all losses."""
+    entry = {"top1": 0.5, "nll": first}
+    box = {"side_mean": 0.5, "side_std": 0.0, "centre_std": 0.1, "at_floor": 0.0, "at_ceiling": 0.0}
+    return {"scales": [entry, entry], "average": entry, "fused": entry, "rank": rank, "boxes": [box]}
+
+
+def test_early_stop_waits_its_patience_and_goes_back_to_the_best(here, data, monkeypatch) -> None:
+    losses = iter([1.0, 0.8, 0.9, 0.81, 0.5])
+    states: list[torch.Tensor] = []
+
+    def measured(model: RACNN, *rest: Any, **keys: Any) -> dict[str, Any]:
+        states.append(model.scale(0).classifier.weight.detach().clone())
+        return val(next(losses))
+
+    monkeypatch.setattr(loop, "validate", measured)
+    recipe = tiny(data, pretrain_cnn__epochs=9, pretrain_cnn__patience=2)
+    started = Trainer.start(recipe, here / "mine", quiet=True)
+    started.run_stage("pretrain-cnn")
+    run = started.context.run
+    assert [e["epoch"] for e in run.read_log() if e["event"] == "epoch"] == [1, 2, 3, 4]
+    best = load_file(run.weights)["scales.0.classifier.weight"]
+    assert torch.equal(best, states[1])
+    assert not torch.equal(best, states[3])
+
+
+def judged(context: Trainer, figures: Iterator[dict[str, Any]]) -> list[bool]:
+    context.validate = lambda: next(figures)  # type: ignore[method-assign]
+    ends = []
+    for _ in range(20):
+        ends.append(context._judge())
+        if ends[-1]:
+            break
+    return ends
+
+
+def alternating(here: Path, data: Path, **keys: Any) -> Trainer:
+    names = {f"alternate__{key}": value for key, value in keys.items()}
+    return Trainer.start(tiny(data, **names), here / "mine", quiet=True)
+
+
+def test_alternate_ends_when_neither_loss_changes(here, data) -> None:
+    started = alternating(here, data, rounds=20, patience=2, tolerance=0.01)
+    # Smoothed by one half: 1, 0.75, 0.625, 0.5625, 0.53125, ... change by more than 1 % up to the seventh one.
+    figures = (val(1.0 if number == 0 else 0.5) for number in range(20))
+    ends = judged(started, figures)
+    course = [1.0]
+    while len(course) < 3 or any(a - b > 0.01 * a for a, b in zip(course[-3:], course[-2:], strict=False)):
+        course.append(0.5 * course[-1] + 0.25)
+    assert len(ends) == len(course) == 9
+    assert started.context.progress.best_round == 2
+    last = [e for e in started.context.run.read_log() if e["event"] == "round"][-1]
+    assert last["still"] == 2
+    assert last["smoothed"]["classification"] == pytest.approx(0.5 + 0.5**9)
+
+
+def test_a_change_of_the_rank_loss_alone_keeps_it_going(here, data) -> None:
+    started = alternating(here, data, rounds=6, patience=1, tolerance=0.01)
+    assert judged(started, (val(0.5, rank=0.1 * 0.7**n) for n in range(20))) == [False] * 5 + [True]
+
+
+def test_standing_still_from_the_start_ends_it_after_its_patience(here, data) -> None:
+    started = alternating(here, data, rounds=20, patience=3, tolerance=0.0)
+    assert judged(started, (val(0.5) for _ in range(20))) == [False, False, False, True]
+
+
+def test_the_best_round_is_restored(here, data, monkeypatch) -> None:
+    started = alternating(here, data, rounds=3, tolerance=0.0, cnn_lr=1e-2, apn_lr=1e-2, margin=1.0)
+    figures = iter([val(0.9), val(0.4), val(0.7), val(0.4)])  # of the rounds, and at the end
+    states: list[dict[str, torch.Tensor]] = []
+
+    def measured(self: Trainer) -> dict[str, Any]:
+        states.append({name: t.clone() for name, t in self.context.model.state_dict().items()})
+        return next(figures)
+
+    started.run_stage("pretrain-cnn")
+    started.run_stage("pretrain-apn")
+    monkeypatch.setattr(trainer.Trainer, "validate", measured)
+    started.run_stage("alternate")
+    kept = load_file(started.context.run.weights)
+    names = [name for name in kept if "fusion" not in name]
+    assert len(states) == 4
+    assert all(torch.equal(kept[name], states[1][name]) for name in names)
+    for other in (states[0], states[2]):
+        assert not torch.equal(kept["scales.1.classifier.weight"], other["scales.1.classifier.weight"])
+        assert not torch.equal(kept["scales.0.apn.box.weight"], other["scales.0.apn.box.weight"])
+
+
+def test_the_first_rounds_are_short(here, data) -> None:
+    recipe = tiny(data, alternate__rounds=5, alternate__cnn_epochs=3, alternate__ramp=True)
+    assert [stages.cnn_phase(recipe, None, number).epochs for number in range(5)] == [1, 2, 3, 3, 3]
+    level = recipe.override({"alternate.ramp": False})
+    assert [stages.cnn_phase(level, None, number).epochs for number in range(5)] == [3] * 5
+    started = alternating(here, data, rounds=2, cnn_epochs=2, tolerance=0.0)
+    started.run_all()
+    phases = [event for event in started.context.run.read_log() if event.get("phase") == "CNN phase"]
+    assert [(event["round"], event["epoch"]) for event in phases] == [(1, 1), (2, 1), (2, 2)]
+
+
+def test_without_apn_epochs_the_boxes_stay(here, data) -> None:
+    started = alternating(here, data, apn_epochs=0)
+    started.run_stage("pretrain-cnn")
+    started.run_stage("pretrain-apn")
+    before = load_file(started.context.run.weights)
+    started.run_stage("alternate")
+    after = load_file(started.context.run.weights)
+    apn = [name for name in before if ".apn." in name]
+    assert apn
+    assert all(torch.equal(before[name], after[name]) for name in apn)
+    assert not torch.equal(before["scales.1.classifier.weight"], after["scales.1.classifier.weight"])
+
+
+# ---- the baseline
+
+
+def test_the_baseline_has_the_same_budget(data) -> None:
+    recipe = tiny(
+        data,
+        model__scales=3,
+        model__sizes=[64, 64, 64],
+        pretrain_cnn__epochs=10,
+        alternate__cnn_epochs=2,
+        alternate__apn_epochs=1,
+        alternate__rounds=9,
+    )
+    base = baseline_recipe(recipe.override({"alternate.ramp": False}), rounds=3)
+    assert base.model.scales == 1
+    assert base.model.sizes == (96,)  # sqrt(3 * 64²) = 110.9, and 3.46 * 32 rounds to 96
+    assert base.data.source == 96
+    cost = 10 * 64**2 + 3 * (2 + 1) * 3 * 64**2
+    assert base.pretrain_cnn.epochs == math.ceil(cost / 96**2) == 17
+    assert base.baseline is False
+    ramped = baseline_recipe(recipe, rounds=3).pretrain_cnn.epochs
+    cost -= 3 * 64**2  # its first round is one CNN epoch shorter
+    assert ramped == math.ceil(cost / 96**2) == 16
+
+
+def test_training_with_a_baseline_measures_both(here, data) -> None:
+    recipe = tiny(data, baseline=True, alternate__rounds=1)
+    run, result = api.train(recipe, out=here / "mine", quiet=True)
+    assert set(result["baseline"]) >= {"top1", "nll"}
+    assert (run.folder / "baseline" / "weights.safetensors").is_file()
+    assert Path("runs/latest").resolve() == run.folder.resolve()
+    log = (run.folder / "baseline" / "log.jsonl").read_text()
+    api.resume(run, quiet=True)
+    assert (run.folder / "baseline" / "log.jsonl").read_text() == log  # trained once
