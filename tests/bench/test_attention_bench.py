@@ -187,7 +187,7 @@ def test_the_arms_differ_as_they_say(bench) -> None:
     given = Run(seed / "true-boxes")
     assert given.recipe().alternate.apn_epochs == 0
     assert given.recipe().alternate.jitter == 0
-    phases = [event["phase"] for event in given.read_log() if event["event"] == "epoch"]
+    phases = [event.phase for event in given.read_log() if event.event == "epoch"]
     assert phases == ["", "CNN phase", "fusion head"]
     # One pretrain-cnn for all: the log of the learned arm goes on in the others.
     first = [Run(seed / arm).read_log()[0] for arm in ("learned", "true-boxes", "random-boxes")]
@@ -264,7 +264,7 @@ def test_the_ablation_shares_the_learned_arm_and_its_start(copy) -> None:
     paper = Run(PLACE / "seed-3" / "paper").recipe()
     assert (paper.model.zoom, paper.model.gradient, paper.alternate.jitter) == ("nested", "boxcar", 0)
     centre = Run(PLACE / "seed-3" / "start-from-the-centre")
-    assert "pretrain-apn" not in {e["stage"] for e in centre.read_log() if e["event"] == "epoch"}
+    assert "pretrain-apn" not in {e.stage for e in centre.read_log() if e.event == "epoch"}
     assert (found["recovered"]["count"][1], result.exit_code) == (1, 0)
 
 

@@ -19,7 +19,6 @@ from racnn_cli.core.attention import zoom
 from racnn_cli.core.model import build, resolve
 from racnn_cli.data.datasets.fieldguide import draw
 from racnn_cli.errors import RacnnError
-from racnn_cli.evaluation import read
 from racnn_cli.run import Run, write_json
 from racnn_cli.training import stages
 
@@ -190,7 +189,7 @@ def test_seeds_trains_each_seed_and_says_what_its_runs_say(trained) -> None:
         assert run.folder == folder / "runs" / "bench-tiny-quick" / f"seed-{entry['seed']}"
         assert run.recipe().seed == entry["seed"]
         assert list(entry["top1"]) == ["scale 1", "scale 2", "scale 3", "average", "fused"]
-        assert entry["top1"]["fused"] == read(run)["fused"]["top1"]
+        assert entry["top1"]["fused"] == run.read_eval().to_json()["fused"]["top1"]
         assert entry["seconds"] > 0
         fused.append(entry["top1"]["fused"])
     assert figures["mean"]["fused"] == pytest.approx(sum(fused) / 2)
@@ -206,12 +205,15 @@ def test_a_finished_seed_is_not_trained_again_and_an_interrupted_one_goes_on(
     monkeypatch.chdir(folder)
     place = folder / "runs" / "bench-tiny-quick"
     first, second = Run(place / "seed-0"), Run(place / "seed-1")
-    write_json(first.eval, read(first) | {"fused": read(first)["fused"] | {"top1": 0.12345}})
-    whole = read(second)
+    write_json(
+        first.eval,
+        first.read_eval().to_json() | {"fused": first.read_eval().to_json()["fused"] | {"top1": 0.12345}},
+    )
+    whole = second.read_eval().to_json()
     second.eval.unlink()
     found = seeds.run(Options((0, 1), "tiny", True)).values["runs"]
     assert found[0]["top1"]["fused"] == 0.12345
-    assert read(second)["fused"] == whole["fused"]
+    assert second.read_eval().to_json()["fused"] == whole["fused"]
     # Another recipe's figures are not passed off as this one's.
     text = first.recipe_file.read_text().replace("batch = 16", "batch = 8")
     first.recipe_file.write_text(text)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from blobs import tiny
-from racnn_cli.training.validate import validate
 
+from racnn_cli import evaluation
 from racnn_cli import recipe as recipes
 from racnn_cli.core import attention
 from racnn_cli.core.model import RACNN, build
@@ -396,9 +396,8 @@ def test_validation_looks_where_its_guide_says(folder) -> None:
     model = network(2)
 
     def boxes(guide: Any) -> dict[str, float]:
-        figures = validate(model, loader(folder), torch.device("cpu"), scales=2, margin=0.05, guide=guide)[
-            "boxes"
-        ]
+        found = evaluation.measure(model, loader(folder), margin=0.05, proposals=guide)
+        figures = found.validation().to_json()["boxes"]
         assert len(figures) == 1
         assert set(figures[0]) >= {
             "side_mean", "side_std", "at_floor", "at_ceiling", "iou_mean", "hit_rate", "coverage_mean"
@@ -484,4 +483,4 @@ def test_a_guided_run_trains_and_measures_on_the_guides_boxes(here, folder) -> N
     lines = (here / "mine" / "log.jsonl").read_text().splitlines()
     rounds = [event for event in map(json.loads, lines) if event["event"] == "round"]
     assert rounds[0]["val"]["boxes"][0]["iou_mean"] == pytest.approx(1.0, abs=1e-4)
-    assert started.validate()["boxes"][0]["hit_rate"] == 1.0
+    assert started.validate().boxes[0].hit_rate == 1.0

@@ -37,6 +37,7 @@ from racnn_cli.data.square import load_source
 from racnn_cli.errors import RacnnError
 from racnn_cli.events import EvalResult
 from racnn_cli.export import onnx as exporter
+from racnn_cli.export import quantize
 from racnn_cli.export.graph import Deployed, Form
 from racnn_cli.export.prediction import Frame, load
 from racnn_cli.results import draw, predict, report, tables

@@ -61,7 +61,7 @@ def torchrun(
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
-    return [event["val"] for event in run.read_log() if event["event"] in ("epoch", "round")]
+    return [event.val.to_json() for event in run.read_log() if event.event in ("epoch", "round")]
 
 
 def numbers(value: Any) -> list[float]:
@@ -139,17 +139,17 @@ def test_synced_batchnorm_is_that_of_one_process(place: Path) -> None:
         torch.testing.assert_close(
             second[name], expected, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
-    losses = [[e["train_loss"] for e in r.read_log() if e["event"] == "epoch"] for r in (one, several)]
+    losses = [[e.train_loss for e in r.read_log() if e.event == "epoch"] for r in (one, several)]
     assert numbers(losses[0]) == pytest.approx(numbers(losses[1]), rel=1e-3, abs=1e-4)
 
 
 def test_every_stage_was_trained_by_both_alike(runs) -> None:
     one, two, _ = runs
-    losses = [[e["train_loss"] for e in r.read_log() if e["event"] == "epoch"] for r in (one, two)]
+    losses = [[e.train_loss for e in r.read_log() if e.event == "epoch"] for r in (one, two)]
     assert numbers(losses[0]) == pytest.approx(numbers(losses[1]), rel=1e-3, abs=1e-5)
     names = {name for event in losses[0] for name in event}
     assert names == {"classification 1", "classification 2", "box 2", "rank 1-2", "classification fused"}
-    assert [e["stage"] for e in two.read_log() if e["event"] == "stage"] == list(stages.NAMES)
+    assert [e.stage for e in two.read_log() if e.event == "stage"] == list(stages.NAMES)
 
 
 def test_validation_counts_every_images_once(runs) -> None:

@@ -54,7 +54,7 @@ def test_a_run_says_and_logs_a_trouble_once(tmp_path, monkeypatch, capfd) -> Non
     bounds = {"model__floor": 0.495, "model__side": 0.5, "model__ceiling": 0.5025}
     data = write_blobs(tmp_path / "data")
     run, _ = api.train(tiny(data, alternate__rounds=3, **bounds), out=tmp_path / "run")
-    logged = [event["kind"] for event in run.read_log() if event["event"] == "warning"]
+    logged = [event.kind for event in run.read_log() if event.event == "warning"]
     assert {"floor 2", "ceiling 2"} <= set(logged)
     assert len(logged) == len(set(logged))
     shown = capfd.readouterr().err

@@ -185,7 +185,7 @@ def test_early_stop_waits_its_patience_and_goes_back_to_the_best(here, data, mon
     started = Trainer.start(recipe, here / "mine", quiet=True)
     started.run_stage("pretrain-cnn")
     run = started.context.run
-    assert [e["epoch"] for e in run.read_log() if e["event"] == "epoch"] == [1, 2, 3, 4]
+    assert [e.epoch for e in run.read_log() if e.event == "epoch"] == [1, 2, 3, 4]
     best = load_file(run.weights)["scales.0.classifier.weight"]
     assert torch.equal(best, states[1])
     assert not torch.equal(best, states[3])

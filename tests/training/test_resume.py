@@ -333,7 +333,7 @@ def test_resume_with_more_epochs_goes_further(here, data, stop_at) -> None:
         api.train(recipe, out=here / "mine", quiet=True)
     run = Run.open(here / "mine")
     api.resume(run, {"pretrain_cnn.epochs": 3}, quiet=True)
-    assert [e["epoch"] for e in run.read_log() if e["event"] == "epoch"] == [1, 2, 3]
+    assert [e.epoch for e in run.read_log() if e.event == "epoch"] == [1, 2, 3]
     assert run.recipe().pretrain_cnn.epochs == 3
 
 

@@ -79,7 +79,7 @@ def test_the_stages_as_typed(racnn, here, data) -> None:
     code, _, err = racnn("pretrain-apn")
     assert code == 2
     assert "past pretrain-apn already" in err
-    stages_done = [e["stage"] for e in run.read_log() if e["event"] == "stage"]
+    stages_done = [e.stage for e in run.read_log() if e.event == "stage"]
     assert stages_done == ["pretrain-cnn", "pretrain-apn", "alternate"]
     assert run.recipe().fusion.epochs == 1
 
@@ -133,7 +133,7 @@ def test_quick_goes_the_whole_way(here, data) -> None:
     run, _ = api.train(tiny(data, quick=True), out=here / "mine", quiet=True)
     recipe = run.recipe()
     assert recipe.alternate.rounds == 1
-    assert [e["stage"] for e in run.read_log() if e["event"] == "stage"] == list(stages.NAMES)
+    assert [e.stage for e in run.read_log() if e.event == "stage"] == list(stages.NAMES)
 
 
 def test_the_same_seed_is_the_same_run_and_another_seed_is_not(here, data) -> None:
@@ -199,7 +199,7 @@ def test_the_fusion_head_learns_where_the_scales_disagree(here, data) -> None:
     with torch.no_grad():
         context.model.scale(1).classifier.weight.mul_(-3)
     started._start_fusion()
-    before = started.validate()["fused"]["nll"]
+    before = started.validate().fused.nll
     fit(context, stages.fusion(recipe))
     after = started.validate()
     assert after["fused"]["nll"] < 0.7 * before
