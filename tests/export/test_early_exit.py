@@ -15,7 +15,8 @@ from untrained import CLASSES, SIDE, make_run, write_data
 
 from racnn_cli.data.square import load_source
 from racnn_cli.errors import RacnnError
-from racnn_cli.export import early_exit, export
+from racnn_cli.export import early_exit
+from racnn_cli.export import onnx as export
 from racnn_cli.export.graph import Form
 from racnn_cli.export.prediction import load
 from racnn_cli.run import Run
