@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from blobs import tiny, write_blobs
 
 from racnn_cli import api
+from racnn_cli.events import Validation
 from racnn_cli.training.health import warnings
 
 
-def figures(*top1: float, **box: float) -> dict[str, Any]:
+def figures(*top1: float, **box: float) -> Validation:
     good = {"at_floor": 0.0, "at_ceiling": 0.0, "centre_std": 0.1, "side_mean": 0.5, "side_std": 0.05} | box
-    return {"scales": [{"top1": share} for share in top1], "boxes": [good] * (len(top1) - 1)}
+    return Validation.model_validate(
+        {"scales": [{"top1": share, "nll": 1.0} for share in top1], "boxes": [good] * (len(top1) - 1)}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def recipe(tmp_path_factory):
 
 def test_all_is_well(recipe) -> None:
     assert warnings(figures(0.7, 0.8), recipe, 200) == {}
-    assert warnings({"scales": [{"top1": 0.3}]}, recipe, 200) == {}
+    assert warnings(figures(0.3), recipe, 200) == {}
 
 
 @pytest.mark.parametrize(
