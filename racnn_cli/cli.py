@@ -212,9 +212,11 @@ def export(
 ) -> None:
     """Write the trained network for use elsewhere, e.g. `racnn export --onnx` or `--format onnx --precision int8`."""
     chosen = select("--format", format, {"onnx": onnx, "torch": torch, "safetensors": safetensors})
-    number_format = select("--precision", precision, {"half": half, "int8": int8}) or "float32"
+    backbone_precision: api.Precision = (
+        select("--precision", precision, {"half": half, "int8": int8}) or "float32"
+    )
     if check is not None:
-        if any((chosen, number_format != "float32", raw, crops, top != 5, opset != 20, early_exit)):
+        if any((chosen, backbone_precision != "float32", raw, crops, top != 5, opset != 20, early_exit)):
             raise RecipeError(
                 "--check writes nothing and takes only --run and --out", "omit the other options"
             )
@@ -226,7 +228,7 @@ def export(
             api.open_run(run),
             chosen,
             out=out,
-            precision=number_format,
+            precision=backbone_precision,
             raw=raw,
             crops=crops,
             top=top,

@@ -338,7 +338,7 @@ def test_corrupt_files_of_a_run_are_failures(racnn, here, data, damage) -> None:
         whole = broken.read_bytes()
         broken.write_bytes(whole[:1000] if damage == "cut" else b"\x00\x01" * 500)
     is_error(racnn("eval"), "weights.safetensors", "damaged", hint="backup", code=1)
-    is_error(racnn("pretrain-apn"), "checkpoint", "damaged", hint="backup", code=1)
+    is_error(racnn("pretrain-apn"), "no checkpoint can be read", "damaged", hint="backup", code=1)
     run.classes_file.write_text("{")
     is_error(racnn("eval"), "classes.json", hint="backup", code=1)
     run.recipe_file.write_text("{")

@@ -264,7 +264,7 @@ def test_a_network_that_no_memory_holds(here: Path) -> None:
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("error: the memory is not enough"), done.stderr
+    assert done.stderr.startswith("error: out of memory"), done.stderr
     assert "model.apn_hidden" in done.stderr.splitlines()[-1]
     assert not (here / "mine").exists()
 
