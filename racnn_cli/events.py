@@ -2,8 +2,9 @@
 
 Keys are stable: later versions may add keys but do not rename any. Unknown keys are kept when a file is read.
 
-Shares (`top1`, `hit_rate`, …) are in [0, 1] and `nll` is in nats. The `side` of a box is a share of the previous scale's
-side. `iou_mean`, `hit_rate` and `coverage_mean` compare boxes with ground-truth boxes and are missing without them.
+Shares (`top1`, `hit_rate`, …) are in [0, 1] and `nll` is in nats. The `side` of a box is a share of the previous
+scale's side. `iou_mean`, `hit_rate` and `coverage_mean` compare boxes with ground-truth boxes and are missing without
+them.
 """
 
 from __future__ import annotations
