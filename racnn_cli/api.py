@@ -14,8 +14,9 @@ from racnn_cli.core.model import resolve
 from racnn_cli.errors import RacnnError
 from racnn_cli.evaluation import evaluate
 from racnn_cli.events import EvalResult
+from racnn_cli.export.loading import load
 from racnn_cli.export.onnx import export_onnx
-from racnn_cli.export.prediction import Prediction, load
+from racnn_cli.export.prediction import Prediction
 from racnn_cli.recipe import Recipe
 from racnn_cli.results.report import write_report
 from racnn_cli.run import Run, refuse_link

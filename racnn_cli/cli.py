@@ -367,29 +367,31 @@ def export(
         raise RacnnError(f"--opset {opset}: exports are written and tried in 18 and 20", "--opset 18 or 20")
     opened = Run.open(run)
     from racnn_cli.export import onnx as exporter
-    from racnn_cli.export.graph import Form
+    from racnn_cli.export import torch_formats
+    from racnn_cli.export.check import check as check_file
+    from racnn_cli.export.graph import ExportOptions
 
     if onnx:
         report = exporter.export_onnx(
             opened,
             out,
-            form=Form(raw, top, crops),
+            options=ExportOptions(raw, top, crops),
             opset=opset,
             precision="half" if half else "int8" if int8 else "float32",
-            exits=exits,
+            early_exit=exits,
             max_drop=max_drop,
         )
         typer.echo(exporter.describe(report))
     elif program:
-        report = exporter.export_program(opened, out, form=Form(raw, top, crops))
+        report = torch_formats.export_program(opened, out, options=ExportOptions(raw, top, crops))
         worst = max(report["max_difference"].values())
         typer.echo(
             f"wrote {report['path']}: {report['bytes'] / 2**20:.1f} MiB, largest difference {worst:.1e}"
         )
     elif check is not None:
-        typer.echo(exporter.describe(exporter.check(opened, out, check)))
+        typer.echo(exporter.describe(check_file(opened, out, check)))
     else:
-        typer.echo(f"wrote {exporter.export_safetensors(opened, out or opened.folder / 'export')}")
+        typer.echo(f"wrote {torch_formats.export_safetensors(opened, out or opened.folder / 'export')}")
 
 
 @app.command()
@@ -435,7 +437,7 @@ def predict(
             raise RacnnError(f"{first} answers for which images?", f"`racnn predict {first} my-images`")
     if trained is None or trained.suffix != ".onnx":
         trained = Run.open(trained).folder
-    from racnn_cli.export.prediction import load
+    from racnn_cli.export.loading import load
     from racnn_cli.results import predict as predictor
 
     sources = predictor.gather(images)

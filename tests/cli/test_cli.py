@@ -376,7 +376,7 @@ def test_predict_prints_one_json_line_an_image(racnn, here, data) -> None:
     assert again.out == said.out
     is_error(racnn("predict", "runs/latest"), "for which images")
     is_error(racnn("predict", "runs/latest", file, "--run", "runs/latest"), "two networks")
-    is_error(racnn("predict", "none.onnx", data), "none.onnx does not exist", hint="racnn export --onnx")
+    is_error(racnn("predict", "none.onnx", data), "none.onnx does not exist", hint="racnn export")
     is_error(racnn("predict", "https://example.org/a.jpg"), "address")
     (here / "empty").mkdir()
     is_error(racnn("predict", "empty"), "empty")
