@@ -33,10 +33,7 @@ COARSE_OUTPUTS = ("logits", "descriptor", "proposal")  # inputs of the fine grap
 class CoarseGraph(ExportedGraph):
     """Scale 1 alone: the outputs for images that stop here, and the inputs of the fine graph."""
 
-    @property
-    def output_names(self) -> list[str]:
-        """As `ExportedGraph.output_names`."""
-        return [*super().output_names, "ran", *COARSE_OUTPUTS]
+    extra_outputs = ("ran", *COARSE_OUTPUTS)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Images to the outputs of `EarlyExitGraph` for images that stop here, and `COARSE_OUTPUTS`."""
@@ -62,13 +59,9 @@ class CoarseGraph(ExportedGraph):
 class FineGraph(ExportedGraph):
     """The finer scales, from the outputs of scale 1."""
 
-    @property
-    def output_names(self) -> list[str]:
-        """As `ExportedGraph.output_names`."""
-        return [*super().output_names, "ran"]
+    extra_outputs = ("ran",)
 
     def example_inputs(self) -> Inputs:
-        """As `ExportedGraph.example_inputs`."""
         inputs = super().example_inputs()
         image, axes = inputs["image"]
         model = self.model
@@ -101,15 +94,12 @@ class EarlyExitGraph(ExportedGraph):
         threshold: an image stops after scale 1 if its highest probability there is at least this.
     """
 
+    extra_outputs = ("ran",)
+
     def __init__(self, model: RACNN, fit: str, options: ExportOptions, *, threshold: float) -> None:
         super().__init__(model, fit, options)
         self.threshold = threshold
         self.coarse, self.fine = CoarseGraph(model, fit, options), FineGraph(model, fit, options)
-
-    @property
-    def output_names(self) -> list[str]:
-        """As `ExportedGraph.output_names`, and `ran`."""
-        return self.fine.output_names
 
     def forward(self, image: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, ...]:
         """Classify images; where an image stops early, the values of the finer scales are 0.
@@ -156,18 +146,16 @@ def with_early_exit(graph: ExportedGraph, images: LabelledImages, max_drop: floa
     Raises:
         ExportError: no threshold keeps the accuracy.
     """
-    confidence, coarse, full = [], [], []
     with torch.inference_mode():
-        for batch in input_batches(images.squares, graph.options):
-            probabilities, _, scales = graph(torch.from_numpy(batch))[:3]
-            best = scales[:, 0].max(dim=1)
-            confidence.append(best.values.numpy())
-            coarse.append(best.indices.numpy())
-            full.append(probabilities.argmax(dim=1).numpy())
+        outputs = [
+            graph(torch.from_numpy(batch))[:3] for batch in input_batches(images.squares, graph.options)
+        ]
+    probabilities, _, scales = (torch.cat(values).numpy() for values in zip(*outputs, strict=True))
+    coarse = scales[:, 0]
     threshold = choose_threshold(
-        np.concatenate(confidence),
-        coarse_correct=np.concatenate(coarse) == images.labels,
-        full_correct=np.concatenate(full) == images.labels,
+        coarse.max(axis=1),
+        coarse_correct=coarse.argmax(axis=1) == images.labels,
+        full_correct=probabilities.argmax(axis=1) == images.labels,
         max_drop=max_drop,
     )
     return EarlyExitGraph(graph.model, graph.fit, graph.options, threshold=threshold).eval()
@@ -271,28 +259,25 @@ def join(coarse: ir.Model, fine: ir.Model, threshold: float) -> ir.Model:
     graph.inputs.append(limit)  # with an initializer, which makes the input optional
     graph.register_initializer(limit)
 
-    constants = {
-        name: ir.val(f"early_exit/{name}", const_value=ir.tensor(value, name=f"early_exit/{name}"))
-        for name, value in (
-            ("first", np.array([0], np.int64)),
-            ("second", np.array([1], np.int64)),
-            ("zero", np.array(0, np.int64)),
-        )
-    }
-    for value in constants.values():
-        graph.register_initializer(value)
+    def constant(name: str, value: int | list[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(value, np.int64), name=f"early_exit/{name}")
+        result = ir.val(f"early_exit/{name}", const_value=tensor)
+        graph.register_initializer(result)
+        return result
+
+    first, second, zero = constant("first", [0]), constant("second", [1]), constant("zero", 0)
     outer = Tape()
-    confidence = outer.op("ReduceMax", [by_name["probabilities"], constants["second"]], {"keepdims": 0})
+    confidence = outer.op("ReduceMax", [by_name["probabilities"], second], {"keepdims": 0})
     uncertain = outer.op("NonZero", [outer.op("Less", [confidence, limit])])  # (1, K)
-    rows = outer.op("Squeeze", [uncertain, constants["first"]])  # (K,)
-    any_uncertain = outer.op("Greater", [outer.op("Size", [rows]), constants["zero"]])
+    rows = outer.op("Squeeze", [uncertain, first])  # (K,)
+    any_uncertain = outer.op("Greater", [outer.op("Size", [rows]), zero])
 
     before = Tape()
     inputs = [image, *(by_name[name] for name in COARSE_OUTPUTS)]
     for inner_input, value in zip(inner.inputs, inputs, strict=True):
         replace_all_uses_with(inner_input, before.op("Gather", [value, rows], {"axis": 0}))
     after = Tape()
-    index = after.op("Unsqueeze", [rows, constants["second"]])  # (K, 1)
+    index = after.op("Unsqueeze", [rows, second])  # (K, 1)
     merged = [
         after.op("ScatterND", [value, index, update])
         for value, update in zip(coarse_outputs, fine_outputs, strict=True)

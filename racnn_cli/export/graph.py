@@ -47,6 +47,8 @@ class ExportedGraph(nn.Module):
         options: inputs and outputs.
     """
 
+    extra_outputs: tuple[str, ...] = ()
+
     def __init__(self, model: RACNN, fit: str, options: ExportOptions) -> None:
         super().__init__()
         self.model, self.fit, self.options = model, fit, options
@@ -56,7 +58,8 @@ class ExportedGraph(nn.Module):
         """Names of the outputs, in the order of `forward`."""
         finer = range(2, len(self.model.sizes) + 1)
         names = ["probabilities", "labels", "scales", *(["boxes"] if finer else [])]
-        return names + [f"crop_{number}" for number in finer if self.options.crops]
+        crops = [f"crop_{number}" for number in finer if self.options.crops]
+        return [*names, *crops, *self.extra_outputs]
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Classify images of any height H and width W.

@@ -63,11 +63,7 @@ class OnnxNetwork:
         self.output_names = [*REQUIRED_OUTPUTS, *(name for name in ("boxes", "ran") if name in names)]
 
     def predict(self, squares: np.ndarray) -> NetworkOutput:
-        """As `Network.predict`.
-
-        Raises:
-            ExportError: the graph does not run, or its outputs have other shapes.
-        """
+        """As `Network.predict`; raises `ExportError` if the graph does not run or its outputs are not valid."""
         count, classes = len(squares), len(self.classes)
         try:
             values = self.session.run(self.output_names, {"image": as_input(squares, raw=self.raw)})
@@ -91,7 +87,7 @@ class OnnxNetwork:
         boxes, ran = outputs["boxes"], outputs["ran"]
         if not np.isfinite(boxes).all() or ((ran < 1) | (ran > self.scales)).any():
             raise unusable(self.path, "its boxes or numbers of scales are out of range")
-        return NetworkOutput(outputs["probabilities"], outputs["scales"], boxes / squares.shape[1], ran)
+        return NetworkOutput(**outputs | {"boxes": boxes / squares.shape[1]})
 
 
 def unusable(path: Path, reason: str) -> ExportError:
