@@ -24,8 +24,10 @@ from racnn_cli.bench.backbones import told
 from racnn_cli.core import store
 from racnn_cli.errors import RacnnError
 from racnn_cli.export import quantize
-from racnn_cli.export.graph import Deployed, Form
-from racnn_cli.export.onnx import CheckImages, check, export_onnx
+from racnn_cli.export.check import check
+from racnn_cli.export.graph import ExportedGraph, ExportOptions
+from racnn_cli.export.images import CheckImages
+from racnn_cli.export.onnx import export_onnx
 from racnn_cli.export.onnx_network import as_input, open_session
 from racnn_cli.run import Run
 
@@ -115,7 +117,7 @@ def _birds(trained: Run, folder: Path, side: int) -> Path:
 def _over_torch(trained: Run) -> float:
     """How many times as fast as PyTorch the file answers, one image at a time."""
     network, _ = store.load(trained.folder)
-    deployed = Deployed(network, trained.recipe().data.fit, Form()).eval()
+    deployed = ExportedGraph(network, trained.recipe().data.fit, ExportOptions()).eval()
     session = open_session(trained.onnx)
     squares = CheckImages(trained.recipe(), trained.classes(), network.source).squares(1, network.source)
     image = as_input(squares, raw=False)
@@ -125,7 +127,7 @@ def _over_torch(trained: Run) -> float:
         with torch.inference_mode():
             return deployed(given)
 
-    return quantize.times_faster(in_torch, lambda: session.run(None, {"image": image}))
+    return quantize.speedup(in_torch, lambda: session.run(None, {"image": image}))
 
 
 def summary(found: list[dict[str, Any]]) -> Figures:

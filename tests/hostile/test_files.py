@@ -24,7 +24,7 @@ from untrained import make_run, write_data
 
 from racnn_cli import api
 from racnn_cli.errors import RacnnError
-from racnn_cli.export.prediction import load
+from racnn_cli.export.loading import load
 from racnn_cli.run import Run
 from racnn_cli.training import checkpoint
 from racnn_cli.training.trainer import Trainer
@@ -547,7 +547,7 @@ def test_weights_elsewhere_are_not_read(here: Path, location: str) -> None:
 )
 def test_metadata_that_lie(here: Path, metadata: dict[str, object]) -> None:
     key = next(iter(metadata))
-    with pytest.raises(RacnnError, match=f"of its metadata, {key} cannot be used"):
+    with pytest.raises(RacnnError, match=f"missing or invalid metadata: {key}"):
         load(write_onnx(here / "model.onnx", **metadata))
 
 
