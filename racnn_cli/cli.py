@@ -457,15 +457,13 @@ def report(run: RunFolder = None) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[
-        str, typer.Argument(help="seeds, attention, ablation, gradient, backbones, export, crop or growth")
-    ],
+    name: Annotated[str, typer.Argument(help="seeds, attention, ablation, gradient, backbones or export")],
     json: Annotated[Path | None, typer.Option("--json", help="write the figures to this file too")] = None,
     seeds: Annotated[
         str | None,
         typer.Option(
             "--seeds",
-            help="not for backbones, export, crop and growth: such as 0-4 or 0,3,7; default 0-4",
+            help="not for backbones and export: such as 0-4 or 0,3,7; default 0-4",
             show_default=False,
         ),
     ] = None,
@@ -473,7 +471,7 @@ def bench(
         str | None,
         typer.Option(
             "--recipe",
-            help="for seeds, attention, ablation and growth; default demo, clutter, clutter and own",
+            help="for seeds, attention and ablation; default demo, clutter and clutter",
             autocompletion=_complete_recipe,
             show_default=False,
         ),
@@ -497,7 +495,7 @@ def bench(
     """Print the figures that README quotes."""
     from racnn_cli.bench import run_bench
 
-    run_bench(name, json, seeds, recipe, quick, data, arm or ())
+    run_bench(name, json_path=json, seeds=seeds, recipe=recipe, quick=quick, data=data, arms=arm or ())
 
 
 @app.command()

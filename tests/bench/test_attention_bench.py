@@ -1,4 +1,4 @@
-"""`bench attention` and `bench ablation`: the arms are what they say, and what is finished stays as it is."""
+"""`bench attention` and `bench ablation`: the arms do what they claim, and finished arms are not trained again."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from typer.testing import CliRunner
 
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Options, ablation, arms, attention, boxes, compute, run_bench
-from racnn_cli.bench.annotated import Annotated, around
 from racnn_cli.bench.arms import LEARNED, SeedExperiment
+from racnn_cli.bench.boxes import AnnotatedDataset, bounding_box
+from racnn_cli.bench.records import ArmResult
+from racnn_cli.bench.summary import Claim
 from racnn_cli.cli import app
 from racnn_cli.core.attention import compose
 from racnn_cli.core.metrics import iou
 from racnn_cli.core.model import build, resolve
 from racnn_cli.data.datasets.clutter import Clutter
 from racnn_cli.data.index import Item
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import DataError, RecipeError, RunError
 from racnn_cli.run import Run
 from racnn_cli.training import stages
 from racnn_cli.training.trainer import Trainer
 
 RECIPE = """
-about = "the smallest that goes all the way"
+about = "the smallest recipe with every stage"
 [data]
 path = "clutter"
 source = 160
@@ -110,7 +112,7 @@ def test_the_table_shows_what_the_file_holds(bench) -> None:
     found = figures(folder)
     assert (found["bench"], found["recipe"], found["seeds"]) == ("attention", "mini", [3, 4])
     assert found["images"] == 24
-    given = [attention.GIVEN, "boxes taught", "true boxes", "random boxes"]
+    given = [attention.TRUE_AT_TEST, "boxes taught", "true boxes", "random boxes"]
     assert list(found["arms"]) == ["learned", *given, "plain", "plain, equal compute"]
     for name, answers in found["arms"].items():
         whole = ["scale 1", "scale 2", "scale 3", "average", "fused"]
@@ -165,21 +167,18 @@ def test_the_claims_are_those_figures_compared(bench) -> None:
     assert claim["count"] == [sum(gain >= 0.1 for gain in gains), 2]
 
 
-def test_a_count_is_of_the_seeds_that_reach_the_mark() -> None:
-    found = [{"arms": {"a": {"top1": {"scale 1": 0.5}}, "b": {"top1": {"scale 1": b}}}} for b in (0.5, 0.4)]
-    sides = lambda one: (attention.answer(one, "a"), attention.answer(one, "b"))  # noqa: E731
-    assert attention.Claim("", "", sides, 0.0).measure(found)["count"] == [2, 2]
-    assert attention.Claim("", "", sides, 0.0, more=True).measure(found)["count"] == [1, 2]
-    assert attention.Claim("", "", sides, 0.1).measure(found)["count"] == [1, 2]
-    assert attention.Claim("", "", sides, ratio=True).measure(found)["mean"] == pytest.approx(1.125)
+def test_a_seed_counts_if_it_reaches_the_target() -> None:
+    seeds = [
+        {name: ArmResult(top1={"scale 1": top1}) for name, top1 in (("a", 0.5), ("b", b))} for b in (0.5, 0.4)
+    ]
 
+    def pair(arms: dict[str, ArmResult]) -> tuple[float, float]:
+        return arms["a"].final, arms["b"].final
 
-def test_the_page_draws_every_figure_over_the_phases(bench) -> None:
-    page = (bench[0] / "f.html").read_text()
-    for title in ("Top-1", "Rank loss", "IoU", "Hit rate", "Coverage", "IoU of the finest box, each seed"):
-        assert page.count(f"<figcaption>{title}</figcaption>") == 2  # test and validation
-    assert "seed 3" in page
-    assert "plain, equal compute" in page
+    assert Claim("", "", pair, margin=0.0).measure(seeds)["count"] == [2, 2]
+    assert Claim("", "", pair, margin=0.0, strict=True).measure(seeds)["count"] == [1, 2]
+    assert Claim("", "", pair, margin=0.1).measure(seeds)["count"] == [1, 2]
+    assert Claim("", "", pair, ratio=True).measure(seeds)["mean"] == pytest.approx(1.125)
 
 
 def test_the_arms_differ_as_they_say(bench) -> None:
@@ -194,7 +193,7 @@ def test_the_arms_differ_as_they_say(bench) -> None:
     assert first[0] == first[1] == first[2]
     found = figures(bench[0])["runs"][0]["arms"]
     assert found["true boxes"]["boxes"][1]["iou_mean"] > 0.95
-    assert found[attention.GIVEN]["boxes"] == found["true boxes"]["boxes"]
+    assert found[attention.TRUE_AT_TEST]["boxes"] == found["true boxes"]["boxes"]
     assert found["random boxes"]["boxes"][1]["side_mean"] == pytest.approx(
         found["true boxes"]["boxes"][1]["side_mean"], rel=0.01
     )
@@ -212,7 +211,7 @@ def test_the_arms_differ_as_they_say(bench) -> None:
 def test_what_is_finished_is_not_trained_again(copy) -> None:
     before = {file: file.stat().st_mtime_ns for file in copy.rglob("runs/**/*") if file.is_file()}
     shutil.rmtree(copy / "items")  # not even read
-    run_bench("attention", copy / "again.json", "3-4", "mini.toml", data="items")
+    run_bench("attention", json_path=copy / "again.json", seeds="3-4", recipe="mini.toml", data="items")
     assert {file: file.stat().st_mtime_ns for file in copy.rglob("runs/**/*") if file.is_file()} == before
     again = json.loads((copy / "again.json").read_text())
     assert again == figures(copy)
@@ -240,7 +239,7 @@ def test_an_interrupted_arm_goes_on_to_the_same_figures(copy, monkeypatch) -> No
 
 def test_a_changed_recipe_is_refused(copy) -> None:
     (copy / "mini.toml").write_text(RECIPE.replace("apn_lr = 1e-2", "apn_lr = 2e-2"))
-    with pytest.raises(RacnnError, match=r"alternate\.apn_lr is 0\.01 there and 0\.02 here"):
+    with pytest.raises(RunError, match=r"alternate\.apn_lr is 0\.01 there and 0\.02 here"):
         attention.run(Options((3,), "mini.toml", data="items"))
 
 
@@ -313,7 +312,7 @@ def test_a_images_without_a_box_is_seen_whole() -> None:
 
 def test_a_taught_box_is_the_item_from_wherever_the_scale_looks() -> None:
     images = batch(sides=(0.12, 0.2))
-    teacher = boxes.item_within(3, 1 / 3, 0.95)
+    teacher = boxes.true_targets(3, 1 / 3, 0.95)
     centre = (images["box"][:, :2] + images["box"][:, 2:]) / 2
     parent = torch.cat([0.25 + 0.5 * centre, torch.full((64, 1), 0.25)], dim=1)  # off centre
     reached = (images["box"][:, 2] - images["box"][:, 0]) > 0.5 / 3  # no smaller than the floor allows
@@ -334,7 +333,7 @@ def test_apns_learn_what_a_teacher_says() -> None:
     image = torch.zeros(32, 3, 160, 160)
     for canvas, (left, top, right, bottom) in zip(image, (160 * samples["box"]).int().tolist(), strict=True):
         canvas[:, top:bottom, left:right] = 1
-    stage = stages.pretrain_apn(resolve(recipe), boxes.item_within(2, 1 / 3, 0.95))
+    stage = stages.pretrain_apn(resolve(recipe), boxes.true_targets(2, 1 / 3, 0.95))
     optimizer = torch.optim.AdamW(stage.moving(model)[0].parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
@@ -350,8 +349,9 @@ def test_apns_learn_what_a_teacher_says() -> None:
 
 def test_random_boxes_have_the_true_sides_and_stay_where_they_are() -> None:
     images = batch(400)
-    true = boxes.true_boxes(3, 1 / 3, 0.95)(images)
-    random = boxes.random_boxes(3, 1 / 3, 0.95, seed=7)(images)
+    guide = boxes.true_boxes(3, 1 / 3, 0.95)
+    true = guide(images)
+    random = boxes.random_boxes(guide, seed=7)(images)
     for one, other in zip(random, true, strict=True):
         torch.testing.assert_close(one[:, 2], other[:, 2])
         assert (one[:, :2] - one[:, 2:]).min() > -1e-6
@@ -362,9 +362,9 @@ def test_random_boxes_have_the_true_sides_and_stay_where_they_are() -> None:
     assert free.std().item() == pytest.approx(12**-0.5, abs=0.03)
     # The same image in another batch, at another epoch.
     some = {name: value[[5, 3]] for name, value in images.items()}
-    for one, again in zip(random, boxes.random_boxes(3, 1 / 3, 0.95, seed=7)(some), strict=True):
+    for one, again in zip(random, boxes.random_boxes(guide, seed=7)(some), strict=True):
         torch.testing.assert_close(one[[5, 3]], again)
-    other = boxes.random_boxes(3, 1 / 3, 0.95, seed=8)(images)
+    other = boxes.random_boxes(guide, seed=8)(images)
     assert (other[0] - random[0]).abs().max() > 0.1
 
 
@@ -391,9 +391,8 @@ def test_drawn_images_have_boxes_too(here) -> None:
     text = RECIPE.replace('"clutter"', '"fieldguide"').replace("[data.sample]", "[data.sample]\nsize = 64")
     (here / "drawn.toml").write_text(text.replace("source = 160", "source = 64"))
     seed = SeedExperiment(Options((0,), "drawn.toml", quick=True), 0)
-    seed.figures(LEARNED)
-    found = seed.figures(attention.TRUE)
-    assert found["boxes"][-1]["coverage_mean"] > 0.95
+    seed.run_arm(LEARNED)
+    assert seed.run_arm(attention.TRUE).boxes[-1].coverage_mean > 0.95
 
 
 @pytest.mark.parametrize(
@@ -414,22 +413,22 @@ def test_a_box_goes_the_way_of_its_varied_image(here, changes) -> None:
     stored.save(here / "white.png", exif=exif)
     data = recipes.load("clutter").override({"data.augment.color": 0.0, **changes}).data
     items = [Item(here / "white.png", 0, (60, 50, 50, 40))]
-    varied = Annotated(items, data, 96, seed=1, augment=True)
-    plain = Annotated(items, data, 96, seed=1, augment=False)
+    varied = AnnotatedDataset(items, data, 96, seed=1, augment=True)
+    plain = AnnotatedDataset(items, data, 96, seed=1, augment=False)
     seen = []
     for epoch in range(20):
         sample = varied[(epoch, 0)]
-        bright = around(sample["image"][0].numpy() > 192)
+        bright = bounding_box(sample["image"][0].numpy() > 192)
         np.testing.assert_allclose(sample["box"].numpy(), bright, atol=2.5 / 96)
         seen.append(bright)
     assert np.ptp(seen, axis=0).min() > 0.05
-    bright = around(plain[(0, 0)]["image"][0].numpy() > 128)
+    bright = bounding_box(plain[(0, 0)]["image"][0].numpy() > 128)
     np.testing.assert_allclose(plain[(0, 0)]["box"].numpy(), bright, atol=1.5 / 96)
 
 
 def test_a_box_that_a_crop_leaves_out_is_none() -> None:
-    assert np.isnan(around(np.zeros((4, 4), bool))).all()
-    assert around(np.eye(4, dtype=bool)[:, :2]) == (0, 0, 1, 0.5)
+    assert np.isnan(bounding_box(np.zeros((4, 4), bool))).all()
+    assert bounding_box(np.eye(4, dtype=bool)[:, :2]) == (0, 0, 1, 0.5)
 
 
 def test_images_without_boxes_are_refused(here) -> None:
@@ -437,12 +436,12 @@ def test_images_without_boxes_are_refused(here) -> None:
 
     write_blobs(here / "blobs")
     (here / "blobs.toml").write_text(RECIPE.replace('"clutter"', '"blobs"'))
-    with pytest.raises(RacnnError, match="no true boxes in its test split"):
+    with pytest.raises(DataError, match="no ground-truth boxes in its test split"):
         SeedExperiment(Options((0,), "blobs.toml"), 0).source  # noqa: B018
-    with pytest.raises(RacnnError, match="no true boxes in its test split"):
+    with pytest.raises(DataError, match="no ground-truth boxes in its test split"):
         attention.run(Options((0,), "blobs.toml"))
     (here / "one.toml").write_text(RECIPE.replace("scales = 3", "scales = 1").replace("[32, 32, 32]", "[32]"))
-    with pytest.raises(RacnnError, match="one scale"):
+    with pytest.raises(RecipeError, match="one scale"):
         SeedExperiment(Options((0,), "one.toml"), 0)
 
 
@@ -460,27 +459,27 @@ def test_an_ablation_of_some_arms_needs_no_boxes(here) -> None:
     assert "IoU" not in result.output
     assert "start from the centre" not in result.output
     assert not Path("runs/bench-attention-blobs/seed-0/paper").exists()
-    with pytest.raises(RacnnError, match="no arm 'papers'; did you mean paper"):
-        ablation.choose(["papers"])
-    with pytest.raises(RacnnError, match="attention takes no --arm"):
-        run_bench("attention", None, "0", arms=["paper"])
+    with pytest.raises(RecipeError, match="no arm 'papers'; did you mean paper"):
+        ablation.select_arms(["papers"])
+    with pytest.raises(RecipeError, match="attention takes no --arm"):
+        run_bench("attention", seeds="0", arms=["paper"])
 
 
 def test_quick_and_data_reach_the_images(here) -> None:
     write_items(here / "items")
     (here / "mini.toml").write_text(RECIPE.replace("images = 80", "images = 8000"))
     quick = SeedExperiment(Options((5,), "mini.toml", quick=True, data="items"), 5)
-    assert quick.recipe.data.sample.images == arms.QUICK
+    assert quick.recipe.data.sample.images == arms.QUICK_IMAGES
     assert isinstance(quick.source, Clutter)
     assert (quick.source.folder, quick.source.seed) == (Path("items"), 5)
     assert quick.folder.parent.name == "bench-attention-mini-quick"
-    with pytest.raises(RacnnError, match="gradient takes no --data"):
-        run_bench("gradient", None, None, data="items")
+    with pytest.raises(RecipeError, match="gradient takes no --data"):
+        run_bench("gradient", data="items")
 
 
 def test_an_arm_without_the_ramp_has_as_many_cnn_epochs_in_all() -> None:
     seed = SeedExperiment(Options((0,), "clutter"), 0)
-    (level,) = ablation.choose(["no ramp"])[1:]
+    (level,) = ablation.select_arms(["no ramp"])[1:]
     sections = [seed.recipe_of(arm).alternate for arm in (ablation.DEFAULT, level)]
     assert [(one.ramp, one.rounds, one.cnn_epochs) for one in sections] == [(True, 5, 3), (False, 4, 3)]
     assert [one.cnn_epochs_in(one.rounds) for one in sections] == [12, 12]
