@@ -10,19 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from racnn_cli.bench import BenchResult, Options
+from racnn_cli.bench import BenchResult, Options, summary
 from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment
 from racnn_cli.bench.records import SeedResult
-from racnn_cli.bench.summary import (
-    BOX_HEADINGS,
-    SPREAD_NOTE,
-    Claim,
-    format_paired,
-    format_spread,
-    new_table,
-    paired,
-    spread,
-)
+from racnn_cli.bench.summary import Claim, format_spread, paired, spread
 from racnn_cli.errors import RecipeError, did_you_mean
 
 # At the default of 5e-3 the gradient through the crop ruins the boxes; this is the best of 5e-3, 1e-3 and 1e-4.
@@ -55,7 +46,7 @@ ARMS = (
 RECOVERY = Claim(
     "fused, start from the centre - default",
     "≥ -0.02",
-    pair=lambda arms: (arms[CENTER.name].final, arms[DEFAULT.name].final),
+    lambda arms: (arms[CENTER.name].final, arms[DEFAULT.name].final),
     margin=-0.02,
 )
 
@@ -107,26 +98,25 @@ def summarize(name: str, arms: Sequence[Arm], seeds: Sequence[SeedResult]) -> Be
             **{key: spread([getattr(result.boxes[-1], key) for result in results]) for key in box_keys},
             "fused_minus_default": paired(fused, default),
         }
-    values: dict[str, Any] = {
-        "recipe": name,
-        "images": first.images,
-        "runs": [seed.to_json() for seed in seeds],
-        "arms": rows,
-    }
-    notes = [SPREAD_NOTE, *(f"{arm.name}: {arm.about}" for arm in arms)]
+    runs = [seed.to_json() for seed in seeds]
+    values: dict[str, Any] = {"recipe": name, "images": first.images, "runs": runs, "arms": rows}
+    notes = [summary.SPREAD_NOTE, *(f"{arm.name}: {arm.about}" for arm in arms)]
     if CENTER in arms:
         values["recovered"] = recovered = RECOVERY.measure([seed.arms for seed in seeds])
         count = "{} of {}".format(*recovered["count"])
         notes.append(f"{count} seeds that start from the centre come within 2 points")
     content = "top-1 and finest box" if has_truth else "top-1"
     columns = [finest, "fused", *box_keys]
-    table = new_table(
+    table = summary.new_table(
         f"Recipe {name} with one thing changed: {content} on {first.images} test images",
         text=["arm"],
-        numbers=[*(BOX_HEADINGS.get(key, key) for key in columns), "fused - default [95 % t interval]"],
+        numbers=[
+            *(summary.BOX_HEADINGS.get(key, key) for key in columns),
+            "fused - default [95 % t interval]",
+        ],
         notes=notes,
     )
     for arm_name, row in rows.items():
-        difference = "" if arm_name == DEFAULT.name else format_paired(row["fused_minus_default"])
+        difference = "" if arm_name == DEFAULT.name else summary.format_paired(row["fused_minus_default"])
         table.add_row(arm_name, *(format_spread(row[key]) for key in columns), difference)
     return BenchResult([table], values)

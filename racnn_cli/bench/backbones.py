@@ -52,6 +52,7 @@ STAGES: dict[str, Callable[[Recipe], Stage]] = {
     "APN phase": stages.apn_phase,
     "fusion": stages.fusion,
 }
+SHAPE_COLUMNS = ("sizes", "features", "width", "million\nweights")
 CLASSES = ["a", "b", "c", "d"]
 BATCH = 2
 
@@ -158,7 +159,7 @@ def summarize(entries: Sequence[Entry]) -> BenchResult:
     """Summarize the results of `measure`."""
 
     def cells(entry: Entry) -> list[str]:
-        shape = ["", "", "", ""]
+        shape = [""] * len(SHAPE_COLUMNS)
         if "sizes" in entry:
             shape = [
                 "/".join(map(str, entry["sizes"])),
@@ -176,14 +177,7 @@ def summarize(entries: Sequence[Entry]) -> BenchResult:
     table = new_table(
         f"One training step of every stage, batch {BATCH}, and export",
         text=["backbone"],
-        numbers=[
-            "sizes",
-            "features",
-            "width",
-            "million\nweights",
-            *(f"{name}\nms" for name in STAGES),
-            "ONNX\ndiffers by",
-        ],
+        numbers=[*SHAPE_COLUMNS, *(f"{name}\nms" for name in STAGES), "ONNX\ndiffers by"],
         notes=[
             "three scales together, with their APNs; random weights, one step each",
             "ok: losses and gradients are finite, frozen weights and buffers are bit-identical, the others changed,",

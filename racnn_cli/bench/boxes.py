@@ -80,7 +80,7 @@ def true_targets(scales: int, floor: float, ceiling: float) -> Teacher:
 def random_boxes(true: Guide, *, seed: int) -> Guide:
     """Propose boxes with the sides of `true`, at uniformly random positions on the view that they are cut from.
 
-    A position depends on the seed and the image's `index` alone, so that it is the same in every epoch.
+    A position depends on the seed and the image's `index` only, so it is the same in every epoch.
     """
 
     def propose(batch: Batch) -> list[Tensor]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from racnn_cli.bench.records import ArmResult
 from racnn_cli.errors import RacnnError
 
+ABOVE = 1e-6  # margin of "above 0": less than one image adds to any accuracy
 SPREAD_NOTE = "mean ± standard deviation over the seeds"
 Entry = dict[str, Any]
 Pair = Callable[[Mapping[str, ArmResult]], tuple[float, float]]
@@ -88,7 +89,6 @@ class Claim:
         target: the value that should be reached, as text.
         pair: the two values.
         margin: a seed passes if the first value is at least the second plus this; None: seeds are not counted.
-        strict: the first value must be larger than that, not equal.
         ratio: report the mean ratio instead of the mean difference.
     """
 
@@ -96,7 +96,6 @@ class Claim:
     target: str
     pair: Pair
     margin: float | None = None
-    strict: bool = False
     ratio: bool = False
 
     def measure(self, seeds: Sequence[Mapping[str, ArmResult]]) -> dict[str, Any]:
@@ -107,8 +106,7 @@ class Claim:
             ours, theirs = [a / max(b, 1e-9) for a, b in pairs], [0.0] * len(pairs)
         count = None
         if self.margin is not None:
-            tolerance = 1e-9 if self.strict else -1e-9
-            count = [sum(a - b - self.margin > tolerance for a, b in pairs), len(pairs)]
+            count = [sum(a - b - self.margin > -1e-9 for a, b in pairs), len(pairs)]
         kind = "ratio" if self.ratio else "difference"
         return {"claim": self.text, "wanted": self.target, "count": count, "kind": kind} | paired(
             ours, theirs
