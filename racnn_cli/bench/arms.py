@@ -18,22 +18,24 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from racnn_cli import api, evaluation
+from racnn_cli import api
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Options
-from racnn_cli.bench.boxes import AnnotatedFileSource, BoxKind, proposals, targets
+from racnn_cli.bench.boxes import AnnotatedFileSource, BoxKind, box_source
 from racnn_cli.bench.compute import Compute, equal_compute, plain_multiply_adds
 from racnn_cli.bench.records import ArmResult, SeedResult, read_milestones
 from racnn_cli.core.model import resolve
 from racnn_cli.data.datasets import clutter
 from racnn_cli.data.index import build_index
-from racnn_cli.data.source import FileSource, Source
+from racnn_cli.data.source import DataSource, FileSource
 from racnn_cli.errors import DataError, Interrupted, RecipeError, RunError
 from racnn_cli.events import TestEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import RUNS, Run, write_json, write_text
-from racnn_cli.training.loop import loader
-from racnn_cli.training.trainer import Trainer, baseline_recipe, rounds_run
+from racnn_cli.training import stages
+from racnn_cli.training.baseline import baseline_recipe, rounds_run
+from racnn_cli.training.phases import BoxSource
+from racnn_cli.training.trainer import Trainer
 
 QUICK_IMAGES = 240  # images of `clutter` with --quick
 
@@ -105,7 +107,7 @@ class SeedExperiment:
         self.console = Console(stderr=True, highlight=False)
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> DataSource:
         """The images.
 
         Raises:
@@ -133,8 +135,8 @@ class SeedExperiment:
             return resolve(self.recipe.override(self._with_equal_epochs(arm.changes)))
         rounds = rounds_run(self.learned)
         if arm.plain == "equal compute":
-            return resolve(baseline_recipe(self.recipe, rounds, self.compute.size))
-        plain = baseline_recipe(self.recipe, rounds, self.recipe.model.sizes[0])
+            return resolve(baseline_recipe(self.recipe, rounds=rounds, size=self.compute.size))
+        plain = baseline_recipe(self.recipe, rounds=rounds, size=self.recipe.model.sizes[0])
         epochs = self.recipe.pretrain_cnn.epochs + self.recipe.alternate.cnn_epochs_in(rounds)
         return resolve(plain.override({"pretrain_cnn.epochs": epochs, "pretrain_cnn.patience": epochs}))
 
@@ -177,49 +179,42 @@ class SeedExperiment:
         return result
 
     def _open_trainer(self, arm: Arm, recipe: Recipe, run: Run) -> Trainer:
-        options: dict[str, Any] = {
-            "owner": run.folder,
-            "quiet": True,
-            "source": self.source,
-            "guide": proposals(arm.boxes, recipe),
-            "teacher": targets(arm.boxes, recipe),
-        }
-        if arm.boxes != "apn" and isinstance(self.source, FileSource):  # slower, so only where it is needed
-            options["source"] = AnnotatedFileSource(self.source.index, self.source.data, self.source.seed)
+        source = self.source
+        if arm.boxes != "apn" and isinstance(source, FileSource):  # slower, so only where it is needed
+            source = AnnotatedFileSource(source.index, source.data, source.seed)
+        boxes = box_source(arm.boxes, recipe)
         if arm.pretrained and not arm.plain and not run.recipe_file.is_file():
             self._copy(self.pretrained, run, recipe)
+        options: dict[str, Any] = {"parent_run": run.folder, "quiet": True, "source": source, "boxes": boxes}
         if run.recipe_file.is_file():
-            return Trainer.proceed(run, **options)
-        return Trainer.start(recipe, run.folder, **options)
+            return Trainer.resume(run, **options)
+        return Trainer.start(recipe, out=run.folder, **options)
 
     def _train(self, arm: Arm, trainer: Trainer) -> ArmResult:
-        run, recipe = trainer.context.run, trainer.context.recipe
-        is_learned = arm.folder_name == LEARNED.folder_name
+        run, recipe, is_learned = trainer.run, trainer.recipe, arm.folder_name == LEARNED.folder_name
+
+        def log_test(stage: str, phase: str, round_: int) -> None:
+            name = f"{stage}: {phase}, round {round_}" if phase else stage
+            trainer.log(TestEvent(moment=name, test=_test(trainer).to_json()))
+
         if is_learned:
-            trainer.watch = lambda moment: run.append_log(
-                TestEvent(moment=moment, test=self._test(trainer).to_json())
-            )
-        for stage in trainer.plan:
-            if stage not in trainer.context.progress.done:
-                trainer.run_stage(stage)
-            if is_learned and stage == trainer.plan[0]:
-                self._save_pretrained(trainer)
-        result = self._test(trainer, arm.boxes)
+            trainer.after_phase = log_test
+        for stage in stages.plan(recipe):
+            if stage not in trainer.progress.done:
+                stages.run_stage(trainer, stage)
+            only_first = trainer.progress.done == [stages.NAMES[0]] and not trainer.progress.stage
+            if is_learned and only_first and not self.pretrained.recipe_file.is_file():
+                self._copy(self.learned, self.pretrained, recipe)
+        result = _test(trainer)
         result.seconds = sum(event.seconds for event in run.epochs())
         if is_learned:
             result.milestones = read_milestones(run)
             if result.boxes[-1].iou_mean is not None:
-                result.true_boxes = self._test(trainer, "true")
+                result.true_boxes = _test(trainer, box_source("true", recipe))
         if arm.plain:
             result.size = recipe.model.sizes[0]
             result.multiply_adds = plain_multiply_adds(self.recipe, len(run.classes()), result.size)
         return result
-
-    def _save_pretrained(self, trainer: Trainer) -> None:
-        progress = trainer.context.progress
-        only_first = progress.done == [trainer.plan[0]] and not progress.stage
-        if only_first and not self.pretrained.recipe_file.is_file():
-            self._copy(self.learned, self.pretrained, trainer.context.recipe)
 
     def _copy(self, source: Run, target: Run, recipe: Recipe) -> None:
         """Copy a run folder in one step, with another recipe."""
@@ -234,16 +229,8 @@ class SeedExperiment:
         write_text(half.recipe_file, recipes.dump(recipe))
         half.folder.rename(target.folder)
 
-    def _test(self, trainer: Trainer, kind: BoxKind = "apn") -> ArmResult:
-        """Measure the network as it stands on the test split."""
-        context = trainer.context
-        images = self.source.dataset("test", context.model.source, augment=False)
-        measurement = evaluation.measure(
-            context.model,
-            loader(context, images, shuffle=False),
-            context.device,
-            scales=context.recipe.model.scales,
-            margin=context.recipe.alternate.margin,
-            proposals=proposals(kind, context.recipe),
-        )
-        return ArmResult.from_validation(measurement.validation(), images=len(images))
+
+def _test(trainer: Trainer, boxes: BoxSource | None = None) -> ArmResult:
+    """Measure the network as it stands on the test split; without `boxes`, with those of training."""
+    measurement = trainer.measure("test", boxes=boxes)
+    return ArmResult.from_validation(measurement.validation(), images=measurement.images)

@@ -23,9 +23,10 @@ from racnn_cli.errors import RunError
 from racnn_cli.export.onnx import export_onnx
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
-from racnn_cli.training import stages
-from racnn_cli.training.loop import freeze_all_but, make_optimizer, seed_step
-from racnn_cli.training.stages import Batch, Stage
+from racnn_cli.training import phases
+from racnn_cli.training.loop import freeze_all_but, make_optimizer, set_training_mode
+from racnn_cli.training.phases import Batch, Classifier, Phase
+from racnn_cli.training.trainer import seed_step
 
 SMALL = (96, 96, 96)
 OWN: tuple[int, ...] = ()
@@ -45,12 +46,12 @@ MODELS: dict[str, tuple[int, ...]] = {
 }
 """Backbone to sizes: ten families of timm, and VGG; an empty tuple stands for the model's own size."""
 
-STAGES: dict[str, Callable[[Recipe], Stage]] = {
-    "pretrain-cnn": stages.pretrain_cnn,
-    "pretrain-apn": stages.pretrain_apn,
-    "CNN phase": stages.cnn_phase,
-    "APN phase": stages.apn_phase,
-    "fusion": stages.fusion,
+PHASES: dict[str, Callable[[Recipe], Phase]] = {
+    "pretrain-cnn": phases.pretrain_cnn,
+    "pretrain-apn": phases.pretrain_apn,
+    "CNN phase": phases.cnn_phase,
+    "APN phase": phases.apn_phase,
+    "fusion": phases.fusion,
 }
 SHAPE_COLUMNS = ("sizes", "features", "width", "million\nweights")
 CLASSES = ["a", "b", "c", "d"]
@@ -98,8 +99,8 @@ def _measure_model(entry: Entry, sizes: Sequence[int], folder: Path) -> None:
     }
     images = torch.randint(256, (BATCH, 3, model.source, model.source), dtype=torch.uint8)
     batch = {"image": images, "label": torch.arange(BATCH) % len(CLASSES)}
-    for name, make_stage in STAGES.items():
-        seconds = train_step(recipe, make_stage(recipe), model=model, batch=batch)
+    for name, make_phase in PHASES.items():
+        seconds = train_step(recipe, make_phase(recipe), model=model, batch=batch)
         entry["milliseconds"][name] = 1000 * seconds
     run = Run.create(recipe, CLASSES, folder / "run", latest=False)
     store.save_weights(run.weights, model)
@@ -108,41 +109,43 @@ def _measure_model(entry: Entry, sizes: Sequence[int], folder: Path) -> None:
     entry["onnx_bytes"] = report["bytes"]
 
 
-def train_step(recipe: Recipe, stage: Stage, *, model: RACNN, batch: Batch) -> float:
-    """Make one update of one stage and return its seconds.
+def train_step(recipe: Recipe, phase: Phase, *, model: RACNN, batch: Batch) -> float:
+    """Make one update of one phase and return its seconds.
 
     Raises:
         RunError: a loss or a gradient is not finite, a frozen tensor changed, or a trained module did not.
     """
-    moving = stage.moving(model)
-    parameters = freeze_all_but(model, moving)
-    optimizer = make_optimizer(recipe, stage, model)
+    modules = phase.modules(model)
+    parameters = freeze_all_but(model, modules)
+    set_training_mode(model, modules, freeze_batchnorm=False)
+    optimizer = make_optimizer(recipe, phase, model)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
     start = time.perf_counter()
-    for name, loss in stage.losses(model, batch):
+    for name, loss in phase.losses(model, modules, batch):
         if not math.isfinite(loss.item()):
-            raise _error(stage, f"the loss `{name}` is {loss.item()}")
+            raise _error(phase, f"the loss `{name}` is {loss.item()}")
         loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
     optimizer.step()
     seconds = time.perf_counter() - start
     if not norm.isfinite():
-        raise _error(stage, f"the norm of the gradient is {norm.item()}")
-    trained = {id(tensor) for module in moving for tensor in (*module.parameters(), *module.buffers())}
+        raise _error(phase, f"the norm of the gradient is {norm.item()}")
     after = _tensors(model)
-    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-    leaked = [name for name in changed if id(after[name]) not in trained]
+    changed = {name: tensor for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    trained = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    leaked = [name for name, tensor in changed.items() if id(tensor) not in trained]
     if leaked:
-        raise _error(stage, f"{len(leaked)} frozen tensors changed, such as {min(leaked)}")
+        raise _error(phase, f"{len(leaked)} frozen tensors changed, such as {leaked[0]}")
     unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if unreached:
-        raise _error(stage, f"{len(unreached)} weights got no gradient, such as {unreached[0]}")
+        raise _error(phase, f"{len(unreached)} weights got no gradient, such as {unreached[0]}")
+    changed_ids = {id(tensor) for tensor in changed.values()}
     # Per module, not per weight: a residual branch whose last scale starts at 0 passes no gradient at first.
-    changed_ids = {id(after[name]) for name in changed}
-    for module in moving:
-        own = {id(parameter) for parameter in module.parameters()}
+    parts = [part for m in modules for part in (m.children() if isinstance(m, Classifier) else [m])]
+    for part in parts:
+        own = {id(parameter) for parameter in part.parameters()}
         if own and not own & changed_ids:
-            raise _error(stage, f"{type(module).__name__} did not change")
+            raise _error(phase, f"{type(part).__name__} did not change")
     return seconds
 
 
@@ -151,8 +154,8 @@ def _tensors(model: RACNN) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _error(stage: Stage, problem: str) -> RunError:
-    return RunError(f"{stage.name}: {problem}", failure=True)
+def _error(phase: Phase, problem: str) -> RunError:
+    return RunError(f"{phase.title}: {problem}", failure=True)
 
 
 def summarize(entries: Sequence[Entry]) -> BenchResult:
@@ -170,14 +173,14 @@ def summarize(entries: Sequence[Entry]) -> BenchResult:
         times, difference = entry["milliseconds"], entry["onnx_difference"]
         return [
             *shape,
-            *(f"{times[stage]:.0f}" if stage in times else "" for stage in STAGES),
+            *(f"{times[phase]:.0f}" if phase in times else "" for phase in PHASES),
             "" if difference is None else f"{difference:.0e}",
         ]
 
     table = new_table(
         f"One training step of every stage, batch {BATCH}, and export",
         text=["backbone"],
-        numbers=[*SHAPE_COLUMNS, *(f"{name}\nms" for name in STAGES), "ONNX\ndiffers by"],
+        numbers=[*SHAPE_COLUMNS, *(f"{name}\nms" for name in PHASES), "ONNX\ndiffers by"],
         notes=[
             "three scales together, with their APNs; random weights, one step each",
             "ok: losses and gradients are finite, frozen weights and buffers are bit-identical, the others changed,",

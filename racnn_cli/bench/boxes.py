@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,29 +19,27 @@ from racnn_cli.data.index import Item
 from racnn_cli.data.source import FileSource
 from racnn_cli.data.square import load_source
 from racnn_cli.recipe import Recipe
-from racnn_cli.training.stages import Batch, Guide, Teacher
+from racnn_cli.training.phases import LEARNED, Batch, BoxSource
 
+Proposals = Callable[[Batch], list[Tensor]]
+Targets = Callable[[Batch, Tensor, int], Tensor]
 BoxKind = Literal["apn", "true", "random", "taught"]
 """Where boxes come from; `taught`: from APNs that are trained on ground-truth boxes."""
 
 
-def proposals(kind: BoxKind, recipe: Recipe) -> Guide | None:
-    """Return what proposes boxes of this kind; None where the APNs do."""
-    model = recipe.model
-    if kind == "true":
-        return true_boxes(model.scales, model.floor, model.ceiling)
-    if kind == "random":
-        return random_boxes(true_boxes(model.scales, model.floor, model.ceiling), seed=recipe.seed)
-    return None
+def box_source(kind: BoxKind, recipe: Recipe) -> BoxSource:
+    """Return the boxes of this kind for a recipe."""
+    bounds = (recipe.model.scales, recipe.model.floor, recipe.model.ceiling)
+    sources = {
+        "apn": LEARNED,
+        "true": BoxSource(proposals=true_boxes(*bounds)),
+        "random": BoxSource(proposals=random_boxes(true_boxes(*bounds), seed=recipe.seed)),
+        "taught": BoxSource(targets=true_targets(*bounds)),
+    }
+    return sources[kind]
 
 
-def targets(kind: BoxKind, recipe: Recipe) -> Teacher | None:
-    """Return what the APNs learn to propose; None where nothing but the recipe says so."""
-    model = recipe.model
-    return true_targets(model.scales, model.floor, model.ceiling) if kind == "taught" else None
-
-
-def true_boxes(scales: int, floor: float, ceiling: float) -> Guide:
+def true_boxes(scales: int, floor: float, ceiling: float) -> Proposals:
     """Propose the square around the ground-truth box to the last scale, and squares that contain it to those before.
 
     A coarser box is centered on the ground-truth box and as small as the bounds allow. Images without a ground-truth
@@ -62,7 +61,7 @@ def true_boxes(scales: int, floor: float, ceiling: float) -> Guide:
     return propose
 
 
-def true_targets(scales: int, floor: float, ceiling: float) -> Teacher:
+def true_targets(scales: int, floor: float, ceiling: float) -> Targets:
     """Target the ground-truth box relative to what a scale sees, wherever that is; arguments as in `true_boxes`.
 
     A target is no smaller than needed: the zooms after it can reach the ground-truth box at their ceiling.
@@ -77,7 +76,7 @@ def true_targets(scales: int, floor: float, ceiling: float) -> Teacher:
     return target
 
 
-def random_boxes(true: Guide, *, seed: int) -> Guide:
+def random_boxes(true: Proposals, *, seed: int) -> Proposals:
     """Propose boxes with the sides of `true`, at uniformly random positions on the view that they are cut from.
 
     A position depends on the seed and the image's `index` only, so it is the same in every epoch.

@@ -28,7 +28,7 @@ from racnn_cli.cli import app
 from racnn_cli.data.datasets.fieldguide import draw
 from racnn_cli.errors import RecipeError, RunError
 from racnn_cli.run import Run, write_json
-from racnn_cli.training import stages
+from racnn_cli.training import phases
 
 
 def test_a_misspelled_name_gets_a_suggestion() -> None:
@@ -106,7 +106,7 @@ def test_a_backbone_trains_every_stage_and_exports() -> None:
     result = backbones.measure({"test_resnet": (64, 64, 64)})
     (entry,) = result.values["models"]
     assert entry["error"] == ""
-    assert list(entry["milliseconds"]) == list(backbones.STAGES)
+    assert list(entry["milliseconds"]) == list(backbones.PHASES)
     assert 0 <= entry["onnx_difference"] < 1e-3
     assert entry["sizes"] == [64, 64, 64]
     assert result.tables[0].row_count == 1
@@ -131,15 +131,14 @@ def test_an_exported_run_passes_its_check_and_is_timed() -> None:
 
 
 def test_a_frozen_tensor_that_changes_is_an_error(monkeypatch) -> None:
-    freeze_all_but = backbones.freeze_all_but
+    set_training_mode = backbones.set_training_mode
 
-    def freeze_all_but_batchnorm(model, moving):
-        parameters = freeze_all_but(model, moving)
+    def leave_batchnorm_in_training_mode(model, modules, *, freeze_batchnorm):
+        set_training_mode(model, modules, freeze_batchnorm=freeze_batchnorm)
         model.scale(1).backbone.train()  # the usual bug: BatchNorm statistics keep changing
-        return parameters
 
-    monkeypatch.setattr(backbones, "freeze_all_but", freeze_all_but_batchnorm)
-    monkeypatch.setattr(backbones, "STAGES", {"APN phase": stages.apn_phase})
+    monkeypatch.setattr(backbones, "set_training_mode", leave_batchnorm_in_training_mode)
+    monkeypatch.setattr(backbones, "PHASES", {"APN phase": phases.apn_phase})
     (entry,) = backbones.measure({"test_resnet": (64, 64, 64)}).values["models"]
     assert "frozen tensors changed" in entry["error"]
     assert "scales.1" in entry["error"]
