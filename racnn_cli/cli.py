@@ -286,19 +286,14 @@ def report(run: RunFolder = None) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[
-        str, Argument(help="seeds, attention, ablation, gradient, backbones, export, crop or growth")
-    ],
+    name: Annotated[str, Argument(help="seeds, attention, ablation, gradient, backbones or export")],
     json: Annotated[Path | None, Option(help="also write the figures to this file")] = None,
     seeds: Annotated[
         str | None, Option(help="benchmarks that take seeds: such as 0-4 or 0,3,7; default: 0-4")
     ] = None,
     recipe: Annotated[
         str | None,
-        Option(
-            help="seeds, attention, ablation, growth; default: demo, clutter, clutter, own",
-            autocompletion=complete_recipe,
-        ),
+        Option(help="benchmarks that train; default: demo or clutter", autocompletion=complete_recipe),
     ] = None,
     quick: Annotated[
         bool, Option("--quick", help="seeds, attention, ablation: few images and epochs")
