@@ -321,7 +321,7 @@ def samples(
     size: Annotated[int, Option(min=64, max=4096, help="fieldguide: side in pixels")] = 256,
     seed: Annotated[int, Option(min=0, help="fieldguide: seed of the drawings")] = 0,
 ) -> None:
-    """Write a built-in data set to a folder, to look at it or to use it as your own data."""
+    """Write a built-in data set to a folder, to inspect it or to train on it as your own data."""
     typer.echo(f"wrote {api.write_samples(name, out, images=images, size=size, seed=seed)}")
 
 
