@@ -94,7 +94,7 @@ def test_the_wheel_says_what_it_needs(wheel) -> None:
         (about,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = archive.read(about).decode()
         (entry,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "racnn = racnn_cli." in archive.read(entry).decode()
+        assert "racnn = racnn_cli.__main__:main" in archive.read(entry).decode()
         assert any(".dist-info/" in name and "LICENSE" in name for name in archive.namelist())
     for requirement in (
         "torch>=2.10",
