@@ -1,9 +1,10 @@
 """What share of a training step do two processes spend on averaging their gradients?
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tests/communication.py
+    torchrun --standalone --nproc-per-node 2 tests/communication.py
 
 Times the CNN phase of a network of random weights in alternating turns: without any communication, with
-DistributedDataParallel as training uses it (buckets that overlap backward), and with one flat all-reduce after backward,
+DistributedDataParallel as training uses it (buckets that overlap backward), and with one flat all-reduce after the
+backward pass,
 which copies every gradient twice. The share is 1 - (seconds without) / (seconds with), from the medians.
 """
 
@@ -36,7 +37,9 @@ def flat_all_reduce(parameters: list[nn.Parameter]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--size", type=int, default=128, help="side of every scale's view, in pixels")
     parser.add_argument("--batch", type=int, default=8, help="images per process")
@@ -89,7 +92,9 @@ def main() -> None:
     if distributed.rank() == 0:
         bare = statistics.median(times["no communication"])
         count = sum(parameter.numel() for parameter in parameters)
-        print(f"{given.backbone}, 3 scales of {given.size} px, {given.batch} images per process, {count:,} gradients")
+        print(
+            f"{given.backbone}, 3 scales of {given.size} px, {given.batch} images per process, {count:,} gradients"
+        )
         for name, seconds in times.items():
             median = statistics.median(seconds)
             spread = f"{min(seconds):.2f} to {max(seconds):.2f}"

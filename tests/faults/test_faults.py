@@ -25,7 +25,7 @@ from racnn_cli.data import images
 from racnn_cli.errors import RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
-from racnn_cli.training import checkpoint
+from racnn_cli.training import checkpoint, stages
 from racnn_cli.training.trainer import Trainer
 
 
@@ -38,8 +38,8 @@ def data(tmp_path_factory) -> Path:
 def half(tmp_path_factory, data: Path) -> Path:
     """A run whose first stage is finished."""
     folder = tmp_path_factory.mktemp("half") / "run"
-    trainer = Trainer.start(tiny(data), folder, quiet=True)
-    trainer.run_stage("pretrain-cnn")
+    trainer = Trainer.start(tiny(data), out=folder, quiet=True)
+    stages.run_stage(trainer, "pretrain-cnn")
     trainer.close()
     return folder
 
@@ -83,31 +83,31 @@ def damaged(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["cut short", "empty", "a bit flipped", "another position"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(mine: Run, here, data, capfd, how) -> None:
-    newest, before = checkpoint.saved(mine)
+    newest, before = checkpoint.list_checkpoints(mine)
     damaged(newest, how)
-    trainer = Trainer.proceed(mine)
+    trainer = Trainer.resume(mine)
     said = " ".join(capfd.readouterr().err.split())
     assert newest.name in said
     assert "damaged" in said
     assert "the one before it is used" in said
-    assert trainer.context.progress.number == int(re.findall(r"\d+", before.name)[0])
+    assert trainer.progress.number == int(re.findall(r"\d+", before.name)[0])
     trainer.close()
     ends_as(mine, tiny(data), here / "whole")
 
 
 def test_with_every_checkpoint_damaged_all_of_them_are_named(mine: Run) -> None:
-    for path in checkpoint.saved(mine):
+    for path in checkpoint.list_checkpoints(mine):
         damaged(path, "a bit flipped")
     with pytest.raises(RacnnError, match="no checkpoint can be read") as error:
-        Trainer.proceed(mine)
-    assert all(path.name in error.value.message for path in checkpoint.saved(mine))
+        Trainer.resume(mine)
+    assert all(path.name in error.value.message for path in checkpoint.list_checkpoints(mine))
     assert error.value.exit_code == 1
 
 
 def test_so_many_checkpoints_are_kept_as_the_recipe_says(here, data) -> None:
     recipe = tiny(data, train__keep=3, train__save_steps=1)
     run, _ = api.train(recipe, out=here / "mine", quiet=True)
-    numbers = [int(re.findall(r"\d+", path.name)[0]) for path in checkpoint.saved(run)]
+    numbers = [int(re.findall(r"\d+", path.name)[0]) for path in checkpoint.list_checkpoints(run)]
     assert numbers == list(range(numbers[0], numbers[0] - 4, -1))
     assert numbers[0] > 40  # one a step
 
@@ -117,13 +117,13 @@ def test_minutes_count_on_a_clock_that_does_not_jump(here, data, monkeypatch) ->
     honest = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (written.append(1), honest(*a, **k)))
     monkeypatch.setattr(time, "time", lambda: 10.0**12 * len(written))  # years forward, at every look
-    trainer = Trainer.start(tiny(data, train__save_minutes=60), here / "mine", quiet=True)
-    trainer.run_stage("pretrain-cnn")
+    trainer = Trainer.start(tiny(data, train__save_minutes=60), out=here / "mine", quiet=True)
+    stages.run_stage(trainer, "pretrain-cnn")
     assert len(written) == 3  # two epochs and the stage's end
     trainer.close()
     del written[:]
-    trainer = Trainer.start(tiny(data, train__save_minutes=1e-9), here / "often", quiet=True)
-    trainer.run_stage("pretrain-cnn")
+    trainer = Trainer.start(tiny(data, train__save_minutes=1e-9), out=here / "often", quiet=True)
+    stages.run_stage(trainer, "pretrain-cnn")
     assert len(written) == 9  # and after the three other steps of each epoch
     trainer.close()
 
@@ -146,17 +146,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_loses_nothing(small_disk: Path, here, data) -> None:
     recipe = tiny(data)
     ballast = small_disk / "ballast"
-    trainer = Trainer.start(recipe, small_disk / "mine", quiet=True)
-    run = trainer.context.run
+    trainer = Trainer.start(recipe, out=small_disk / "mine", quiet=True)
+    run = trainer.run
     free = shutil.disk_usage(small_disk).free
-    size = len(json.dumps(1)) + sum(
-        t.numel() * t.element_size() for t in trainer.context.model.state_dict().values()
-    )
+    size = len(json.dumps(1)) + sum(t.numel() * t.element_size() for t in trainer.model.state_dict().values())
     ballast.write_bytes(
         b"0" * (free - int(2.5 * size))
     )  # room for one checkpoint with its optimizer, not for two
     with pytest.raises(RacnnError, match=r"could not be written: .*No space left on device") as error:
-        trainer.run_all()
+        stages.run_all(trainer)
     trainer.close()
     assert "free some space" in error.value.hint
     assert error.value.exit_code == 1
@@ -172,11 +170,11 @@ def test_a_folder_that_cannot_be_written_is_named(mine: Run, monkeypatch, number
         raise OSError(number, os.strerror(number))
 
     before = {path: path.read_bytes() for path in mine.folder.rglob("*") if path.is_file()}
-    trainer = Trainer.proceed(mine, quiet=True)
+    trainer = Trainer.resume(mine, quiet=True)
     with monkeypatch.context() as patch:
         patch.setattr("tempfile.mkstemp", refused)
         with pytest.raises(RacnnError, match=f"state.* could not be written: {os.strerror(number)}"):
-            trainer.run_stage("pretrain-apn")
+            stages.run_stage(trainer, "pretrain-apn")
     trainer.close()
     for path, content in before.items():
         if path.suffix == ".safetensors":
@@ -184,7 +182,7 @@ def test_a_folder_that_cannot_be_written_is_named(mine: Run, monkeypatch, number
 
 
 def test_two_processes_cannot_train_in_one_folder(mine: Run, data) -> None:
-    trainer = Trainer.proceed(mine, quiet=True)
+    trainer = Trainer.resume(mine, quiet=True)
     words = [sys.executable, "-m", "racnn_cli", "pretrain-apn", "--run", str(mine.folder)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -256,13 +254,13 @@ def test_a_images_that_vanishes_is_named_and_can_come_back(here, data, workers) 
     place = here / "data"
     shutil.copytree(data, place)
     recipe = tiny(place, data__workers=workers)
-    trainer = Trainer.start(recipe, here / "mine", quiet=True)
-    trainer.run_stage("pretrain-cnn")
+    trainer = Trainer.start(recipe, out=here / "mine", quiet=True)
+    stages.run_stage(trainer, "pretrain-cnn")
     gone = next((place / "train").rglob("*.png"))
     content = gone.read_bytes()
     gone.unlink()
     with pytest.raises(RacnnError, match=re.escape(gone.name)) as error:
-        trainer.run_all()
+        stages.run_all(trainer)
     trainer.close()
     assert "Traceback" not in str(error.value)
     with pytest.raises(RacnnError, match="changed since it was started"):
@@ -272,15 +270,15 @@ def test_a_images_that_vanishes_is_named_and_can_come_back(here, data, workers) 
 
 
 def test_memory_that_runs_out_says_what_to_lower(mine: Run, monkeypatch) -> None:
-    trainer = Trainer.proceed(mine, quiet=True)
+    trainer = Trainer.resume(mine, quiet=True)
 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr("racnn_cli.training.loop._epoch", full)
+        patch.setattr("racnn_cli.training.loop._Fit._epoch", full)
         with pytest.raises(RacnnError, match=r"ran out of memory with train\.batch = 6") as error:
-            trainer.run_stage("pretrain-apn")
+            stages.run_stage(trainer, "pretrain-apn")
     trainer.close()
     assert "--set train.batch=3 --set train.accumulate=2" in error.value.hint
     assert mine.recipe().train.batch == 6  # never changed in silence
@@ -298,10 +296,10 @@ def test_half_a_line_of_the_log_is_written_again(mine: Run, here, data) -> None:
 
 
 def test_a_run_of_another_version_is_said_to_be_one(mine: Run) -> None:
-    for path in checkpoint.saved(mine):
+    for path in checkpoint.list_checkpoints(mine):
         save_file(load_file(path), path, {"progress": json.dumps({"stage": "polishing"}), "racnn": "9.9"})
     with pytest.raises(RacnnError, match=r"it was written by racnn 9\.9"):
-        Trainer.proceed(mine)
+        Trainer.resume(mine)
 
 
 def test_what_a_killed_process_left_half_written_is_swept_up(mine: Run, here, data) -> None:
