@@ -109,7 +109,7 @@ class SeedExperiment:
         """The images; where they must, with true boxes for the test split at least."""
         data = self.recipe.data
         if self.items is not None:
-            return clutter.Clutter(self.items, data.sample.images, data, self.seed)
+            return clutter.Clutter(self.items, data.sample.images, data=data, seed=self.seed)
         index = build_index(data, seed=self.seed)
         if self.boxed and all(item.box is None for item in index.splits["test"]):
             raise RacnnError(
