@@ -424,7 +424,8 @@ def test_validation_measures_the_boxes_it_is_given(folder) -> None:
     assert figures["hit_rate"] == pytest.approx(inside.double().mean().item())
     assert 0 < figures["iou_mean"] < 0.2 < boxes(true_boxes)["iou_mean"]
 
-    doubled = boxes(lambda batch: [true_boxes(batch)[0] * torch.tensor([1.0, 1.0, 2.0])])
+    double = torch.tensor([1.0, 1.0, 2.0])
+    doubled = boxes(lambda batch: [attention.bound(true_boxes(batch)[0] * double, 0.0, 1.0)])
     assert doubled["iou_mean"] == pytest.approx(0.25, abs=1e-4)
     assert doubled["coverage_mean"] == pytest.approx(1.0, abs=1e-4)
 

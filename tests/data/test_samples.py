@@ -118,7 +118,7 @@ def test_the_registry_is_complete_and_its_import_is_light():
         assert entry.name == name
         assert (entry.path is None) != (entry.open is None)
         assert entry.about.endswith(".")
-    code = "import sys; from racnn_cli.data import datasets; print(*{'numpy', 'PIL', 'cv2', 'torch'} & set(sys.modules))"
+    code = "import sys; from racnn_cli.data import datasets; print(*{'numpy', 'cv2', 'torch'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not output.strip()
 
@@ -169,12 +169,12 @@ def test_samples_copies_a_data_set_of_files(tmp_path, cache, monkeypatch):
 
 def test_samples_writes_images_that_are_drawn_when_used(tmp_path):
     folder = write_items(tmp_path / "items")
-    sample = recipe.Sample(images=40, size=96)
+    sample = recipe.Sample(images=72, size=96)
     table = datasets.write(f"clutter:{folder}", tmp_path / "out", sample, seed=3)
     data = recipe.Data(path=str(folder), sample=sample)
     source = datasets.REGISTRY["clutter"].open(data, 3)
     index = build_index(recipe.Data(path=str(table)), seed=0)
-    assert {s: len(items) for s, items in index.splits.items()} == {"train": 26, "val": 6, "test": 8}
+    assert {s: len(items) for s, items in index.splits.items()} == {"train": 47, "val": 11, "test": 14}
     for split, items in index.splits.items():
         images = source.dataset(split, 96, augment=False)
         for item in items:
