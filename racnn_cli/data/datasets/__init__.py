@@ -112,9 +112,7 @@ def _records(entry: BuiltinDataset, data: recipe.Data, seed: int) -> Iterator[Re
         images = source.dataset(split, side, augment=False)
         for position in range(len(images)):
             sample = images[0, position]
-            label, pixels = (
-                source.index.classes[int(sample["label"])],
-                sample["image"].permute(1, 2, 0).numpy(),
-            )
+            label = source.index.classes[int(sample["label"])]
+            pixels = sample["image"].permute(1, 2, 0).numpy()
             x0, y0, x1, y1 = (sample["box"] * side).tolist()
             yield split, label, f"{position:05d}.png", pixels, (x0, y0, x1 - x0, y1 - y0)
