@@ -153,13 +153,14 @@ def locate(data: recipe.Data, seed: int) -> Path:
             "no data are named: data.path is empty",
             f"--data FOLDER with a folder a class, --data FILE.csv, or --data {' or '.join(datasets.NAMES)}",
         )
-    if data.path == "clutter":
-        raise RacnnError(
-            "the images of data.path = 'clutter' are made as they are read, and only the benches read them",
-            "`racnn bench attention`",
-        )
-    if data.path in datasets.NAMES:
-        return datasets.materialise(data.path, data.sample, seed)
+    name, _, argument = data.path.partition(":")
+    if name in datasets.REGISTRY:
+        locate_files = datasets.REGISTRY[name].path
+        if locate_files is None:
+            raise RacnnError(
+                f"data.path = {name!r} has no files: its images are drawn when used", "other data"
+            )
+        return locate_files(data.model_copy(update={"path": argument}), seed)
     path = Path(data.path).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix.casefold() == ".csv"):
         return path

@@ -1,4 +1,4 @@
-"""The set `clutter`: files as they are and as they should not be, images with a known box, a run on them."""
+"""The data set `clutter`: valid and damaged files, images with a known box, training on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from racnn_cli.core import attention
 from racnn_cli.core.model import RACNN, build
 from racnn_cli.data.datasets.clutter import CLASSES, Clutter, compose, read_items
 from racnn_cli.data.images import batches
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import DataError
 from racnn_cli.training.trainer import Trainer
 
 COUNTS = {"train": 60, "t10k": 30}
@@ -33,8 +33,8 @@ def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + lengths + array.astype(np.uint8).tobytes()
 
 
-def grey(part: str, label: int) -> int:
-    """Of every pixel of an item: it says which file and which class the item is of."""
+def gray(part: str, label: int) -> int:
+    """Return the value of every pixel of an item: it identifies the part and the class."""
     return (20 if part == "train" else 130) + 10 * label
 
 
@@ -42,8 +42,8 @@ def write_items(folder: Path, *, zipped: bool = True) -> Path:
     folder.mkdir(exist_ok=True)
     for part, count in COUNTS.items():
         labels = np.random.default_rng(count).integers(0, len(CLASSES), count)
-        greys = np.array([grey(part, label) for label in labels])
-        photographs = np.broadcast_to(greys[:, None, None], (count, 28, 28))
+        grays = np.array([gray(part, label) for label in labels])
+        photographs = np.broadcast_to(grays[:, None, None], (count, 28, 28))
         for name, array in (("images-idx3", photographs), ("labels-idx1", labels)):
             raw, file = idx(array), folder / f"{part}-{name}-ubyte"
             if zipped:
@@ -59,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def clutter(folder: Path, images: int = 80, seed: int = 5) -> Clutter:
-    return Clutter(folder, images, DATA, seed)
+    return Clutter(folder, images, data=DATA, seed=seed)
 
 
 # ---- the files
@@ -73,7 +73,7 @@ def test_items_are_read_from_plain_and_from_gzipped_files(tmp_path, zipped) -> N
         assert (photographs.shape, photographs.dtype) == ((count, 28, 28), np.uint8)
         assert (labels.shape, labels.dtype) == ((count,), np.uint8)
         assert len(set(labels.tolist())) > 5
-        assert all((p == grey(part, int(label))).all() for p, label in zip(photographs, labels, strict=True))
+        assert all((p == gray(part, int(label))).all() for p, label in zip(photographs, labels, strict=True))
 
 
 def test_rows_and_columns_are_not_exchanged(tmp_path) -> None:
@@ -83,7 +83,7 @@ def test_rows_and_columns_are_not_exchanged(tmp_path) -> None:
     np.testing.assert_array_equal(read_items(tmp_path, "train")[0], whole)
 
 
-PICTURES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 def changed(raw: bytes, place: int, value: int) -> bytes:
@@ -98,12 +98,12 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "cut in its head": lambda raw: raw[:10],
     "too long": lambda raw: raw + b"more",
     "empty": lambda raw: b"",
-    "a page of text": lambda raw: b"<html>not found</html>",
+    "an HTML page": lambda raw: b"<html>not found</html>",
 }
 
 
 def check_error(folder: Path, part: str, *words: str) -> None:
-    with pytest.raises(RacnnError) as caught:
+    with pytest.raises(DataError) as caught:
         read_items(folder, part)
     assert all(word in caught.value.message for word in words), caught.value.message
     assert "dataset-fashion-mnist" in caught.value.hint
@@ -112,9 +112,9 @@ def check_error(folder: Path, part: str, *words: str) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_file_that_is_no_idx_file_is_named(tmp_path, kind, zipped) -> None:
+def test_a_file_that_is_not_an_idx_file_is_named(tmp_path, kind, zipped) -> None:
     write_items(tmp_path, zipped=zipped)
-    file = tmp_path / (PICTURES + ".gz" if zipped else PICTURES)
+    file = tmp_path / (IMAGES + ".gz" if zipped else IMAGES)
     raw = file.read_bytes()
     raw = DAMAGE[kind](gzip.decompress(raw) if zipped else raw)
     file.write_bytes(gzip.compress(raw) if zipped else raw)
@@ -127,10 +127,10 @@ def damaged_streams() -> dict[str, bytes]:
     middle = len(whole) // 2
     return {
         "cut short": whole[:middle],
-        "without its sum": whole[:-8],
+        "without its checksum": whole[:-8],
         "overwritten": whole[:middle] + bytes(400) + whole[middle + 400 :],
-        "another sum": changed(whole, len(whole) - 6, whole[-6] ^ 1),
-        "of no block type": changed(whole, 10, 0x07),
+        "another checksum": changed(whole, len(whole) - 6, whole[-6] ^ 1),
+        "unknown block type": changed(whole, 10, 0x07),
         "not zipped": idx(np.zeros((60, 28, 28))),
     }
 
@@ -138,21 +138,21 @@ def damaged_streams() -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", damaged_streams())
 def test_a_damaged_gzip_file_is_named(tmp_path, kind) -> None:
     write_items(tmp_path)
-    file = tmp_path / f"{PICTURES}.gz"
+    file = tmp_path / f"{IMAGES}.gz"
     file.write_bytes(damaged_streams()[kind])
     check_error(tmp_path, "train", str(file), "cannot be read")
 
 
-@pytest.mark.parametrize("name", [PICTURES, LABELS])
-def test_a_missing_file_is_named_in_both_spellings(tmp_path, name) -> None:
+@pytest.mark.parametrize("name", [IMAGES, LABELS])
+def test_a_missing_file_is_named_with_both_names(tmp_path, name) -> None:
     write_items(tmp_path)
     (tmp_path / f"{name}.gz").unlink()
-    check_error(tmp_path, "train", str(tmp_path), f"{name}.gz", f"no {name}")
-    with pytest.raises(RacnnError, match=name):
+    check_error(tmp_path, "train", str(tmp_path), f"{name}.gz", f"nor {name}")
+    with pytest.raises(DataError, match=name):
         clutter(tmp_path).dataset("train", 80, augment=True)
 
 
-def test_a_missing_folder_and_a_file_in_its_place(tmp_path) -> None:
+def test_a_missing_folder_and_a_file_instead(tmp_path) -> None:
     check_error(tmp_path / "nowhere", "train", str(tmp_path / "nowhere"))
     (tmp_path / "file").touch()
     check_error(tmp_path / "file", "train", str(tmp_path / "file"))
@@ -161,7 +161,7 @@ def test_a_missing_folder_and_a_file_in_its_place(tmp_path) -> None:
 def test_photographs_without_labels_are_counted(tmp_path) -> None:
     write_items(tmp_path)
     (tmp_path / f"{LABELS}.gz").write_bytes(gzip.compress(idx(np.zeros(59))))
-    with pytest.raises(RacnnError) as caught:
+    with pytest.raises(DataError) as caught:
         read_items(tmp_path, "train")
     assert all(word in caught.value.message for word in (str(tmp_path), "60 train photographs", "59 labels"))
     assert caught.value.hint
@@ -171,12 +171,11 @@ def test_photographs_without_labels_are_counted(tmp_path) -> None:
 
 
 def photographs() -> np.ndarray:
-    """A white item, an item that is not there, a half one, and much for fragments."""
-    made = np.random.default_rng(1).integers(0, 200, (300, 28, 28)).astype(np.uint8)
-    made[0], made[1] = 255, 0
-    made[2] = 255
-    made[2, :14] = 0
-    return made
+    """A white item, an invisible one, one with a visible lower half, and noise for fragments."""
+    items = np.random.default_rng(1).integers(0, 200, (300, 28, 28)).astype(np.uint8)
+    items[0], items[1], items[2] = 255, 0, 255
+    items[2, :14] = 0
+    return items
 
 
 @pytest.mark.parametrize("canvas", [64, 160, 224])
@@ -184,8 +183,8 @@ def test_the_box_is_where_the_item_is(canvas) -> None:
     """The same numbers are drawn for a white item and for an invisible one: only the item differs."""
     items = photographs()
     for seed in range(20):
-        white, box = compose(items, 0, np.random.default_rng(seed), canvas)
-        bare, same = compose(items, 1, np.random.default_rng(seed), canvas)
+        white, box = compose(items, 0, np.random.default_rng(seed), side=canvas)
+        bare, same = compose(items, 1, np.random.default_rng(seed), side=canvas)
         assert white.shape == bare.shape == (canvas, canvas)
         assert white.dtype == np.uint8
         assert box == same
@@ -201,7 +200,9 @@ def test_the_box_is_where_the_item_is(canvas) -> None:
 
 
 def test_items_differ_in_place_and_size() -> None:
-    boxes = np.array([compose(photographs(), 0, np.random.default_rng(s), 160)[1] for s in range(200)]) * 160
+    boxes = (
+        np.array([compose(photographs(), 0, np.random.default_rng(s), side=160)[1] for s in range(200)]) * 160
+    )
     sides = boxes[:, 2] - boxes[:, 0]
     assert (sides.min(), sides.max()) == (20, 32)
     for axis in (0, 1):
@@ -211,38 +212,39 @@ def test_items_differ_in_place_and_size() -> None:
     assert abs(np.corrcoef(boxes[:, 0], boxes[:, 1])[0, 1]) < 0.2
 
 
-def test_from_farther_away_all_is_smaller_and_there_is_more_of_it() -> None:
+def test_at_a_distance_everything_is_smaller_and_there_are_more_fragments() -> None:
     items, filled = photographs(), []
     for seed in range(20):
-        far, box = compose(items, 0, np.random.default_rng(seed), 480, distance=3)
+        far, box = compose(items, 0, np.random.default_rng(seed), side=480, distance=3)
         assert 20 <= round((box[2] - box[0]) * 480) < 33  # as at a third of the canvas
         bare = [
-            compose(items, 1, np.random.default_rng(seed), side, d)[0] for side, d in ((480, 3), (160, 1))
+            compose(items, 1, np.random.default_rng(seed), side=side, distance=d)[0]
+            for side, d in ((480, 3), (160, 1))
         ]
-        filled.append([(one > 0).mean() for one in bare])
+        filled.append([(image > 0).mean() for image in bare])
         x0, y0, x1, y1 = (round(value * 480) for value in box)
         assert (far[y0:y1, x0:x1] == 255).all()
     near, away = np.mean(filled, axis=0)
     assert near == pytest.approx(away, rel=0.1)
 
 
-def test_what_is_dark_in_an_item_is_see_through() -> None:
-    items, seen = photographs(), 0
+def test_dark_pixels_of_an_item_are_transparent() -> None:
+    items, fragment_pixels = photographs(), 0
     for seed in range(20):
-        half, box = compose(items, 2, np.random.default_rng(seed), 160)
-        bare, _ = compose(items, 1, np.random.default_rng(seed), 160)
+        half, box = compose(items, 2, np.random.default_rng(seed), side=160)
+        bare, _ = compose(items, 1, np.random.default_rng(seed), side=160)
         x0, y0, x1, y1 = (round(value * 160) for value in box)
         middle = (y0 + y1) // 2
         np.testing.assert_array_equal(half[y0 : middle - 1, x0:x1], bare[y0 : middle - 1, x0:x1])
         assert (half[middle + 1 : y1, x0:x1] > 200).all()
-        seen += int(np.count_nonzero(half[y0 : middle - 1, x0:x1]))
-    assert seen > 100
+        fragment_pixels += int(np.count_nonzero(half[y0 : middle - 1, x0:x1]))
+    assert fragment_pixels > 100
 
 
 # ---- the splits
 
 
-def test_splits_are_disjoint_and_test_items_are_the_data_sets_own(folder) -> None:
+def test_splits_are_disjoint_and_test_items_come_from_the_test_part(folder) -> None:
     index = clutter(folder).index
     assert index.classes == list(CLASSES)
     assert {split: len(items) for split, items in index.splits.items()} == {
@@ -261,23 +263,25 @@ def test_splits_are_disjoint_and_test_items_are_the_data_sets_own(folder) -> Non
 
 
 def test_the_seed_chooses_the_items(folder) -> None:
-    one, again, other = clutter(folder).index, clutter(folder).index, clutter(folder, seed=6).index
-    assert one == again
-    assert one.splits["train"] != other.splits["train"]
-    assert one.splits["test"] != other.splits["test"]
-    assert one.fingerprint != other.fingerprint
-    assert one.fingerprint != clutter(folder, images=60).index.fingerprint
+    index, other_seed = clutter(folder).index, clutter(folder, seed=6).index
+    assert index == clutter(folder).index
+    assert index.splits["train"] != other_seed.splits["train"]
+    assert index.splits["test"] != other_seed.splits["test"]
+    assert index.fingerprint != other_seed.fingerprint
+    assert index.fingerprint != clutter(folder, images=60).index.fingerprint
 
 
 def test_more_images_than_items_is_an_error(folder) -> None:
-    for images, count, asked in ((84, "60 train", "63 were"), (10_000, "60 train", "5000 were")):
-        with pytest.raises(RacnnError) as caught:
+    for images, count, needed in ((84, "60 train", "63 are"), (10_000, "60 train", "5000 are")):
+        with pytest.raises(DataError) as caught:
             clutter(folder, images).dataset("train", 64, augment=True)
-        assert all(word in caught.value.message for word in (str(folder), count, asked)), caught.value.message
+        assert all(word in caught.value.message for word in (str(folder), count, needed)), (
+            caught.value.message
+        )
         assert "fewer images" in caught.value.hint
-    many = Clutter(folder, 80, recipes.Data(val=0.1, test=0.5), 5)
-    with pytest.raises(RacnnError, match="30 t10k items, 40 were"):
-        assert many.index
+    source = Clutter(folder, 80, data=recipes.Data(val=0.1, test=0.5), seed=5)
+    with pytest.raises(DataError, match="30 t10k items, 40 are"):
+        assert source.index
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -287,62 +291,60 @@ def test_images_show_the_item_that_their_label_names(folder, split) -> None:
     items = source.index.splits[split]
     assert len(images) == len(items)
     for position, item in enumerate(items):
-        made = images[0, position]
-        assert made["image"].shape == (3, 96, 96)
-        assert made["image"].dtype == torch.uint8
-        assert torch.equal(made["image"][0], made["image"][1])
-        assert torch.equal(made["image"][0], made["image"][2])
-        assert (made["label"].item(), made["index"].item()) == (item.label, position)
-        box = made["box"]
+        sample = images[0, position]
+        assert sample["image"].shape == (3, 96, 96)
+        assert sample["image"].dtype == torch.uint8
+        assert torch.equal(sample["image"][0], sample["image"][1])
+        assert torch.equal(sample["image"][0], sample["image"][2])
+        assert (sample["label"].item(), sample["index"].item()) == (item.label, position)
+        box = sample["box"]
         assert box.shape == (4,)
         assert box.min() >= 0
         assert box.max() <= 1
         x0, y0, x1, y1 = (box * 96).round().int().tolist()
-        shown = made["image"][:, y0:y1, x0:x1]
-        assert (shown == grey("t10k" if split == "test" else "train", item.label)).all()
+        item_pixels = sample["image"][:, y0:y1, x0:x1]
+        assert (item_pixels == gray("t10k" if split == "test" else "train", item.label)).all()
 
 
-def test_a_images_is_a_function_of_seed_split_epoch_and_position(folder) -> None:
-    def images(
-        split: str, epoch: int, position: int, *, seed: int = 5, augment: bool = False
-    ) -> torch.Tensor:
-        return clutter(folder, seed=seed).images(split, 64, augment=augment)[epoch, position]["image"]
+def test_an_image_is_a_function_of_seed_split_epoch_and_position(folder) -> None:
+    def image(split: str, epoch: int, position: int, *, seed: int = 5, augment: bool = False) -> torch.Tensor:
+        return clutter(folder, seed=seed).dataset(split, 64, augment=augment)[epoch, position]["image"]
 
     for split in ("train", "val", "test"):
-        still = images(split, 0, 3)
-        assert torch.equal(still, images(split, 0, 3))
-        assert torch.equal(still, images(split, 7, 3))
-        assert not torch.equal(still, images(split, 0, 4))
-        assert not torch.equal(still, images(split, 0, 3, seed=6))
-    fresh = images("train", 2, 3, augment=True)
-    assert torch.equal(fresh, images("train", 2, 3, augment=True))
-    assert not torch.equal(fresh, images("train", 3, 3, augment=True))
-    places = [clutter(folder).images(split, 64, augment=False)[0, 3]["box"] for split in ("train", "val")]
-    assert not torch.equal(*places)
+        still = image(split, 0, 3)
+        assert torch.equal(still, image(split, 0, 3))
+        assert torch.equal(still, image(split, 7, 3))
+        assert not torch.equal(still, image(split, 0, 4))
+        assert not torch.equal(still, image(split, 0, 3, seed=6))
+    redrawn = image("train", 2, 3, augment=True)
+    assert torch.equal(redrawn, image("train", 2, 3, augment=True))
+    assert not torch.equal(redrawn, image("train", 3, 3, augment=True))
+    boxes = [clutter(folder).dataset(split, 64, augment=False)[0, 3]["box"] for split in ("train", "val")]
+    assert not torch.equal(*boxes)
 
 
-def test_a_fresh_images_keeps_its_item(folder) -> None:
+def test_a_redrawn_image_keeps_its_item(folder) -> None:
     images = clutter(folder).dataset("train", 96, augment=True)
     boxes = set()
     for epoch in range(8):
-        made = images[epoch, 1]
-        box = tuple((made["box"] * 96).round().int().tolist())
+        sample = images[epoch, 1]
+        box = tuple((sample["box"] * 96).round().int().tolist())
         boxes.add(box)
-        assert made["image"][0, box[1], box[0]] == grey("train", int(made["label"]))
+        assert sample["image"][0, box[1], box[0]] == gray("train", int(sample["label"]))
     assert len(boxes) == 8
 
 
-def test_workers_make_the_images_that_one_process_makes(folder) -> None:
+def test_workers_draw_the_same_images_as_one_process(folder) -> None:
     images = clutter(folder).dataset("train", 64, augment=True)
-    read: list[list[dict[str, torch.Tensor]]] = [
+    loaded: list[list[dict[str, torch.Tensor]]] = [
         list(batches(images, batch=16, epoch=1, seed=0, shuffle=True, workers=workers)) for workers in (0, 1)
     ]
-    assert len(read[0]) == len(read[1]) == 3
-    for one, other in zip(*read, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in ("image", "label", "box", "index"))
+    assert len(loaded[0]) == len(loaded[1]) == 3
+    for expected, batch in zip(*loaded, strict=True):
+        assert all(torch.equal(expected[name], batch[name]) for name in ("image", "label", "box", "index"))
 
 
-# ---- boxes instead of the APNs'
+# ---- proposals from outside the APNs
 
 
 def options(**changes: Any) -> recipes.Recipe:
@@ -356,7 +358,7 @@ def network(scales: int) -> RACNN:
     return build(recipe.model, len(CLASSES), source=96).eval()
 
 
-def test_given_proposals_are_used(folder) -> None:
+def test_proposals_passed_to_the_network_are_used(folder) -> None:
     model = network(3)
     images = next(iter(loader(folder)))["image"]
     torch.manual_seed(1)
@@ -364,7 +366,7 @@ def test_given_proposals_are_used(folder) -> None:
     second = torch.cat([torch.rand(10, 2) * 0.4 + 0.3, torch.rand(10, 1) * 0.2 + 0.1], dim=1)
     with torch.no_grad():
         own, output = model(images), model(images, [first, second])
-        again = model(images, own.proposals)
+        repeated = model(images, own.proposals)
         source = model.normalise(images)
     assert torch.equal(output.proposals[0], first)
     assert torch.equal(output.proposals[1], second)
@@ -379,7 +381,7 @@ def test_given_proposals_are_used(folder) -> None:
         assert (output.views[number] - own.views[number]).abs().mean() > 0.05
     assert torch.equal(output.logits[0], own.logits[0])
     assert not torch.allclose(output.logits[1], own.logits[1])
-    assert torch.equal(again.probabilities, own.probabilities)
+    assert torch.equal(repeated.probabilities, own.probabilities)
 
 
 def loader(folder: Path) -> Any:
@@ -392,12 +394,12 @@ def true_boxes(batch: Any) -> list[torch.Tensor]:
     return [torch.cat([(box[:, :2] + box[:, 2:]) / 2, (box[:, 2:3] - box[:, :1]) / 2], dim=1)]
 
 
-def test_validation_looks_where_its_guide_says(folder) -> None:
+def test_validation_measures_the_boxes_it_is_given(folder) -> None:
     model = network(2)
 
     def boxes(guide: Any) -> dict[str, float]:
-        found = evaluation.measure(model, loader(folder), margin=0.05, proposals=guide)
-        figures = found.validation().to_json()["boxes"]
+        result = evaluation.measure(model, loader(folder), margin=0.05, proposals=guide)
+        figures = result.validation().to_json()["boxes"]
         assert len(figures) == 1
         assert set(figures[0]) >= {
             "side_mean", "side_std", "at_floor", "at_ceiling", "iou_mean", "hit_rate", "coverage_mean"
@@ -406,23 +408,24 @@ def test_validation_looks_where_its_guide_says(folder) -> None:
 
     truth = [images["box"] for images in loader(folder)]
     sides = torch.cat(truth)[:, 2] - torch.cat(truth)[:, 0]
-    found = boxes(true_boxes)
-    assert found["iou_mean"] == pytest.approx(1.0, abs=1e-4)
-    assert found["coverage_mean"] == pytest.approx(1.0, abs=1e-4)
-    assert found["hit_rate"] == 1.0
-    assert found["side_mean"] == pytest.approx(sides.mean().item(), rel=1e-4)
-    assert found["side_std"] == pytest.approx(sides.std(unbiased=False).item(), rel=1e-2)
+    figures = boxes(true_boxes)
+    assert figures["iou_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert figures["coverage_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert figures["hit_rate"] == 1.0
+    assert figures["side_mean"] == pytest.approx(sides.mean().item(), rel=1e-4)
+    assert figures["side_std"] == pytest.approx(sides.std(unbiased=False).item(), rel=1e-2)
 
-    found = boxes(lambda batch: [torch.tensor([[0.5, 0.5, 0.2]]).expand(len(batch["label"]), 3)])
-    assert found["side_mean"] == pytest.approx(0.4)
-    assert found["side_std"] == pytest.approx(0.0, abs=1e-3)
+    figures = boxes(lambda batch: [torch.tensor([[0.5, 0.5, 0.2]]).expand(len(batch["label"]), 3)])
+    assert figures["side_mean"] == pytest.approx(0.4)
+    assert figures["side_std"] == pytest.approx(0.0, abs=1e-3)
     middle = (torch.cat(truth)[:, :2] + torch.cat(truth)[:, 2:]) / 2
     inside = ((middle - 0.5).abs() <= 0.2).all(dim=1)
     assert 0 < inside.sum() < 20
-    assert found["hit_rate"] == pytest.approx(inside.double().mean().item())
-    assert 0 < found["iou_mean"] < 0.2 < boxes(true_boxes)["iou_mean"]
+    assert figures["hit_rate"] == pytest.approx(inside.double().mean().item())
+    assert 0 < figures["iou_mean"] < 0.2 < boxes(true_boxes)["iou_mean"]
 
-    doubled = boxes(lambda batch: [true_boxes(batch)[0] * torch.tensor([1.0, 1.0, 2.0])])
+    double = torch.tensor([1.0, 1.0, 2.0])
+    doubled = boxes(lambda batch: [attention.bound(true_boxes(batch)[0] * double, 0.0, 1.0)])
     assert doubled["iou_mean"] == pytest.approx(0.25, abs=1e-4)
     assert doubled["coverage_mean"] == pytest.approx(1.0, abs=1e-4)
 
@@ -432,8 +435,8 @@ def test_validation_looks_where_its_guide_says(folder) -> None:
 # ---- a run
 
 
-def test_a_run_on_clutter_logs_where_it_looks(here, folder, monkeypatch) -> None:
-    """And every round of it knows its number: the boxes of the CNN phase settle."""
+def test_training_on_clutter_logs_box_metrics_and_settles_the_boxes(here, folder, monkeypatch) -> None:
+    """The jitter of the CNN phase's boxes decreases with the number of the round."""
     recipe = options(
         **{f"{stage}__epochs": 1 for stage in ("pretrain_cnn", "pretrain_apn", "fusion")},
         train__batch=20,
@@ -444,25 +447,25 @@ def test_a_run_on_clutter_logs_where_it_looks(here, folder, monkeypatch) -> None
         alternate__settle=True,
         alternate__rounds=3,
     )
-    moved, jitter = [], attention.jitter
+    settings, jitter = [], attention.jitter
 
-    def watched(
+    def record(
         boxes: torch.Tensor, amount: float, floor: float, ceiling: float, tighten: float, chance: torch.Tensor
     ):
-        moved.append((round(amount, 6), round(tighten, 6)))
+        settings.append((round(amount, 6), round(tighten, 6)))
         return jitter(boxes, amount, floor, ceiling, tighten, chance)
 
-    monkeypatch.setattr(attention, "jitter", watched)
+    monkeypatch.setattr(attention, "jitter", record)
     started = Trainer.start(recipe, here / "mine", quiet=True, source=clutter(folder))
     started.run_all()
     assert started.context.model.classes == 10
-    assert moved == [(0.3, 0.5)] * 2 + [(0.15, 0.25)] * 2  # 2 batches a round, nothing in the last one
+    assert settings == [(0.3, 0.5)] * 2 + [(0.15, 0.25)] * 2  # 2 batches per round, none in the last one
     events = [json.loads(line) for line in (here / "mine" / "log.jsonl").read_text().splitlines()]
     epochs = [event for event in events if event["event"] == "epoch"]
     assert [e["phase"] for e in epochs][2:] == ["CNN phase", "APN phase"] * 3 + ["fusion head"]
     assert set(epochs[3]["train_loss"]) == {"rank 1-2"}
-    seen = [event["val"]["boxes"][0] for event in epochs[1:]]
-    for figures in seen:
+    logged = [event["val"]["boxes"][0] for event in epochs[1:]]
+    for figures in logged:
         assert all(0 <= figures[name] <= 1 for name in ("iou_mean", "hit_rate", "coverage_mean"))
         assert figures["coverage_mean"] > figures["iou_mean"] > 0
     assert all(math.isfinite(value) for event in epochs for value in event["train_loss"].values())
@@ -471,7 +474,7 @@ def test_a_run_on_clutter_logs_where_it_looks(here, folder, monkeypatch) -> None
     ]  # fmt: skip
 
 
-def test_a_guided_run_trains_and_measures_on_the_guides_boxes(here, folder) -> None:
+def test_training_with_a_guide_uses_its_boxes(here, folder) -> None:
     recipe = options(
         **{f"{stage}__epochs": 1 for stage in ("pretrain_cnn", "pretrain_apn", "fusion")},
         train__batch=20,

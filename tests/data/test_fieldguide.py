@@ -1,4 +1,4 @@
-"""The drawn birds: one small part tells the class, its box is the truth, nothing else gives it away."""
+"""The drawn birds: one small part tells the class, its box is exact, and nothing else depends on the class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS = range(len(CLASSES))
 
 
 def inside(boxes: list[tuple[float, float, float, float]], side: int, margin: float) -> np.ndarray:
-    """The pixels (side, side) that lie in one of the boxes x, y, w, h, each `margin` pixels wider."""
+    """Mask (side, side) of the boxes x, y, w, h, each enlarged by `margin` pixels."""
     mask = np.zeros((side, side), dtype=bool)
     for x, y, w, h in boxes:
         left, top = (max(0, int(np.floor(v - margin))) for v in (x, y))
@@ -27,15 +27,15 @@ def inside(boxes: list[tuple[float, float, float, float]], side: int, margin: fl
 
 
 def change(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """How much each pixel differs (H, W), the largest of the three colours."""
+    """Difference of each pixel (H, W), the largest of the three channels."""
     return np.abs(first.astype(int) - second.astype(int)).max(axis=2)
 
 
-def test_a_images_is_a_function_of_its_seed_and_index() -> None:
+def test_an_image_is_a_function_of_its_seed_and_index() -> None:
     image, box = draw(2, size=SIDE, seed=7, index=3)
-    again, same_box = draw(2, size=SIDE, seed=7, index=3)
-    assert np.array_equal(image, again)
-    assert box == same_box
+    repeated, repeated_box = draw(2, size=SIDE, seed=7, index=3)
+    assert np.array_equal(image, repeated)
+    assert box == repeated_box
     for seed, index in ((7, 4), (8, 3)):
         other, other_box = draw(2, size=SIDE, seed=seed, index=index)
         assert change(image, other).mean() > 5
@@ -56,7 +56,7 @@ def test_two_classes_differ_in_their_parts_and_nowhere_else(index: int) -> None:
 
 @pytest.mark.parametrize("label", LABELS, ids=CLASSES)
 def test_the_box_fits_the_part(label: int) -> None:
-    # against a class whose part lies elsewhere, what changes in the box is the part itself
+    # Compared with a class whose part lies elsewhere, only the part itself changes in the box.
     elsewhere = CLASSES.index("red-legs") if "legs" not in CLASSES[label] else CLASSES.index("eye-ring")
     for index in range(3):
         image, (x, y, w, h) = draw(label, size=SIDE, seed=4, index=index)
@@ -80,7 +80,7 @@ def test_boxes_lie_inside_the_images_and_are_small() -> None:
         assert 0.06 < np.mean(longest) < 0.13
 
 
-def test_birds_turn_both_ways_and_sit_anywhere() -> None:
+def test_birds_face_both_ways_and_sit_anywhere() -> None:
     beaks = np.array([draw(0, size=64, seed=3, index=index)[1][:2] for index in range(16)])
     legs = np.array([draw(7, size=64, seed=3, index=index)[1][:2] for index in range(16)])
     facing_right = (beaks > legs)[:, 0].mean()
@@ -97,12 +97,12 @@ def test_any_size_shows_the_same_image(size: int) -> None:
     assert image.dtype == np.uint8
     assert np.allclose(np.array(box) / size, np.array(reference_box) / 256, atol=1e-9)
 
-    small = [
+    reduced = [
         np.asarray(Image.fromarray(pixels).resize((64, 64), Image.Resampling.BOX), dtype=float)
         for pixels in (image, reference, another)
     ]
-    assert np.abs(small[0] - small[1]).mean() < 2
-    assert np.abs(small[0] - small[2]).mean() > 10
+    assert np.abs(reduced[0] - reduced[1]).mean() < 2
+    assert np.abs(reduced[0] - reduced[2]).mean() > 10
 
 
 def test_a_written_set_is_balanced_and_described_by_its_csv(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_written_set_is_balanced_and_described_by_its_csv(tmp_path: Path) -> N
     assert sorted(numbers) == list(range(160))
     order = [CLASSES.index(numbers[number]) for number in range(160)]
     steps = Counter((after - before) % len(CLASSES) for before, after in pairwise(order))
-    assert max(steps.values()) < 60  # neither sorted by class nor dealt in turn
+    assert max(steps.values()) < 60  # neither sorted by class nor in rotation
 
     for row in rows[::23]:
         number = int(row["path"].rsplit("-", 1)[1].removesuffix(".png"))

@@ -1,96 +1,118 @@
-"""The built-in data sets: made or fetched once, kept in the cache, then read like any other data."""
+"""The built-in data sets, by name. To add one: a file in this folder, and an entry in `REGISTRY`."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from racnn_cli import fetch, recipe
-from racnn_cli.errors import RacnnError
+from racnn_cli import recipe
+from racnn_cli.errors import DataError
 
-NAMES = ("plankton", "fieldguide")
+if TYPE_CHECKING:
+    from racnn_cli.data.datasets.files import Record
+    from racnn_cli.data.source import DataSource
 
 
-def materialise(name: str, sample: recipe.Sample, seed: int) -> Path:
-    """Where a built-in set lies; the first call makes it.
+@dataclass(frozen=True)
+class BuiltinDataset:
+    """A built-in data set. Its images come from files (`path`) or are drawn when they are used (`open`).
 
-    Args:
-        name: one of `NAMES`.
-        sample: for `fieldguide`: how many images, of which side.
-        seed: for `fieldguide`: of the drawing.
+    Both functions take the recipe's `data` and the seed. Where the recipe has `data.path = NAME:PATH`, they
+    find PATH alone in `data.path`, otherwise an empty string.
 
-    Returns:
-        For `plankton` a folder with one folder a class, for `fieldguide` a CSV file with boxes.
-
-    Raises:
-        RacnnError: the images cannot be fetched or written.
+    Attributes:
+        name: what `data.path` says.
+        about: one sentence.
+        boxes: True if the images have ground-truth boxes.
+        path: returns the folder or CSV file, which is created or fetched on first use.
+        open: returns the source of the images; exactly one of `path` and `open` is given.
     """
-    if name == "plankton":
-        from racnn_cli.data.datasets import plankton
 
-        return once(fetch.cache() / f"plankton-{plankton.VERSION}", plankton.write)
+    name: str
+    about: str
+    boxes: bool
+    path: Callable[[recipe.Data, int], Path] | None = None
+    open: Callable[[recipe.Data, int], DataSource] | None = None
 
+
+# The data sets are imported on first use: their imports are slow, and a list of names does not need them.
+def _locate_plankton(data: recipe.Data, seed: int) -> Path:
+    from racnn_cli.data.datasets import plankton
+
+    return plankton.locate()
+
+
+def _locate_fieldguide(data: recipe.Data, seed: int) -> Path:
     from racnn_cli.data.datasets import fieldguide
 
-    # The drawing code is a part of the name: after a change of it, old images are not taken for new ones.
-    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-    folder = fetch.cache() / f"fieldguide-{sample.images}-{sample.size}-{seed}-{zlib.crc32(code):08x}"
+    return fieldguide.locate(data.sample, seed)
 
-    def draw(place: Path) -> None:
-        fieldguide.write(place, images=sample.images, size=sample.size, seed=seed)
 
-    return once(folder, draw) / "labels.csv"
+def _open_clutter(data: recipe.Data, seed: int) -> DataSource:
+    from racnn_cli.data.datasets.clutter import FOLDER, Clutter
+
+    return Clutter(Path(data.path or FOLDER).expanduser(), data.sample.images, data=data, seed=seed)
+
+
+_ENTRIES = (
+    BuiltinDataset(
+        "plankton", "105 microscope photographs of six classes.", boxes=False, path=_locate_plankton
+    ),
+    BuiltinDataset(
+        "fieldguide", "Drawn birds, one small part tells the class.", boxes=True, path=_locate_fieldguide
+    ),
+    BuiltinDataset(
+        "clutter", "A Fashion-MNIST item among fragments of others.", boxes=True, open=_open_clutter
+    ),
+)
+REGISTRY = {entry.name: entry for entry in _ENTRIES}
+NAMES = tuple(REGISTRY)
 
 
 def write(name: str, out: Path, sample: recipe.Sample, seed: int) -> Path:
-    """A copy of a built-in set in a folder of one's own; the arguments and the result are those of `materialise`.
+    """Write a built-in data set to a folder, to look at it or to train on it like on any other data.
+
+    Args:
+        name: NAME or NAME:PATH, as in `data.path`.
+        out: the folder to write, new or empty.
+        sample: number and side of the images, for the drawn data sets.
+        seed: of the drawn images.
+
+    Returns:
+        `out` if it has one folder per class, otherwise its CSV file.
 
     Raises:
-        RacnnError: no such set, `out` holds something already, or the images cannot be fetched or written.
+        DataError: no such data set, `out` is not empty, or the images cannot be fetched, read or written.
     """
-    if name not in NAMES:
-        raise RacnnError(f"there is no built-in set {name!r}", f"one of {', '.join(NAMES)}")
+    key, _, path = name.partition(":")
+    if key not in REGISTRY:
+        raise DataError(f"there is no built-in data set {key!r}", f"one of {', '.join(NAMES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RacnnError(f"{out} is there already and not empty; nothing was overwritten", "another --out")
-    made = materialise(name, sample, seed)
+        raise DataError(f"{out} exists and is not empty; nothing was overwritten", "another --out")
+    entry, data = REGISTRY[key], recipe.Data(path=path, sample=sample)
     try:
-        shutil.copytree(made if made.is_dir() else made.parent, out, dirs_exist_ok=True)
+        if entry.path is None:
+            from racnn_cli.data.datasets import files
+
+            return files.save(out, _records(entry, data, seed))
+        source = entry.path(data, seed)
+        shutil.copytree(source if source.is_dir() else source.parent, out, dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:
-        raise RacnnError(f"{out} could not be written: {error}", "another --out", failure=True) from error
-    return out if made.is_dir() else out / made.name
+        raise DataError(f"{out} could not be written: {error}", "another --out", failure=True) from error
+    return out if source.is_dir() else out / source.name
 
 
-def once(folder: Path, fill: Callable[[Path], object]) -> Path:
-    """A folder of the cache that `fill` has filled, whole or not at all, by whichever process comes first."""
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        fill(temporary)
-        temporary.chmod(0o755)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first: its copy is the same
-                raise
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _unwritable(folder: Path, error: OSError) -> RacnnError:
-    return RacnnError(
-        f"{folder} could not be written: {error.strerror or error}",
-        "free some space, or name another cache folder in the environment variable RACNN_CACHE",
-        failure=True,
-    )
+def _records(entry: BuiltinDataset, data: recipe.Data, seed: int) -> Iterator[Record]:
+    assert entry.open is not None
+    source, side = entry.open(data, seed), data.sample.size
+    for split in source.index.splits:
+        images = source.dataset(split, side, augment=False)
+        for position in range(len(images)):
+            sample = images[0, position]
+            label = source.index.classes[int(sample["label"])]
+            pixels = sample["image"].permute(1, 2, 0).numpy()
+            x0, y0, x1, y1 = (sample["box"] * side).tolist()
+            yield split, label, f"{position:05d}.png", pixels, (x0, y0, x1 - x0, y1 - y0)

@@ -1,33 +1,84 @@
-"""One drawn bird: its plumage, and the eight small parts, one of which tells its class."""
+"""One drawn bird: its outlines, its plumage, and the eight small parts, one of which tells its class.
+
+The bird is designed facing right, one unit long from tail to beak, y down, the body's center at (0, 0).
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
-from racnn_cli.data.datasets import pose as plan
 from racnn_cli.data.datasets.brush import (
     Canvas,
-    Colour,
+    Color,
+    Points,
     Shape,
     bounds,
     contains,
     curve,
+    lerp,
     line,
     mix,
     oval,
     ribbon,
     rotation,
     tint,
-    toward,
 )
-from racnn_cli.data.datasets.scenery import pick
+from racnn_cli.data.datasets.scenery import pick_color
 
 PARTS = (
     "hooked-beak", "straight-beak", "eye-ring", "eye-stripe",
     "wing-bar", "wing-patch", "red-legs", "banded-legs",
 )  # fmt: skip
+
+BODY = (
+    (0.345, -0.232), (0.305, -0.305), (0.225, -0.335), (0.135, -0.305), (0.075, -0.225), (-0.03, -0.135),
+    (-0.14, -0.04), (-0.25, 0.07), (-0.315, 0.15), (-0.25, 0.185), (-0.13, 0.2), (0.02, 0.195), (0.15, 0.145),
+    (0.25, 0.045), (0.295, -0.06), (0.31, -0.13), (0.345, -0.185),
+)  # fmt: skip
+WING = (
+    (0.175, -0.05), (0.11, -0.12), (-0.01, -0.11), (-0.16, -0.015), (-0.29, 0.09), (-0.41, 0.195),
+    (-0.3, 0.165), (-0.17, 0.14), (-0.03, 0.115), (0.1, 0.085), (0.17, 0.025),
+)  # fmt: skip
+RUMP = np.array([-0.22, 0.13])  # where the tail turns
+TAIL = (
+    (-0.2, 0.08), (-0.36, 0.165), (-0.53, 0.255), (-0.545, 0.29), (-0.5, 0.3), (-0.34, 0.23), (-0.2, 0.18),
+)  # fmt: skip
+CROWN = (
+    (0.35, -0.24), (0.3, -0.32), (0.22, -0.35), (0.12, -0.32), (0.05, -0.22), (0.16, -0.265), (0.26, -0.275),
+)  # fmt: skip
+BREAST = ((0.33, -0.17), (0.36, 0.0), (0.2, 0.12), (0.1, 0.1), (0.17, -0.02), (0.19, -0.14))
+BELLY = ((0.36, 0.06), (0.2, 0.26), (-0.2, 0.26), (-0.32, 0.17), (-0.16, 0.14), (0.08, 0.08), (0.2, 0.04))
+EYE = (0.262, -0.238)
+HOOK = (
+    (0.325, -0.25), (0.375, -0.252), (0.425, -0.228), (0.442, -0.182),
+    (0.43, -0.145), (0.421, -0.172), (0.398, -0.19), (0.33, -0.2),
+)  # fmt: skip
+HOOK_BELOW = ((0.33, -0.205), (0.395, -0.19), (0.402, -0.176), (0.375, -0.168), (0.33, -0.17))
+EYE_STRIPE = ((0.338, -0.222), (0.262, -0.238), (0.19, -0.23), (0.145, -0.21))
+WING_BAR = ((0.035, -0.098), (0.012, -0.03), (0.005, 0.035), (0.022, 0.093))
+WING_PATCH = (
+    (-0.01, -0.03), (-0.055, -0.035), (-0.105, 0.0), (-0.12, 0.035), (-0.065, 0.038), (-0.015, 0.015),
+)  # fmt: skip
+PATCH_BARBS = ((-0.02, -0.02), (-0.04, -0.005), (-0.06, 0.012), (-0.06, 0.025))
+
+# back, head, breast, belly
+PLUMAGES: tuple[tuple[Color, Color, Color, Color], ...] = (
+    ((122, 104, 80), (134, 114, 88), (214, 124, 68), (228, 218, 198)),
+    ((112, 134, 96), (98, 120, 142), (226, 200, 96), (236, 224, 156)),
+    ((134, 96, 62), (146, 108, 74), (188, 152, 114), (208, 180, 146)),
+    ((78, 112, 152), (84, 118, 160), (198, 146, 104), (232, 224, 210)),
+    ((140, 112, 84), (126, 116, 106), (180, 168, 150), (218, 210, 196)),
+    ((118, 130, 76), (126, 138, 82), (170, 174, 90), (208, 204, 136)),
+    ((122, 128, 138), (116, 120, 130), (206, 136, 126), (230, 220, 212)),
+    ((144, 98, 94), (160, 102, 96), (206, 136, 126), (230, 202, 190)),
+    ((100, 114, 128), (108, 122, 136), (156, 164, 170), (212, 214, 212)),
+    ((162, 126, 74), (154, 122, 78), (208, 174, 110), (232, 210, 164)),
+)
+BEAKS: tuple[Color, ...] = ((70, 64, 60), (98, 86, 74), (136, 112, 74), (84, 88, 96))
+LEGS: tuple[Color, ...] = ((92, 82, 76), (112, 94, 78), (74, 70, 72), (126, 106, 84))
+PALE: tuple[Color, ...] = ((246, 240, 226), (240, 230, 204), (248, 246, 242))
 
 
 class Bird:
@@ -38,256 +89,201 @@ class Bird:
     """
 
     def __init__(self, rng: np.random.Generator) -> None:
-        back, head, breast, belly = plan.PLUMAGES[rng.integers(len(plan.PLUMAGES))]
-        self.back, self.head = pick(rng, (back,)), pick(rng, (head,), 7)
-        self.breast, self.belly = pick(rng, (breast,)), pick(rng, (belly,), 7)
+        back, head, breast, belly = PLUMAGES[rng.integers(len(PLUMAGES))]
+        self.back, self.head = pick_color(rng, (back,)), pick_color(rng, (head,), 7)
+        self.breast, self.belly = pick_color(rng, (breast,)), pick_color(rng, (belly,), 7)
         self.crown = tint(self.head, rng.uniform(0.72, 1.05))
         self.wing = tint(mix(self.back, (92, 82, 74), 0.3), rng.uniform(0.72, 0.88))
-        self.horn, self.shanks = pick(rng, plan.HORN, 6), pick(rng, plan.SHANKS, 6)
-        self.pale, self.red = pick(rng, plan.PALE, 4), pick(rng, ((186, 72, 52),), 8)
+        self.beak, self.leg = pick_color(rng, BEAKS, 6), pick_color(rng, LEGS, 6)
+        self.pale, self.red = pick_color(rng, PALE, 4), pick_color(rng, ((186, 72, 52),), 8)
         self.light = np.array([rng.uniform(-0.6, 0.6), -0.85])
-        self.pose = plan.Pose(
-            scale=rng.uniform(0.48, 0.66),
-            mirrored=bool(rng.uniform() < 0.5),
-            tilt=rng.uniform(-0.38, 0.22),
-            nod=rng.uniform(-0.2, 0.28),
-            tail=rng.uniform(-0.3, 0.22),
-            plump=rng.uniform(0.92, 1.1),
-        )
-        self.shank = rng.uniform(0.125, 0.16) * self.pose.scale
+        self.scale = rng.uniform(0.48, 0.66)  # length from tail to beak in units of the image's side
+        self.facing = -1 if rng.uniform() < 0.5 else 1  # -1: left
+        self.tilt = rng.uniform(-0.38, 0.22)  # angles in radians, clockwise before mirroring
+        self.nod = rng.uniform(-0.2, 0.28)  # of the head
+        self.tail_angle = rng.uniform(-0.3, 0.22)
+        self.plumpness = rng.uniform(0.92, 1.1)  # height of the body relative to the design
+        self.leg_length = rng.uniform(0.125, 0.16) * self.scale
         self.slope = rng.uniform(-0.22, 0.22)  # of the twig
-        x0, y0, x1, y1 = bounds(
-            [self._outline(plan.BODY), self._tail(), *(p for p, _, _ in self._beak("straight-beak"))]
-        )
-        y1 = max(y1, self._feet()[:, 1].max() + 0.05 * self.pose.scale)
-        spot = (rng.uniform(0.05 - x0, 0.95 - x1), rng.uniform(0.06 - y0, 0.93 - y1))
-        self.pose = dataclasses.replace(self.pose, centre=spot)
+        self.center = np.zeros(2)
+        outlines = [self._outline(BODY), self._tail(), *(p for p, _, _ in self._beak("straight-beak"))]
+        x0, y0, x1, y1 = bounds(outlines)
+        y1 = max(y1, self._hips_and_feet()[1][:, 1].max() + 0.05 * self.scale)
+        self.center = np.array([rng.uniform(0.05 - x0, 0.95 - x1), rng.uniform(0.06 - y0, 0.93 - y1)])
 
-        self._down = self._feathers(rng)
-        self._speckles = self._spots(rng)
-        self.parts = {name: self._part(name) for name in PARTS}
-
-    @property
-    def foot(self) -> np.ndarray:
-        """The point (2,) between the feet, on the upper edge of the twig."""
-        return self._feet().mean(axis=0)
-
-    def box(self, part: str) -> tuple[float, float, float, float]:
-        """The box x0, y0, x1, y1 around what tells a class, in units of the image's side."""
-        shapes = self.parts[part] + (self._beak("") if part.endswith("beak") else [])
-        return bounds(polygon for polygon, _, _ in shapes)
+        self.foot = self._hips_and_feet()[1].mean(axis=0)  # between the feet, on the upper edge of the twig
+        self.feathers = self._feathers(rng)
+        self.parts = self._parts()
+        beak = self._beak("")
+        covered = {n: shapes + beak * n.endswith("beak") for n, shapes in self.parts.items()}
+        self.boxes = {n: bounds(polygon for polygon, _, _ in shapes) for n, shapes in covered.items()}
 
     def paint(self, canvas: Canvas, part: str) -> None:
         """Draw the bird with the one part that tells its class."""
         tail = self._tail()
-        canvas.shade(tail, tint(self.wing, 0.92), [], light=self.light)
-        root, fine = self.pose.place((plan.RUMP,))[0], self._unit(0.009)
-        canvas.draw((line(root, end, fine / 3, fine), tint(self.wing, 0.6), 130) for end in tail[16:33:4])
-        canvas.draw(self._legs(self.shanks))
+        canvas.shade(tail, tint(self.wing, 0.92), light=self.light)
+        root, width = self._place((RUMP,))[0], 0.009 * self.scale
+        for end in tail[16:33:4]:
+            canvas.fill(line(root, end, width / 3, width), tint(self.wing, 0.6), 130)
+        canvas.draw(self._legs(self.leg))
         if part.endswith("legs"):
             canvas.draw(self.parts[part])
-        self._plumage(canvas)
-        self._wing(canvas)
+        patches: list[Shape] = [
+            (self._outline(BELLY), self.belly, 255),
+            (self._outline(BREAST), self.breast, 235),
+            (self._oval(self._place((EYE,))[0], 0.125), self.head, 255),
+            (self._outline(CROWN), self.crown, 230),
+        ]
+        canvas.shade(self._outline(BODY), self.back, patches, light=self.light)
+        canvas.draw(self.feathers)
+        self._paint_wing(canvas)
         if part.startswith(("wing", "eye")):
             canvas.draw(self.parts[part])
         canvas.draw(self.parts[part] if part.endswith("beak") else self._beak(""))
         canvas.draw(self._eye())
 
-    # ---- outlines
+    # ---- from the design's units to the image's
 
-    def _unit(self, length: float) -> float:
-        return length * self.pose.scale
+    def _place(self, points: Points) -> np.ndarray:
+        """Convert design points (n, 2) to units of the image, in the bird's pose."""
+        design = np.asarray(points, dtype=float)
+        # how much a point belongs to the head: 0 at the shoulder, 1 at the eye
+        head = np.clip((design @ (0.6, -0.8) - 0.08) / 0.18, 0, 1)[:, None]
+        head = head * head * (3 - 2 * head)
+        neck = np.array([0.12, -0.1])
+        design = design + head * ((design - neck) @ rotation(self.nod) + neck - design)
+        design = (design * (1, self.plumpness)) @ rotation(self.tilt)
+        return design * (self.facing, 1) * self.scale + self.center
 
-    def _outline(self, points: plan.Points) -> np.ndarray:
-        return curve(self.pose.place(points), closed=True)
+    def _outline(self, points: Points) -> np.ndarray:
+        return curve(self._place(points), closed=True)
+
+    def _ribbon(self, path: np.ndarray, *widths: float) -> np.ndarray:
+        return ribbon(path, *(width * self.scale for width in widths))
+
+    def _oval(self, center: np.ndarray, radius: float) -> np.ndarray:
+        return oval(center, radius * self.scale)
+
+    # ---- outlines and shapes
 
     def _tail(self) -> np.ndarray:
-        rump = np.asarray(plan.RUMP)
-        return self._outline((np.asarray(plan.TAIL) - rump) @ rotation(self.pose.tail) + rump)
+        return self._outline((np.asarray(TAIL) - RUMP) @ rotation(self.tail_angle) + RUMP)
 
-    def _hips(self) -> np.ndarray:
-        return self.pose.place(((0.045, 0.185), (-0.045, 0.192)))
+    def _hips_and_feet(self) -> tuple[np.ndarray, np.ndarray]:
+        hips = self._place(((0.045, 0.185), (-0.045, 0.192)))
+        # Both feet stand on the twig, whatever the tilt of the body.
+        ground = hips[:, 1].max() + self.leg_length * 0.8
+        x = hips[:, 0] + 0.03 * self.facing * self.scale
+        return hips, np.stack([x, ground + self.slope * (x - x.mean())], axis=1)
 
-    def _feet(self) -> np.ndarray:
-        # both feet stand on the twig, whatever the tilt of the body
-        hips = self._hips()
-        ground = hips[:, 1].max() + self.shank * 0.8
-        x = hips[:, 0] + (-0.03 if self.pose.mirrored else 0.03) * self.pose.scale
-        return np.stack([x, ground + self.slope * (x - x.mean())], axis=1)
-
-    # ---- shapes
-
-    def _plumage(self, canvas: Canvas) -> None:
-        patches: list[Shape] = [
-            (self._outline(plan.BELLY), self.belly, 255),
-            (self._outline(plan.BREAST), self.breast, 235),
-            (oval(self.pose.place((plan.EYE,))[0], self._unit(0.125)), self.head, 255),
-            (self._outline(plan.CROWN), self.crown, 230),
-        ]
-        canvas.shade(self._outline(plan.BODY), self.back, patches, light=self.light)
-        canvas.draw(self._down)
-        canvas.draw(self._speckles)
+    def _strokes(self, starts: np.ndarray, ends: np.ndarray, *widths: float) -> list[tuple[int, np.ndarray]]:
+        """Number and outline of each stroke between design points (n, 2) that lies within the body."""
+        body, starts, ends = self._outline(BODY), self._place(starts), self._place(ends)
+        inside = np.flatnonzero(contains(body, starts) & contains(body, ends)).tolist()
+        return [(i, line(starts[i], ends[i], *(width * self.scale for width in widths))) for i in inside]
 
     def _feathers(self, rng: np.random.Generator) -> list[Shape]:
-        """Short fine strokes along the body, light and dark."""
+        """Fine light and dark strokes, and on some birds, whatever their class, streaks on the breast."""
         flank = np.array([0.0, 0.03]) + rng.uniform(-1, 1, (150, 2)) @ np.array([(0.2, -0.06), (0.07, 0.13)])
         skull = np.array([0.22, -0.22]) + rng.uniform(-1, 1, (50, 2)) * (0.07, 0.07)
         starts = np.concatenate([flank, skull])
-        tips = (
-            starts
-            + np.array([-0.034, 0.016]) * rng.uniform(0.6, 1.3, (200, 1))
-            + rng.normal(0, 0.004, (200, 2))
-        )
-        starts, tips = self.pose.place(starts), self.pose.place(tips)
-        body, wide, fine = self._outline(plan.BODY), self._unit(0.009), self._unit(0.002)
-        light = (rng.uniform(size=200) < 0.5).tolist()
-        inside = contains(body, starts) & contains(body, tips)
-        return [
-            (line(starts[i], tips[i], wide, fine), (255, 246, 226) if light[i] else (40, 30, 24), 38)
-            for i in np.flatnonzero(inside).tolist()
-        ]
+        offsets = np.array([-0.034, 0.016]) * rng.uniform(0.6, 1.3, (200, 1))
+        strokes = self._strokes(starts, starts + offsets + rng.normal(0, 0.004, (200, 2)), 0.009, 0.002)
+        light = rng.uniform(size=200) < 0.5
+        shapes: list[Shape] = [(s, (255, 246, 226) if light[i] else (40, 30, 24), 38) for i, s in strokes]
+        streaked, across = rng.uniform() < 0.35, np.array([(0.03, -0.085), (0.075, 0.03)])
+        starts = np.array([0.17, 0.05]) + rng.uniform(-1, 1, (26, 2)) @ across
+        streaks = self._strokes(starts, starts + np.array([-0.008, 0.026]), 0.005, 0.012)
+        return shapes + [(s, tint(self.breast, 0.5), 130) for _, s in streaks if streaked]
 
-    def _spots(self, rng: np.random.Generator) -> list[Shape]:
-        """Some birds have a streaked breast, whatever their class."""
-        dark, streaked = tint(self.breast, 0.5), rng.uniform() < 0.35
-        at = np.array([0.17, 0.05]) + rng.uniform(-1, 1, (26, 2)) @ np.array([(0.03, -0.085), (0.075, 0.03)])
-        starts, ends = self.pose.place(at), self.pose.place(at + np.array([-0.008, 0.026]))
-        inside = (
-            contains(self._outline(plan.BODY), starts) & contains(self._outline(plan.BODY), ends) & streaked
-        )
-        narrow, wide = self._unit(0.005), self._unit(0.012)
-        return [(line(starts[i], ends[i], narrow, wide), dark, 130) for i in np.flatnonzero(inside)]
-
-    def _wing(self, canvas: Canvas) -> None:
+    def _paint_wing(self, canvas: Canvas) -> None:
         dark, light = tint(self.wing, 0.62), mix(self.wing, (236, 222, 196), 0.32)
-        tip = oval(self.pose.place(((-0.43, 0.21),))[0], self._unit(0.2))
-        canvas.shade(
-            self._outline(plan.WING), self.wing, [(tip, tint(self.wing, 0.74), 255)], light=self.light
-        )
+        tip = (self._oval(self._place(((-0.43, 0.21),))[0], 0.2), tint(self.wing, 0.74), 255)
+        canvas.shade(self._outline(WING), self.wing, [tip], light=self.light)
         for share in np.linspace(0.08, 0.92, 8):  # long feathers, from the coverts to the tip
             start = (-0.03 + 0.03 * share, -0.085 + 0.19 * share)
             middle = (-0.17 + 0.02 * share, 0.015 + 0.105 * share)
             end = (-0.3 - 0.09 * (1 - abs(2 * share - 1.0)), 0.105 + 0.055 * share + 0.02)
-            quill = curve(self.pose.place((start, middle, end)), closed=False)
-            canvas.fill(ribbon(quill, [self._unit(0.012), self._unit(0.004)]), dark, 150)
-            canvas.fill(
-                ribbon(quill + np.array([0, self._unit(0.009)]), [self._unit(0.006), self._unit(0.002)]),
-                light,
-                110,
-            )
+            quill = curve(self._place((start, middle, end)))
+            canvas.fill(self._ribbon(quill, 0.012, 0.004), dark, 150)
+            canvas.fill(self._ribbon(quill + np.array([0, 0.009 * self.scale]), 0.006, 0.002), light, 110)
         for row, (x, count) in enumerate(((0.125, 5), (0.08, 6), (0.035, 7))):  # small rounded feathers
             for share in np.linspace(0.04, 0.9, count):
                 y = -0.095 + 0.175 * share + 0.008 * row
-                root, end = self.pose.place(((x - 0.018 - 0.02 * share, y), (x, y)))
+                root, end = self._place(((x - 0.018 - 0.02 * share, y), (x, y)))
                 turn = float(np.arctan2(*(end - root)[::-1]))
-                rim = oval(root, self._unit(0.027), self._unit(0.017), turn)
+                rim = oval(root, 0.027 * self.scale, 0.017 * self.scale, turn)
                 canvas.fill(rim, dark, 120)
-                canvas.fill(toward(rim, end, 0.2), mix(self.wing, light, 0.35), 150)
+                canvas.fill(lerp(rim, end, 0.2), mix(self.wing, light, 0.35), 150)
 
     def _eye(self) -> list[Shape]:
-        centre = self.pose.place((plan.EYE,))[0]
-        glint = centre + self.light * self._unit(0.009)
+        center = self._place((EYE,))[0]
+        glint = center + self.light * (0.009 * self.scale)
         return [
-            (oval(centre, self._unit(0.029)), (44, 32, 26), 255),
-            (oval(centre, self._unit(0.021)), (18, 14, 14), 255),
-            (oval(glint, self._unit(0.0075)), (255, 255, 255), 240),
+            (self._oval(center, 0.029), (44, 32, 26), 255),
+            (self._oval(center, 0.021), (18, 14, 14), 255),
+            (self._oval(glint, 0.0075), (255, 255, 255), 240),
         ]
 
     def _beak(self, kind: str) -> list[Shape]:
-        """The short plain beak of every bird, or one of the two that tell a class."""
-        if kind == "hooked-beak":
-            upper = [
-                (0.325, -0.25), (0.375, -0.252), (0.425, -0.228), (0.442, -0.182),
-                (0.43, -0.145), (0.421, -0.172), (0.398, -0.19), (0.33, -0.2),
-            ]  # fmt: skip
-            lower = [(0.33, -0.205), (0.395, -0.19), (0.402, -0.176), (0.375, -0.168), (0.33, -0.17)]
-        else:
+        """The short plain beak of every bird (`kind` is empty), or one of the two that tell a class."""
+        upper: Points = HOOK
+        lower: Points = HOOK_BELOW
+        if kind != "hooked-beak":
             tip = 0.475 if kind else 0.405
-            upper = [(0.325, -0.247), (0.325 + (tip - 0.325) * 0.45, -0.232), (tip, -0.199), (0.33, -0.2)]
-            lower = [
-                (0.33, -0.206),
-                (tip - 0.012, -0.199),
-                (0.325 + (tip - 0.325) * 0.45, -0.182),
-                (0.33, -0.17),
-            ]
+            middle = 0.325 + (tip - 0.325) * 0.45
+            upper = ((0.325, -0.247), (middle, -0.232), (tip, -0.199), (0.33, -0.2))
+            lower = ((0.33, -0.206), (tip - 0.012, -0.199), (middle, -0.182), (0.33, -0.17))
         steps = 5 if kind == "hooked-beak" else 1
-        top, bottom = (
-            curve(self.pose.place(tuple(edge)), closed=True, steps=steps) for edge in (upper, lower)
-        )
-        shine = toward(top, top.mean(axis=0), 0.45) + self.light * self._unit(0.006)
+        top, bottom = (curve(self._place(edge), closed=True, steps=steps) for edge in (upper, lower))
+        shine = lerp(top, top.mean(axis=0), 0.45) + self.light * (0.006 * self.scale)
         return [
-            (bottom, tint(self.horn, 0.78), 255),
-            (top, self.horn, 255),
-            (shine, mix(self.horn, (255, 244, 220), 0.35), 170),
+            (bottom, tint(self.beak, 0.78), 255),
+            (top, self.beak, 255),
+            (shine, mix(self.beak, (255, 244, 220), 0.35), 170),
         ]
 
-    def _legs(self, colour: Colour) -> list[Shape]:
+    def _legs(self, color: Color) -> list[Shape]:
         shapes: list[Shape] = []
-        forward = -1 if self.pose.mirrored else 1
-        for number in (1, 0):  # the far leg first
-            tone, path = tint(colour, 0.8 if number else 1.0), self._leg(number)
+        for path, tone in zip(self._leg_paths(), (tint(color, 0.8), color), strict=True):
             foot = path[-1]
-            shapes.append((ribbon(path, [self._unit(0.03), self._unit(0.02)]), tone, 255))
+            shapes.append((self._ribbon(path, 0.03, 0.02), tone, 255))
             for reach, drop in ((0.058, 0.01), (0.045, 0.026), (-0.036, 0.018)):
-                end = (
-                    foot + np.array([forward * reach, drop + forward * reach * self.slope]) * self.pose.scale
-                )
-                knuckle = toward(foot, end, 0.6) - (0, self._unit(0.008))
-                toe = curve(np.stack([foot, knuckle, end]), closed=False, steps=4)
-                shapes.append(
-                    (ribbon(toe, [self._unit(0.018), self._unit(0.015), self._unit(0.005)]), tone, 255)
-                )
+                reach *= self.facing
+                end = foot + np.array([reach, drop + reach * self.slope]) * self.scale
+                toe = curve(np.stack([foot, lerp(foot, end, 0.6) - (0, 0.008 * self.scale), end]), steps=4)
+                shapes.append((self._ribbon(toe, 0.018, 0.015, 0.005), tone, 255))
         return shapes
 
-    def _barbs(self, starts: np.ndarray, length: float) -> list[Shape]:
-        """Fine dark lines along the feathers, across a pale mark."""
-        back = (np.array([-0.85, 0.5]) @ rotation(self.pose.tilt)) * (-1 if self.pose.mirrored else 1, 1)
-        reach = back * self._unit(length) / 2
-        return [(line(at - reach, at + reach, self._unit(0.005)), tint(self.wing, 0.8), 170) for at in starts]
+    def _leg_paths(self) -> Iterator[np.ndarray]:
+        """The far leg's path and the near one's, from hip to foot."""
+        for hip, foot in zip(*(points[::-1] for points in self._hips_and_feet()), strict=True):
+            heel = lerp(hip, foot, 0.4) - (0.018 * self.facing * self.scale, 0)
+            yield curve(np.stack([hip, heel, foot]), steps=6)
 
-    def _leg(self, number: int) -> np.ndarray:
-        hip, foot = self._hips()[number], self._feet()[number]
-        heel = toward(hip, foot, 0.4) - ((-0.018 if self.pose.mirrored else 0.018) * self.pose.scale, 0)
-        return curve(np.stack([hip, heel, foot]), closed=False, steps=6)
+    def _pale_mark(self, outline: np.ndarray, barbs: np.ndarray, length: float) -> list[Shape]:
+        """A pale mark on the wing, with fine dark lines along the feathers across it."""
+        along = (np.array([-0.85, 0.5]) @ rotation(self.tilt)) * (self.facing, 1) * (length * self.scale) / 2
+        strokes = (line(at - along, at + along, 0.005 * self.scale) for at in barbs)
+        return [(outline, self.pale, 225), *((s, tint(self.wing, 0.8), 170) for s in strokes)]
 
-    def _part(self, name: str) -> list[Shape]:
-        eye = self.pose.place((plan.EYE,))[0]
-        ink = self.pale if sum(self.head) < 270 else (40, 32, 30)
-        if name.endswith("beak"):
-            return self._beak(name)
-        if name == "eye-ring":
-            outer, inner = oval(eye, self._unit(0.057)), oval(eye, self._unit(0.041))
-            ring = np.concatenate([outer, outer[:1], inner[:1], inner[::-1]])
-            return [(ring, self.pale, 235)]
-        if name == "eye-stripe":
-            band = curve(
-                self.pose.place(((0.338, -0.222), (0.262, -0.238), (0.19, -0.23), (0.145, -0.21))),
-                closed=False,
-            )
-            widths = np.array([0.022, 0.036, 0.044, 0.04, 0.008])
-            return [(ribbon(band, (widths * self.pose.scale).tolist()), ink, 255)]
-        if name == "wing-bar":
-            band = curve(
-                self.pose.place(((0.035, -0.098), (0.012, -0.03), (0.005, 0.035), (0.022, 0.093))),
-                closed=False,
-            )
-            mark = ribbon(band, [self._unit(0.02), self._unit(0.03), self._unit(0.02)])
-            return [(mark, self.pale, 225), *self._barbs(band[3:-2:4], 0.022)]
-        if name == "wing-patch":
-            edge = (
-                (-0.01, -0.03),
-                (-0.055, -0.035),
-                (-0.105, 0.0),
-                (-0.12, 0.035),
-                (-0.065, 0.038),
-                (-0.015, 0.015),
-            )
-            middle = self.pose.place(((-0.02, -0.02), (-0.04, -0.005), (-0.06, 0.012), (-0.06, 0.025)))
-            return [(self._outline(edge), self.pale, 225), *self._barbs(middle, 0.06)]
-        if name == "red-legs":
-            return self._legs(self.red)
+    def _parts(self) -> dict[str, list[Shape]]:
+        """The shapes of each of PARTS."""
+        eye = self._place((EYE,))[0]
+        outer, inner = self._oval(eye, 0.057), self._oval(eye, 0.041)
+        ring = np.concatenate([outer, outer[:1], inner[:1], inner[::-1]])
+        stripe = self._ribbon(curve(self._place(EYE_STRIPE)), 0.022, 0.036, 0.044, 0.04, 0.008)
+        dark_head = sum(self.head) < 270
+        bar = curve(self._place(WING_BAR))
         yellowish = mix(self.pale, (226, 184, 84), 0.55)
-        legs = (self._leg(1), self._leg(0))
-        return [
-            (ribbon(leg[at : at + 3], self._unit(0.034)), yellowish, 255) for leg in legs for at in (2, 6, 10)
-        ]
+        bands = [self._ribbon(leg[at : at + 3], 0.034) for leg in self._leg_paths() for at in (2, 6, 10)]
+        return {
+            "hooked-beak": self._beak("hooked-beak"),
+            "straight-beak": self._beak("straight-beak"),
+            "eye-ring": [(ring, self.pale, 235)],
+            "eye-stripe": [(stripe, self.pale if dark_head else (40, 32, 30), 255)],
+            "wing-bar": self._pale_mark(self._ribbon(bar, 0.02, 0.03, 0.02), bar[3:-2:4], 0.022),
+            "wing-patch": self._pale_mark(self._outline(WING_PATCH), self._place(PATCH_BARBS), 0.06),
+            "red-legs": self._legs(self.red),
+            "banded-legs": [(band, yellowish, 255) for band in bands],
+        }

@@ -1,30 +1,42 @@
 """`fieldguide`: drawn birds whose classes differ in one small part only, with the box around that part.
 
 Everything else (pose, plumage, background, clutter) is drawn from random numbers that do not depend on the
-class: two classes with one seed and index give two images that differ in the boxes of their parts and
+class. Two classes with one seed and index give two images that differ in the boxes of their parts and
 nowhere else.
 """
 
 from __future__ import annotations
 
-import csv
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from racnn_cli import recipe
+from racnn_cli.data.datasets import files
 from racnn_cli.data.datasets.birds import PARTS, Bird
-from racnn_cli.data.datasets.brush import Canvas, Shape, bounds
-from racnn_cli.data.datasets.scenery import BARK, PLACES, backdrop, leaf, perch, pick, spray
+from racnn_cli.data.datasets.brush import Box, Canvas, Shape, bounds
+from racnn_cli.data.datasets.scenery import BARK, SCENES, background, perch, pick_color, random_leaf, shoot
 
 CLASSES: tuple[str, ...] = PARTS
 SHARES = {"val": 0.15, "test": 0.25}  # the rest is for training
 
-Box = tuple[float, float, float, float]
+
+def locate(sample: recipe.Sample, seed: int) -> Path:
+    """Return the CSV file of the data set that `sample` and `seed` describe, drawn on first use."""
+    # The name includes the drawing code, so that images drawn by older code are not used.
+    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    name = f"fieldguide-{sample.images}-{sample.size}-{seed}-{zlib.crc32(code):08x}"
+    return (
+        files.cached(name, lambda f: write(f, images=sample.images, size=sample.size, seed=seed))
+        / "labels.csv"
+    )
 
 
 def draw(label: int, *, size: int, seed: int, index: int) -> tuple[np.ndarray, Box]:
-    """One image and the box around the part that tells its class.
+    """Draw one image.
 
     Args:
         label: the class, a position in CLASSES.
@@ -33,41 +45,36 @@ def draw(label: int, *, size: int, seed: int, index: int) -> tuple[np.ndarray, B
         index: the image's number in the set.
 
     Returns:
-        The image (size, size, 3) uint8 RGB, and the part's box x, y, width, height in pixels.
+        The image (size, size, 3) uint8 RGB, and the box x, y, width, height in pixels around the part that
+        tells its class.
     """
     rng = np.random.default_rng((seed, index))
-    place = PLACES[rng.integers(len(PLACES))]
-    # drawn larger and reduced: smooth edges; big images need less of it
-    finer = 4 if size <= 160 else 3 if size <= 512 else 2
-    canvas = Canvas(backdrop(place, rng).resize((size * finer, size * finer), Image.Resampling.BICUBIC))
+    scene = SCENES[rng.integers(len(SCENES))]
+    # Drawn larger, then reduced, for smooth edges; large images need less of it.
+    oversampling = 4 if size <= 160 else 3 if size <= 512 else 2
+    side = size * oversampling
+    canvas = Canvas(background(scene, rng).resize((side, side), Image.Resampling.BICUBIC))
     bird = Bird(rng)
-    bark = pick(rng, BARK)
-    keep_clear = [bird.box(part) for part in PARTS]
+    bark = pick_color(rng, BARK)
 
     for _ in range(rng.integers(2, 6)):
-        base, angle = rng.uniform(0, 1, 2), rng.uniform(0, 2 * np.pi)
-        canvas.draw(spray(base, angle, rng.uniform(0.16, 0.36), place, rng))
-    twig = perch(bird.foot, bird.slope, rng.uniform(0.022, 0.034) * bird.pose.scale, bark, rng)
+        base, angle, length = rng.uniform(0, 1, 2), rng.uniform(0, 2 * np.pi), rng.uniform(0.16, 0.36)
+        canvas.draw(shoot(rng, base, angle=angle, length=length, scene=scene))
+    radius = rng.uniform(0.022, 0.034) * bird.scale
+    twig = perch(rng, bird.foot, slope=bird.slope, radius=radius, color=bark)
     canvas.draw(twig)
-    for _ in range(rng.integers(2, 5)):  # shoots of the perch itself
+    for _ in range(rng.integers(2, 5)):  # shoots of the twig itself
         base = twig[1][0][int(rng.integers(3, 54))]
         angle = rng.choice([-1, 1]) * rng.uniform(0.5, 1.3) + rng.choice([0, np.pi])
-        shoot = spray(base, angle, rng.uniform(0.12, 0.24), place, rng)
-        canvas.draw(shoot)
+        canvas.draw(shoot(rng, base, angle=angle, length=rng.uniform(0.12, 0.24), scene=scene))
     bird.paint(canvas, CLASSES[label])
     for _ in range(6):  # leaves in front of the bird, never over a part
-        shape = leaf(
-            rng.uniform(0, 1, 2),
-            rng.uniform(0, 2 * np.pi),
-            rng.uniform(0.09, 0.17),
-            pick(rng, place.leaves),
-            rng,
-        )
-        if not any(_overlap(shape, part) for part in keep_clear):
-            canvas.draw(shape)
+        shapes = random_leaf(rng, (0.09, 0.17), scene)
+        if not any(_overlap(shapes, box) for box in bird.boxes.values()):
+            canvas.draw(shapes)
 
-    x0, y0, x1, y1 = (value * size for value in bird.box(CLASSES[label]))
-    return np.asarray(canvas.image.reduce(finer)), (x0, y0, x1 - x0, y1 - y0)
+    x0, y0, x1, y1 = (value * size for value in bird.boxes[CLASSES[label]])
+    return np.asarray(canvas.image.reduce(oversampling)), (x0, y0, x1 - x0, y1 - y0)
 
 
 def _overlap(shapes: list[Shape], box: Box, margin: float = 0.02) -> bool:
@@ -76,35 +83,29 @@ def _overlap(shapes: list[Shape], box: Box, margin: float = 0.02) -> bool:
 
 
 def write(folder: Path, *, images: int, size: int, seed: int) -> Path:
-    """Draw a whole set: `folder`/SPLIT/CLASS/bird-NUMBER.png and, last of all, `folder`/labels.csv.
+    """Draw a data set: `folder`/SPLIT/CLASS/bird-NUMBER.png and `folder`/labels.csv.
 
-    The classes are balanced, and so is each split; 60 % train, 15 % val, 25 % test.
+    The classes are balanced, and so is each split: 60 % train, 15 % val, 25 % test.
 
     Args:
-        folder: where to write; made if it does not exist.
-        images: number of images, at least three a class.
+        folder: where to write; created if it does not exist.
+        images: number of images, at least three per class.
         size: side of an image in pixels.
         seed: the same seed gives the same files.
 
     Returns:
-        The path of labels.csv: path (relative to it), label, split, and the part's box x, y, w, h in pixels.
+        The path of labels.csv, see `files.save`.
     """
-    # numbers are dealt out at random, so that a file's name says nothing about its class
-    numbers = np.random.default_rng(seed).permutation(images)
-    rows = []
-    for label, name in enumerate(CLASSES):
-        mine = numbers[label :: len(CLASSES)].tolist()
-        val, test = (max(1, round(len(mine) * SHARES[split])) for split in ("val", "test"))
-        splits = ["val"] * val + ["test"] * test + ["train"] * (len(mine) - val - test)
-        for number, split in zip(mine, splits, strict=True):
-            pixels, box = draw(label, size=size, seed=seed, index=number)
-            file = folder / split / name / f"bird-{number:05d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(file, compress_level=3)
-            rows.append([file.relative_to(folder).as_posix(), name, split, *(f"{v:.2f}" for v in box)])
-    table = folder / "labels.csv"
-    with table.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["path", "label", "split", "x", "y", "w", "h"])
-        writer.writerows(sorted(rows))
-    return table
+
+    def records() -> Iterator[files.Record]:
+        # Numbers are assigned at random, so that a file's name does not reveal its class.
+        numbers = np.random.default_rng(seed).permutation(images)
+        for label, name in enumerate(CLASSES):
+            own = numbers[label :: len(CLASSES)].tolist()
+            val, test = (max(1, round(len(own) * SHARES[split])) for split in ("val", "test"))
+            splits = ["val"] * val + ["test"] * test + ["train"] * (len(own) - val - test)
+            for number, split in zip(own, splits, strict=True):
+                pixels, box = draw(label, size=size, seed=seed, index=number)
+                yield split, name, f"bird-{number:05d}.png", pixels, box
+
+    return files.save(folder, records())
