@@ -215,7 +215,7 @@ def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
 
 
 def _card(item: Item, answer: Prediction, truth: str) -> str:
-    image = read_image(item.path, least=480)
+    image = read_image(item.path, min_side=480)
     shrunk = image.pixels.shape[1] / (image.stored_size[image.orientation >= 5])
     boxes = draw.upright_boxes(image, answer.boxes)
     boxes = [(x0 * shrunk, y0 * shrunk, x1 * shrunk, y1 * shrunk) for x0, y0, x1, y1 in boxes]
