@@ -22,7 +22,9 @@ from racnn_cli.core.losses import rank_loss
 from racnn_cli.core.metrics import BoxMetrics, ClassificationMetrics
 from racnn_cli.core.model import RACNN, sizes_of
 from racnn_cli.data.images import ImageDataset, batches
-from racnn_cli.data.index import SPLITS, Index, build_index, labelled
+from racnn_cli.data.index import labelled
+from racnn_cli.data.source import open_source
+from racnn_cli.data.types import SPLITS, Index
 from racnn_cli.errors import DataError, RunError
 from racnn_cli.events import (
     EVAL_VERSION,
@@ -237,17 +239,22 @@ def evaluate(
                 "--split is of the run's own data, and --data names others", "leave one of the two out"
             )
         recipe = recipe.override({"data.path": data})
-        split, items = "all", labelled(recipe.data, seed=recipe.seed, classes=classes)
+        items = labelled(recipe.data, seed=recipe.seed, classes=classes)
+        split = "all"
+        dataset = ImageDataset(items, recipe.data, model.source, seed=recipe.seed, augment=False)
     else:
-        verify = (split,) if split in SPLITS else ("val", "test")
-        index = build_index(
-            recipe.data, seed=recipe.seed, classes=classes, verify=verify, share=distributed.split_work
+        source = open_source(
+            recipe.data,
+            seed=recipe.seed,
+            classes=classes,
+            verify=(split,) if split in SPLITS else ("val", "test"),
+            share=distributed.split_work,
         )
-        run.check_data(index.fingerprint)
-        split = split or ("test" if index.splits["test"] else "val")
-        items = _items(index, split)
+        run.check_data(source.index.fingerprint)
+        split = _choose_split(source.index, split)
+        dataset = source.dataset(split, model.source, augment=False)
     loader = batches(
-        ImageDataset(items, recipe.data, model.source, seed=recipe.seed, augment=False),
+        dataset,
         batch=recipe.train.batch,
         epoch=0,
         seed=recipe.seed,
@@ -268,13 +275,15 @@ def evaluate(
     return result
 
 
-def _items(index: Index, split: str) -> list[Any]:
+def _choose_split(index: Index, split: str | None) -> str:
+    """The split that was asked for, else test if it has images, else val."""
+    split = split or ("test" if index.splits["test"] else "val")
     if split not in SPLITS:
         raise DataError(f"there is no split {split!r}", f"--split {' or '.join(SPLITS)}")
     if not index.splits[split]:
         counts = ", ".join(f"{name} {len(index.splits[name])}" for name in SPLITS)
         raise DataError(f"the split {split} has no images ({counts})", "--split with one that has images")
-    return index.splits[split]
+    return split
 
 
 def _baseline(folder: Path, split: str) -> Baseline | None:

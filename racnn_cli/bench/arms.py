@@ -26,8 +26,8 @@ from racnn_cli.bench.compute import Compute, equal_compute, plain_multiply_adds
 from racnn_cli.bench.records import ArmResult, SeedResult, read_milestones
 from racnn_cli.core.model import resolve
 from racnn_cli.data.datasets import clutter
-from racnn_cli.data.index import build_index
-from racnn_cli.data.source import DataSource, FileSource
+from racnn_cli.data.images import DataSource
+from racnn_cli.data.source import FileSource, open_source
 from racnn_cli.errors import DataError, Interrupted, RecipeError, RunError
 from racnn_cli.events import TestEvent
 from racnn_cli.recipe import Recipe
@@ -115,14 +115,15 @@ class SeedExperiment:
         """
         data = self.recipe.data
         if self.clutter_folder is not None:
-            return clutter.Clutter(self.clutter_folder, data.sample.images, data=data, seed=self.seed)
-        index = build_index(data, seed=self.seed)
-        if self.needs_boxes and all(item.box is None for item in index.splits["test"]):
+            path = f"clutter:{self.clutter_folder}"
+            return open_source(data.model_copy(update={"path": path}), seed=self.seed)
+        source = open_source(data, seed=self.seed)
+        if self.needs_boxes and all(item.box is None for item in source.index.splits["test"]):
             raise DataError(
                 f"{data.path} has no ground-truth boxes in its test split to compare with",
                 "the data clutter or fieldguide, or a CSV file with boxes",
             )
-        return FileSource(index, data, self.seed)
+        return source
 
     @cached_property
     def compute(self) -> Compute:

@@ -15,9 +15,9 @@ from racnn_cli.core import attention
 from racnn_cli.data.decode import read_image
 from racnn_cli.data.geometry import fit_square
 from racnn_cli.data.images import ImageDataset, Key
-from racnn_cli.data.index import Item
 from racnn_cli.data.source import FileSource
 from racnn_cli.data.square import load_source
+from racnn_cli.data.types import Item
 from racnn_cli.recipe import Recipe
 from racnn_cli.training.phases import LEARNED, Batch, BoxSource
 

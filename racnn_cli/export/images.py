@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from racnn_cli.data.index import build_index
+from racnn_cli.data.images import DataSource, ImageDataset
+from racnn_cli.data.source import open_source
 from racnn_cli.data.square import load_source
 from racnn_cli.errors import DataError
 from racnn_cli.export.graph import ExportOptions
@@ -38,10 +39,16 @@ def labelled_images(run: Run, split: str, side: int, limit: int | None = None) -
         limit: read at most this many images, spread evenly over the split.
     """
     recipe = run.recipe()
-    items = build_index(recipe.data, seed=recipe.seed, classes=run.classes(), verify=()).splits[split]
-    items = items[:: math.ceil(len(items) / (limit or len(items)))]
-    squares = [load_source(item.path, recipe.data.fit, side)[0] for item in items]
-    return LabelledImages(np.stack(squares), np.array([item.label for item in items]))
+    source = open_source(recipe.data, seed=recipe.seed, classes=run.classes(), verify=())
+    dataset = source.dataset(split, side, augment=False)
+    positions = range(0, len(dataset), math.ceil(len(dataset) / (limit or len(dataset))))
+    labels = [dataset.items[position].label for position in positions]
+    return LabelledImages(_squares(dataset, positions), np.array(labels))
+
+
+def _squares(dataset: ImageDataset, positions: Iterable[int]) -> np.ndarray:
+    """Images of a data set that is not augmented, (n, H, H, 3) uint8."""
+    return np.stack([dataset[0, position]["image"].permute(1, 2, 0).numpy() for position in positions])
 
 
 def input_batches(squares: np.ndarray, options: ExportOptions) -> Iterator[np.ndarray]:
@@ -68,16 +75,19 @@ class CheckImages:
     ) -> None:
         self.fit, self.side = recipe.data.fit, side
         self.source, self.files = "images of the folder", files or []
+        self._validation: DataSource | None = None
         if files is None:
             self.source = "validation images"
             with contextlib.suppress(DataError):
-                index = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=())
-                self.files = [item.path for item in index.splits["val"]]
-        if not self.files:
+                self._validation = open_source(recipe.data, seed=recipe.seed, classes=classes, verify=())
+        if not self.files and self._validation is None:
             self.source = "noise"
 
     def squares(self, count: int, side: int) -> np.ndarray:
         """(count, side, side, 3) uint8; repeats the images if there are fewer than `count`."""
+        if self._validation is not None:
+            dataset = self._validation.dataset("val", side, augment=False)
+            return _squares(dataset, (number % len(dataset) for number in range(count)))
         if not self.files:
             return np.random.default_rng(side).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
         squares = [load_source(file, self.fit, side)[0] for file in self.files[:count]]

@@ -12,7 +12,8 @@ from typing import Any
 import racnn_cli
 from racnn_cli.core.model import sizes_of
 from racnn_cli.data.decode import read_image, show
-from racnn_cli.data.index import Item, build_index, labelled
+from racnn_cli.data.index import build_index, labelled
+from racnn_cli.data.types import Item
 from racnn_cli.errors import RacnnError
 from racnn_cli.events import EvalResult
 from racnn_cli.export.loading import load
@@ -216,7 +217,7 @@ def _gallery(run: Run, recipe: Recipe, result: dict[str, Any]) -> str:
 
 
 def _card(item: Item, answer: Prediction, truth: str) -> str:
-    image = read_image(item.path, least=480)
+    image = read_image(item.path, min_side=480)
     shrunk = image.pixels.shape[1] / (image.stored_size[image.orientation >= 5])
     boxes = draw.upright_boxes(image, answer.boxes)
     boxes = [(x0 * shrunk, y0 * shrunk, x1 * shrunk, y1 * shrunk) for x0, y0, x1, y1 in boxes]

@@ -16,9 +16,8 @@ from racnn_cli import backbones, evaluation
 from racnn_cli.core import distributed
 from racnn_cli.core.device import select_device
 from racnn_cli.core.model import RACNN, build, resolve
-from racnn_cli.data.images import batches
-from racnn_cli.data.index import build_index
-from racnn_cli.data.source import DataSource, FileSource
+from racnn_cli.data.images import DataSource, batches
+from racnn_cli.data.source import open_source
 from racnn_cli.errors import Interrupted, RecipeError, RunError
 from racnn_cli.events import AnyEvent, Validation, WarningEvent
 from racnn_cli.recipe import Recipe
@@ -104,8 +103,7 @@ class Trainer:
         _start_processes(recipe)
         console = Console(quiet=quiet or distributed.rank() > 0)
         if source is None:
-            index = build_index(recipe.data, seed=recipe.seed, share=distributed.split_work)
-            source = FileSource(index, recipe.data, recipe.seed)
+            source = open_source(recipe.data, seed=recipe.seed, share=distributed.split_work)
         index = source.index
         recipe = resolve(recipe)
         seed_step(recipe.seed)
@@ -171,8 +169,8 @@ class Trainer:
         _start_processes(recipe)
         console = Console(quiet=quiet or distributed.rank() > 0)
         if source is None:
-            index = build_index(recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work)
-            source = FileSource(index, recipe.data, recipe.seed)
+            share = distributed.split_work
+            source = open_source(recipe.data, seed=recipe.seed, classes=classes, share=share)
         run.check_data(source.index.fingerprint)
         if saved:
             resume.recount_steps(run, recipe, saved.progress, images=len(source.index.splits["train"]))

@@ -24,7 +24,7 @@ from racnn_cli.core.attention import compose
 from racnn_cli.core.metrics import iou
 from racnn_cli.core.model import build, resolve
 from racnn_cli.data.datasets.clutter import Clutter
-from racnn_cli.data.index import Item
+from racnn_cli.data.types import Item
 from racnn_cli.errors import DataError, RecipeError, RunError
 from racnn_cli.run import Run
 from racnn_cli.training import stages

@@ -13,7 +13,7 @@ from racnn_cli.errors import DataError
 
 if TYPE_CHECKING:
     from racnn_cli.data.datasets.files import Record
-    from racnn_cli.data.source import DataSource
+    from racnn_cli.data.images import DataSource
 
 
 @dataclass(frozen=True)

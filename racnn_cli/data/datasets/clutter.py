@@ -25,7 +25,7 @@ import torch
 
 from racnn_cli import recipe
 from racnn_cli.data.images import ImageDataset, Key
-from racnn_cli.data.index import Index, Item
+from racnn_cli.data.types import Index, Item
 from racnn_cli.errors import DataError
 
 CLASSES = (
