@@ -1,4 +1,4 @@
-"""What is wrong with a run, in plain words, and what to try: read from its validation figures."""
+"""Warnings read from a run's validation figures, each with what to try."""
 
 from __future__ import annotations
 
@@ -8,48 +8,51 @@ import math
 from racnn_cli.events import Validation
 from racnn_cli.recipe import Recipe
 
-MANY = 0.5  # share of boxes at a bound that is worth a word
-ALIKE = 0.01  # standard deviation of the centres below which all boxes are one place
-BUSY = 20  # fewer validation images tell nothing about one scale being worse than another
+MAX_AT_BOUND = 0.5  # share of boxes at a size limit above which a warning is given
+MIN_SPREAD = 0.01  # standard deviation of box centers below which all boxes count as the same place
+MIN_IMAGES = 20  # with fewer validation images, the scales are not compared
 
 
 def warnings(val: Validation, recipe: Recipe, images: int, *, finer: bool = True) -> dict[str, str]:
-    """What kind of trouble, and a sentence about it with what to try; empty when all is well.
+    """Find signs of a run that goes wrong.
 
     Args:
-        val: as from `evaluation.measure`, of all scales.
-        recipe: of the run.
-        images: number of validation images behind the figures.
-        finer: the finer scales have been trained on their boxes, so that their accuracy counts.
+        val: validation figures of all scales.
+        recipe: the run's recipe.
+        images: number of validation images.
+        finer: whether the finer scales have been trained on their boxes, so that their accuracy counts.
+
+    Returns:
+        Kind of warning to its text; empty if there is none.
     """
-    found = {}
+    texts = {}
     model = recipe.model
-    for number, box in enumerate(val.boxes, start=2):
-        if box.at_floor > MANY:
-            found[f"floor {number}"] = (
-                f"{box['at_floor']:.0%} of scale {number}'s boxes are as small as they may be "
-                f"(side {model.floor:.2f}): try a smaller model.floor, or one scale more"
+    for scale, boxes in enumerate(val.boxes, start=2):
+        if boxes.at_floor > MAX_AT_BOUND:
+            texts[f"floor {scale}"] = (
+                f"{boxes.at_floor:.0%} of scale {scale}'s boxes have the smallest size allowed "
+                f"(side {model.floor:.2f}): try a smaller model.floor, or one more scale"
             )
-        if box.at_ceiling > MANY:
-            found[f"ceiling {number}"] = (
-                f"{box['at_ceiling']:.0%} of scale {number}'s boxes are as large as they may be (side "
-                f"{model.ceiling:.2f}), so it sees what scale {number - 1} sees: try a larger alternate.tighten, "
-                "or --scales with one scale less if the object fills its image"
+        if boxes.at_ceiling > MAX_AT_BOUND:
+            texts[f"ceiling {scale}"] = (
+                f"{boxes.at_ceiling:.0%} of scale {scale}'s boxes have the largest size allowed (side "
+                f"{model.ceiling:.2f}), so it sees what scale {scale - 1} sees: try a larger alternate.tighten, "
+                "or one scale less (--scales) if the object fills its image"
             )
-        if box.centre_std < ALIKE:
-            found[f"alike {number}"] = (
-                f"scale {number}'s boxes lie at the same place in every image (centres differ by "
-                f"{box['centre_std']:.3f} of the side): unless the object does too, try a larger pretrain_apn.lr "
+        if boxes.centre_std < MIN_SPREAD:
+            texts[f"alike {scale}"] = (
+                f"scale {scale}'s boxes are at the same place in every image (their centers differ by "
+                f"{boxes.centre_std:.3f} of the side): unless the object is too, try a larger pretrain_apn.lr "
                 "or more pretrain_apn.epochs"
             )
-    top1 = [scale.top1 for scale in val.scales] if finer else []
-    for number, (coarse, fine) in enumerate(itertools.pairwise(top1), start=1):
-        # Two standard errors as if the images were different ones; they are the same, so chance is even less.
+    top1 = [answer.top1 for answer in val.scales] if finer else []
+    for scale, (coarse, fine) in enumerate(itertools.pairwise(top1), start=1):
+        # Two standard errors of independent samples: conservative, since both scales see the same images.
         error = math.sqrt(max(coarse * (1 - coarse) + fine * (1 - fine), 0.0) / max(images, 1))
-        if images >= BUSY and coarse - fine > 2 * error:
-            found[f"worse {number}"] = (
-                f"scale {number + 1} is right less often ({fine:.3f}) than scale {number} ({coarse:.3f}): its crop "
-                "shows less of what matters; try a larger model.side, more alternate.cnn_epochs, or --scales "
-                f"{number}"
+        if images >= MIN_IMAGES and coarse - fine > 2 * error:
+            texts[f"worse {scale}"] = (
+                f"scale {scale + 1} is less accurate ({fine:.3f}) than scale {scale} ({coarse:.3f}), so its crop "
+                "may miss the object: try a larger model.side, more alternate.cnn_epochs, or "
+                f"--scales {scale}"
             )
-    return found
+    return texts
