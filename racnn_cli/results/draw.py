@@ -42,7 +42,7 @@ def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int)
     )
     draw, line = ImageDraw.Draw(whole), max(3, round(height / 160))
     for number, box in enumerate(boxes, start=2):
-        _frame(draw, [value * factor for value in box], _color(number), line, whole.size)
+        _frame(draw, [value * factor for value in box], color=_color(number), line=line)
     if not boxes:
         return whole
     height = max(whole.height, height // 2)  # a wide image must not make the views tiny
@@ -59,7 +59,7 @@ def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int)
             whole.width + gap + (number % columns) * (side + gap),
             offset + (number // columns) * (side + gap),
         )
-        sheet.paste(_tile(source, box, side, number + 2, line), position)
+        sheet.paste(_tile(source, box, side=side, scale=number + 2, line=line), position)
     return sheet
 
 
@@ -89,30 +89,30 @@ def sheet(
     paper.paste(image, (GAP + (width - image.width) // 2, GAP))
     draw = ImageDraw.Draw(paper)
     y = image.height + 2 * GAP
-    label, probability = answer
-    share = f"{probability:.1%}"
-    draw.text((GAP, y), _fit(label, _font(30), width * 0.6), INK, _font(30))
-    x = GAP + _length(_fit(label, _font(30), width * 0.6), _font(30)) + 14
-    draw.text((x, y), share, SOFT, _font(30))
-    x += _length(share, _font(30)) + 24
-    if width + GAP - x > 60:
-        draw.text((width + GAP, y + 11), _fit(name, _font(16), width + GAP - x), SOFT, _font(16), anchor="ra")
+    large, small = _font(30), _font(16)
+    label, share = _fit(answer[0], large, width * 0.6), f"{answer[1]:.1%}"
+    draw.text((GAP, y), label, fill=INK, font=large)
+    x = GAP + _length(label, large) + 14
+    draw.text((x, y), share, fill=SOFT, font=large)
+    room = width + GAP - (x + _length(share, large) + 24)
+    if room > 60:
+        draw.text((width + GAP, y + 11), _fit(name, small, room), fill=SOFT, font=small, anchor="ra")
     y += 50
     for line in lines:
         x = GAP
         for number, text in line:
             draw.rectangle((x, y + 2, x + 15, y + 17), _color(number), INK)
-            draw.text((x + 23, y), text, INK, _font(17))
+            draw.text((x + 23, y), text, fill=INK, font=_font(17))
             x += _entry_width(text)
         y += 28
     return paper
 
 
-def _tile(source: Image.Image, box: Rect, side: int, number: int, line: int) -> Image.Image:
+def _tile(source: Image.Image, box: Rect, *, side: int, scale: int, line: int) -> Image.Image:
     """The view of one box, with its aspect ratio kept, on a gray square framed in its scale's color."""
     x0, y0, x1, y1 = box
     x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
-    color, room = _color(number), side - 2 * line
+    color, room = _color(scale), side - 2 * line
     factor = min(room / (x1 - x0), room / (y1 - y0))
     size = (max(1, round((x1 - x0) * factor)), max(1, round((y1 - y0) * factor)))
     area = (max(x0, 0.0), max(y0, 0.0), min(x1, source.width), min(y1, source.height))
@@ -120,22 +120,21 @@ def _tile(source: Image.Image, box: Rect, side: int, number: int, line: int) -> 
     tile = Image.new("RGB", (side, side), color)
     tile.paste(OUTSIDE, (line, line, side - line, side - line))
     tile.paste(crop, ((side - size[0]) // 2, (side - size[1]) // 2))
-    text, font = f"scale {number}", _font(max(10, min(17, side // 10)))
+    text, font = f"scale {scale}", _font(max(10, min(17, side // 10)))
     draw = ImageDraw.Draw(tile)
     draw.rectangle((0, 0, _length(text, font) + 14, font.size + 9), color)
-    draw.text((7, 3), text, INK, font)
+    draw.text((7, 3), text, fill=INK, font=font)
     return tile
 
 
-def _frame(
-    draw: ImageDraw.ImageDraw, box: Sequence[float], color: str, line: int, size: tuple[int, int]
-) -> None:
+def _frame(draw: ImageDraw.ImageDraw, box: Sequence[float], *, color: str, line: int) -> None:
     """Draw a colored outline between two thin dark lines, visible on any background."""
     x0, y0, x1, y1 = (round(value) for value in box)
+    width, height = draw.im.size
     # The frame surrounds the box, clipped to the image.
-    outer = (max(x0 - line, 0), max(y0 - line, 0), min(x1 + line, size[0]) - 1, min(y1 + line, size[1]) - 1)
-    left, top, right, bottom = outer
-    right, bottom = max(right, left + 3 * line), max(bottom, top + 3 * line)
+    left, top = max(x0 - line, 0), max(y0 - line, 0)
+    right = max(min(x1 + line, width) - 1, left + 3 * line)
+    bottom = max(min(y1 + line, height) - 1, top + 3 * line)
     draw.rectangle((left, top, right, bottom), outline=INK, width=line + 2)
     draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=color, width=line)
 

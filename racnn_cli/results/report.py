@@ -5,18 +5,21 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
+
+import racnn_cli
 from racnn_cli.core.model import sizes_of
 from racnn_cli.data.decode import read_image, show
 from racnn_cli.data.index import Item, build_index, labelled
 from racnn_cli.errors import RacnnError
-from racnn_cli.events import Answer, EpochEvent, EvalResult
+from racnn_cli.events import EpochEvent, EvalResult, Record
 from racnn_cli.export.prediction import Prediction, load
 from racnn_cli.recipe import Recipe
-from racnn_cli.results import chart, draw, page, tables
+from racnn_cli.results import chart, draw, tables
 from racnn_cli.run import Run, write_text
 
 CANDIDATES = 48  # images of the split that the gallery is chosen from
@@ -24,6 +27,16 @@ GALLERY_IMAGES = 12
 MATRIX_CLASSES = 300  # with more classes, the most confused pairs are listed instead of a matrix
 CONFUSED_PAIRS = 30
 STYLE = Path(__file__).with_name("report.css")
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters["percent"] = "{:.1%}".format
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,8 @@ def write_report(run: Run) -> Path:
     except RacnnError as error:  # whatever is wrong with the data or the weights, the figures are still shown
         cards, gallery_note = [], f"No images: {error.message}."
     duration = _duration(sum(event.seconds for event in epochs))
-    text = page.render(
-        "report.html.jinja",
+    text = _TEMPLATES.get_template("report.html.jinja").render(
+        version=racnn_cli.__version__,
         recipe=recipe,
         result=result,
         facts={
@@ -112,57 +125,52 @@ def _charts(epochs: Sequence[EpochEvent]) -> list[str]:
         bands.append(chart.Band(name=name, first=first, last=last, shaded=len(bands) % 2 == 1))
         first = last + 1
 
-    def line(
-        name: str, color: str, value: Callable[[EpochEvent], float | None], *, per_phase: bool = False
-    ) -> chart.Line:
-        """The line of a value that some epochs lack; `per_phase` starts a new piece at every phase."""
+    def line(name: str, color: str, values: Sequence[float | None], *, per_phase: bool = False) -> chart.Line:
+        """The line of a figure that some epochs lack; `per_phase` starts a new piece at every phase."""
         pieces: list[list[tuple[float, float]]] = []
         previous = None
-        for number, event in enumerate(epochs, start=1):
-            if (y := value(event)) is None:
+        for number, (event, value) in enumerate(zip(epochs, values, strict=True), start=1):
+            if value is None:
                 previous = None
                 continue
             if previous is None or (per_phase and _phase(event) != previous):
                 pieces.append([])
-            pieces[-1].append((number, y))
+            pieces[-1].append((number, value))
             previous = _phase(event)
         return chart.Line(name, color, pieces)
 
-    def scales(key: str) -> list[chart.Line]:
+    def scale_lines(key: str) -> list[chart.Line]:
         return [
-            line(f"scale {n + 1}", f"s{n + 1}", lambda event, n=n: _value(event.val.scales, n, key))
+            line(f"scale {n + 1}", f"s{n + 1}", [_figure(val.scales, n, key) for val in vals])
             for n in range(count)
         ]
 
-    count = max(len(event.val.scales) for event in epochs)
-    accuracy = scales("top1")
+    vals = [event.val for event in epochs]
+    count = max(len(val.scales) for val in vals)
+    accuracy = scale_lines("top1")
     if count > 1:
         accuracy += [
-            line("average", "average", lambda event: _top1(event.val.average)),
-            line("fused", "fused", lambda event: _top1(event.val.fused)),
+            line("average", "average", [val.average.top1 if val.average else None for val in vals]),
+            line("fused", "fused", [val.fused.top1 if val.fused else None for val in vals]),
         ]
     losses = [
-        line(name, _loss_color(name), lambda event, name=name: event.train_loss.get(name), per_phase=True)
+        line(name, _loss_color(name), [event.train_loss.get(name) for event in epochs], per_phase=True)
         for name in dict.fromkeys(name for event in epochs for name in event.train_loss)
     ]
     sides = [
-        line(f"to scale {n + 2}", f"s{n + 2}", lambda event, n=n: _value(event.val.boxes, n, "side_mean"))
+        line(f"to scale {n + 2}", f"s{n + 2}", [_figure(val.boxes, n, "side_mean") for val in vals])
         for n in range(count - 1)
     ]
     return [
         chart.lines("Validation top-1", accuracy, bands, top=1.0),
-        chart.lines("Validation NLL", scales("nll"), bands),
+        chart.lines("Validation NLL", scale_lines("nll"), bands),
         chart.lines("Training losses", losses, bands),
-        chart.lines("Mean side of the boxes, relative to the scale before", sides, bands, top=1.0),
+        chart.lines("Mean side of the boxes, relative to the previous scale", sides, bands, top=1.0),
     ]
 
 
-def _value(records: Sequence[object], number: int, key: str) -> float | None:
+def _figure(records: Sequence[Record], number: int, key: str) -> float | None:
     return getattr(records[number], key) if number < len(records) else None
-
-
-def _top1(answer: Answer | None) -> float | None:
-    return answer.top1 if answer else None
 
 
 def _loss_color(name: str) -> str:

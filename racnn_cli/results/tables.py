@@ -44,10 +44,10 @@ def accuracy(result: EvalResult) -> Table:
 def boxes(result: EvalResult) -> Table:
     """The figures of the boxes of scales 2, 3, …"""
     columns = ["zoom", "side", "smallest", "largest", "at floor", "at ceiling"]
-    caption = "side: relative to the scale before"
+    caption = "side: relative to the previous scale"
     if result.boxes and result.boxes[0].iou_mean is not None:
         columns += ["IoU", "hit", "coverage"]
-        caption += "\nIoU, hit (its center is inside), coverage: of the ground-truth box"
+        caption += "\nIoU, hit (its center is in the box) and coverage: of the ground-truth box"
     return Table(
         title="Boxes",
         columns=columns,
