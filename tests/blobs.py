@@ -1,4 +1,4 @@
-"""A tiny, easy data set and a recipe that trains on it in seconds: what several test files share."""
+"""A tiny, easy data set and a recipe that trains on it in seconds, shared by several test files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from racnn_cli import recipe as recipes
 from racnn_cli.recipe import Recipe
 
-COLOURS = {"blue": (40, 60, 230), "green": (40, 220, 60), "red": (230, 50, 40)}
+COLORS = {"blue": (40, 60, 230), "green": (40, 220, 60), "red": (230, 50, 40)}
 COUNTS = {"train": 8, "val": 4, "test": 4}
 
 TINY: dict[str, Any] = {
@@ -36,15 +36,21 @@ TINY: dict[str, Any] = {
 
 
 def blob(
-    colour: tuple[int, int, int], centre: tuple[float, float], side: int, radius: float, noise: int, seed: int
+    color: tuple[int, int, int],
+    centre: tuple[float, float],
+    *,
+    side: int,
+    radius: float,
+    noise: int,
+    seed: int,
 ) -> Image.Image:
-    """A soft coloured disc at `centre` (x, y as shares of the side) on grey noise."""
+    """A soft colored disc at `centre` (x, y as shares of the side) on gray noise."""
     generator = np.random.default_rng(seed)
     pixels = 110 + generator.integers(-noise, noise + 1, (side, side, 3)).astype(np.float64)
     row, column = np.mgrid[:side, :side] + 0.5
     distance = np.hypot(column - centre[0] * side, row - centre[1] * side)
     share = np.clip((radius - distance) / 2 + 0.5, 0, 1)[:, :, None]
-    pixels = pixels * (1 - share) + np.array(colour) * share
+    pixels = pixels * (1 - share) + np.array(color) * share
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -57,29 +63,30 @@ def write_blobs(
     centre: tuple[float, float] | None = None,
     noise: int = 20,
 ) -> Path:
-    """`folder/SPLIT/CLASS/*.png`: so many images a class of discs that differ in colour alone."""
+    """Write `folder/SPLIT/CLASS/*.png`: per split, `counts` images per class of discs that differ in color only."""
     generator = np.random.default_rng(7)
     for split, count in counts.items():
-        for number, (name, colour) in enumerate(COLOURS.items()):
-            place = folder / split / name
-            place.mkdir(parents=True)
+        for number, (name, color) in enumerate(COLORS.items()):
+            class_folder = folder / split / name
+            class_folder.mkdir(parents=True)
             for index in range(count):
                 x, y = generator.uniform(0.25, 0.75, 2) if centre is None else centre
                 shift = generator.uniform(-0.03, 0.03, 2)
                 seed = 10_000 * number + index + 1_000 * len(split)
-                image = blob(colour, (x + shift[0], y + shift[1]), side, radius, noise, seed)
-                image.save(place / f"{index:02d}.png")
+                position = (x + shift[0], y + shift[1])
+                image = blob(color, position, side=side, radius=radius, noise=noise, seed=seed)
+                image.save(class_folder / f"{index:02d}.png")
     return folder
 
 
 def tiny(data: Path, **changes: Any) -> Recipe:
-    """The recipe TINY on `data`; changes are recipe keys with `__` for the dot."""
+    """The recipe TINY on `data`; `changes` are recipe keys with `__` instead of dots."""
     tree: dict[str, Any] = {"name": "blobs", "data": {"path": str(data)}, "model": {"weights": "none"}}
-    given = {key.replace("__", "."): value for key, value in changes.items()}
-    return recipes.Recipe.model_validate(tree).override(TINY | given)
+    overrides = {key.replace("__", "."): value for key, value in changes.items()}
+    return recipes.Recipe.model_validate(tree).override(TINY | overrides)
 
 
 def write_recipe(file: Path, data: Path, **changes: Any) -> Path:
-    """The same as a TOML file, for the command line."""
+    """Write the recipe of `tiny` to a TOML file, for the command line."""
     file.write_text(recipes.dump(tiny(data, **changes)), encoding="utf-8")
     return file

@@ -1,1 +1,1 @@
-"""Images in: where they come from (`index`), how they become tensors (`images`), and built-in sets."""
+"""Data sets: listing and splitting, decoding and augmentation, and the built-in sets."""

@@ -1,4 +1,4 @@
-"""Images as tensors: the square source image or a variant of it for training, and batches of them."""
+"""The images of a split as tensors, augmented for training or not, and batches of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from racnn_cli import recipe
 from racnn_cli.data.decode import read_image
 from racnn_cli.data.square import load_source
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import DataError, RunError
 
 if TYPE_CHECKING:
     from racnn_cli.data.index import Item
 
 Key = tuple[int, int]
-"""epoch and position: which variant of which image."""
+"""Epoch and position: which augmentation of which image."""
 
 
 class ImageDataset(Dataset[dict[str, torch.Tensor]]):
@@ -31,40 +31,41 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
     Args:
         items: of the split.
         data: the recipe's `data`.
-        side: of the square source, in pixels.
-        seed: of the variants.
-        augment: True for training: an image is varied as `data.augment` says.
+        side: of the square source in pixels.
+        seed: of the augmentation.
+        augment: True for training: augment each image as set in `data.augment`.
     """
 
     def __init__(
         self, items: Sequence[Item], data: recipe.Data, side: int, *, seed: int, augment: bool
     ) -> None:
         self.items, self.data, self.side, self.seed = list(items), data, side, seed
-        self._vary = None
+        self._augmentation = None
         if augment:
             from racnn_cli.data.transforms import Augmentation  # slow to import, and only training needs it
 
-            self._vary = Augmentation(data, side)
+            self._augmentation = Augmentation(data, side)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, key: Key) -> dict[str, torch.Tensor]:
-        """One image, a pure function of (seed, epoch, position).
+        """Load one image; a pure function of (seed, epoch, position).
 
         Returns:
-            `image` (3, side, side) uint8; `label` () int64; `index` () int64: the position; `box` (4,)
-            float32: x0, y0, x1, y1 in source units, NaN where the data has none, where it lies outside the
-            source, and for every varied image.
+            `image` (3, side, side) uint8; `label` () int64; `index` () int64, the position; `box` (4,) float32, the
+            ground-truth box x0, y0, x1, y1 in [0, 1] of the source. The box is NaN if the image has none, if it lies
+            outside the source, and for augmented images.
 
         Raises:
-            RacnnError: the file cannot be read any more.
+            DataError: the file can no longer be read.
         """
         epoch, position = key
         item = self.items[position]
         box = (math.nan,) * 4
-        if self._vary is not None:
-            pixels = self._vary(self._whole(item.path), seed=self.seed, epoch=epoch, position=position)
+        if self._augmentation is not None:
+            pixels = self._load_uncropped(item.path)  # (H, W, 3)
+            pixels = self._augmentation(pixels, seed=self.seed, epoch=epoch, position=position)
         else:
             pixels, geometry = load_source(item.path, self.data.fit, self.side)
             if item.box is not None:
@@ -77,20 +78,20 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
             "index": torch.tensor(position),
         }
 
-    def __getitems__(self, keys: list[Key]) -> dict[str, torch.Tensor] | RacnnError:
-        """A whole batch; a error travels as a value, because a worker would wrap it in a traceback."""
+    def __getitems__(self, keys: list[Key]) -> dict[str, torch.Tensor] | DataError:
+        """Load a batch. An error is returned, because raised in a worker it would be wrapped in a traceback."""
         try:
             samples = [self[key] for key in keys]
-        except RacnnError as error:
+        except DataError as error:
             return error
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
-    def _whole(self, path: Path) -> np.ndarray:
-        """What a random crop is cut from, a little larger than needed: (H, W, 3) uint8."""
+    def _load_uncropped(self, path: Path) -> np.ndarray:
+        """Load the image that a random crop is cut from, (H, W, 3) uint8, slightly larger than needed."""
         share = math.sqrt(self.data.augment.scale)
         if share == 1.0 or self.data.fit != "crop":
             return load_source(path, self.data.fit, math.ceil(self.side / share))[0]
-        return read_image(path, least=math.ceil(self.side / share)).pixels
+        return read_image(path, min_side=math.ceil(self.side / share)).pixels
 
 
 def plan(
@@ -103,13 +104,12 @@ def plan(
     rank: int = 0,
     world: int = 1,
 ) -> list[list[int]]:
-    """Which positions each step of an epoch sees on one process: a pure function of its arguments.
+    """List the positions that one process loads in each step of an epoch; a pure function of the arguments.
 
-    The order of all `count` images is cut into global batches of `batch * world`; a process takes its
-    strided share of each. With `shuffle` every process has the same number of steps: a last global batch with
-    fewer images than processes is filled up from the start of the order, so that each has one. Without
-    `shuffle` every image is seen exactly once over all processes, and a process may have one step fewer
-    than another.
+    The `count` positions are cut into global batches of `batch * world`; each process takes its strided share of
+    every global batch. With `shuffle` all processes have the same number of steps: a last global batch with fewer
+    images than processes is padded from the start of the order. Without `shuffle` every image is loaded exactly once
+    across all processes, and a process may have one step fewer than another.
     """
     order = np.arange(count)
     if shuffle:
@@ -135,43 +135,36 @@ def batches(
     world: int = 1,
     device_pin: bool = False,
 ) -> DataLoader[dict[str, torch.Tensor]]:
-    """One epoch of a split, in the order that `plan` gives, without its first `skip` batches.
+    """Create a loader for one epoch of a split, in the order of `plan`.
 
     Args:
         images: the split.
-        batch: images a step on each process.
-        epoch: counts from 0; names the order (with `shuffle`) and the variants.
+        batch: images per step on each process.
+        epoch: counts from 0; selects the order (with `shuffle`) and the augmentation.
         seed: of the order.
         shuffle: True for training.
-        workers: processes that read; 0 reads in this one. Their number never changes what is read.
-        skip: batches that this epoch has seen already.
+        workers: worker processes that load images; 0 loads in this process. Does not change what is loaded.
+        skip: leave out the first `skip` batches, which this epoch has seen already.
         rank: of this process.
         world: number of processes.
-        device_pin: put batches in page-locked memory, for a GPU.
+        device_pin: copy batches to pinned memory, for a GPU.
 
     Returns:
-        A loader of dicts as from `ImageDataset`, stacked: `image` (B, 3, side, side) uint8, `label` (B,),
-        `box` (B, 4), `index` (B,). Its length is the number of batches left.
+        A loader of stacked `ImageDataset` samples: `image` (B, 3, side, side) uint8, `label` (B,), `box` (B, 4),
+        `index` (B,). Its length is the number of remaining batches.
 
     Raises:
-        RacnnError: while it is read, when a file cannot be read any more.
+        DataError: during iteration, if a file can no longer be read.
+        RunError: during iteration, if a worker process dies.
     """
-    steps = plan(
-        len(images),
-        batch=batch,
-        epoch=epoch,
-        seed=seed,
-        shuffle=shuffle,
-        rank=rank,
-        world=world,
-    )
+    steps = plan(len(images), batch=batch, epoch=epoch, seed=seed, shuffle=shuffle, rank=rank, world=world)
     return _Loader(
         images,
         batch_sampler=[[(epoch, position) for position in step] for step in steps[skip:]],
         num_workers=workers if len(steps) > skip else 0,
         collate_fn=identity_collate,
         worker_init_fn=_start_worker if workers else None,
-        generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global stream
+        generator=torch.Generator().manual_seed(0),  # otherwise the loader draws from the global generator
         pin_memory=device_pin,
     )
 
@@ -180,7 +173,7 @@ class _Loader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
             for batch in super().__iter__():
-                if isinstance(batch, RacnnError):
+                if isinstance(batch, DataError):
                     raise batch
                 yield batch
         except RuntimeError as error:
@@ -189,19 +182,19 @@ class _Loader(DataLoader[Any]):
             raise _worker_error(str(error), self.num_workers) from None
 
 
-def _worker_error(text: str, workers: int) -> RacnnError:
-    """What torch says of a process that reads images and died, as a person would."""
-    again = "then `racnn train --resume` goes on from the last checkpoint"
+def _worker_error(text: str, workers: int) -> RunError:
+    """Translate torch's error about a dead worker process."""
+    resume = "then `racnn train --resume` continues from the last checkpoint"
     if "shared memory" in text or "</torch_" in text:
-        return RacnnError(
-            f"the {workers} processes that read images (data.workers) ran out of shared memory",
-            f"a larger /dev/shm (of a container: --shm-size), or --set data.workers=0; {again}",
+        return RunError(
+            f"the {workers} processes that load images (data.workers) ran out of shared memory",
+            f"a larger /dev/shm (in a container: --shm-size), or --set data.workers=0; {resume}",
             failure=True,
         )
-    said = re.search(r"DataLoader worker.*", text)
-    return RacnnError(
-        f"one of the {workers} processes that read images (data.workers) died: {said[0] if said else text}",
-        f"if the machine ran out of memory, --set data.workers={workers // 2}; {again}",
+    reason = re.search(r"DataLoader worker.*", text)
+    return RunError(
+        f"one of the {workers} processes that load images (data.workers) died: {reason[0] if reason else text}",
+        f"if the machine ran out of memory, --set data.workers={workers // 2}; {resume}",
         failure=True,
     )
 
@@ -211,12 +204,12 @@ def identity_collate(batch: Any) -> Any:
 
 
 def _start_worker(_number: int) -> None:
-    # Ctrl-C and a scheduler signal the whole group of processes: this one is still read from until all is saved.
+    # Ctrl-C and schedulers signal the whole process group; training still reads from this worker until it has saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     info = get_worker_info()
-    if info is not None and info.dataset._vary is not None:  # type: ignore[attr-defined]
+    if info is not None and info.dataset._augmentation is not None:  # type: ignore[attr-defined]
         from racnn_cli.data.transforms import limit_threads
 
         limit_threads()

@@ -1,29 +1,37 @@
-"""Where a run's images come from: files on a disk, unless a caller brings something of the same form."""
+"""Open the images that a recipe names: files on disk, or a data set that draws its own images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from racnn_cli import recipe
+from racnn_cli.data import checks
 from racnn_cli.data.images import ImageDataset
-from racnn_cli.data.index import Index
+from racnn_cli.data.index import SPLITS, Index, ShareWork, build_index, check_alone
+from racnn_cli.data.locate import find_builtin
 
 
 class DataSource(Protocol):
-    """What training asks for: which images there are, and one split of them as tensors."""
+    """A data set, split and ready to load."""
 
     @property
-    def index(self) -> Index: ...
+    def index(self) -> Index:
+        """Which images there are, with classes and splits."""
+        ...
 
     def dataset(self, split: str, side: int, *, augment: bool) -> ImageDataset:
-        """The images of one split as squares of `side` pixels; varied, as for training, with `augment`."""
+        """The images of one split as squares of `side` pixels; `augment` for training."""
         ...
+
+
+Source = DataSource  # until the trainer opens its images with `open_source`
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """The images that a recipe's `data` names, as `build_index` listed them."""
+    """Image files, as listed by `build_index`."""
 
     index: Index
     data: recipe.Data
@@ -31,3 +39,32 @@ class FileSource:
 
     def dataset(self, split: str, side: int, *, augment: bool) -> ImageDataset:
         return ImageDataset(self.index.splits[split], self.data, side, seed=self.seed, augment=augment)
+
+
+def open_source(
+    data: recipe.Data,
+    *,
+    seed: int,
+    classes: list[str] | None = None,
+    verify: Sequence[str] = SPLITS,
+    share: ShareWork = check_alone,
+) -> DataSource:
+    """Open the images that a recipe's `data` names; the arguments are those of `build_index`.
+
+    Raises:
+        DataError: lists every error of the data set, as `build_index` does.
+    """
+    builtin = find_builtin(data)
+    if builtin is None or (open_builtin := builtin[0].open) is None:
+        index = build_index(data, seed=seed, classes=classes, verify=verify, share=share)
+        return FileSource(index, data, seed)
+    source = open_builtin(builtin[1], seed)
+    names = source.index.classes  # reading the index reports missing files at once
+    if classes is not None and classes != names:
+        problems = checks.unknown_class_problems(names, classes)
+        problems += checks.missing_class_problems(names, classes)
+        problems = problems or [
+            f"the order of the classes {checks.quote_names(names)} differs from the run's"
+        ]
+        raise checks.error_report(data.path, problems, [])
+    return source

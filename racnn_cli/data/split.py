@@ -1,4 +1,4 @@
-"""One set of images becomes train, val and test: stratified, a pure function of the seed and the names."""
+"""Split a list of images into train, val and test: stratified, a pure function of the seed and the names."""
 
 from __future__ import annotations
 
@@ -7,54 +7,54 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 
-def sizes(count: int, shares: Sequence[float]) -> list[int]:
-    """How many of a class's `count` images each held-out split gets.
-
-    Each gets its share, rounded, and at least one; at least one stays for training. Where there are too few
-    for that, the first splits are served first: of two images, one is in train and one in the first split.
-    """
-    held: list[int] = []
-    left = count - 1
-    for place, share in enumerate(shares):
-        later = sum(other > 0 for other in shares[place + 1 :])
-        number = max(1, int(count * share + 0.5)) if share > 0 else 0
-        number = min(number, max(left - later, min(left, 1)))
-        held.append(number)
-        left -= number
-    return held
-
-
 def hold_out(
     labels: Mapping[str, Sequence[str]], shares: Mapping[str, float], *, seed: int
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Split each class by itself.
+    """Hold out a share of each class for each split.
 
     Args:
         labels: class name to the names of its images.
         shares: split name to its share of all images (0 leaves it empty).
-        seed: of the choice.
+        seed: of the random choice.
 
     Returns:
-        What is left for training, and the images of each split; sorted.
+        The names left for training, and the names of each split; all sorted.
     """
     rest: list[str] = []
     held: dict[str, list[str]] = {split: [] for split in shares}
     for label in sorted(labels):
-        names = _shuffled(labels[label], label, seed)
-        for split, number in zip(shares, sizes(len(names), list(shares.values())), strict=True):
-            held[split] += names[:number]
-            names = names[number:]
+        names = _shuffle(labels[label], label, seed)
+        for split, count in zip(shares, _held_out_counts(len(names), list(shares.values())), strict=True):
+            held[split] += names[:count]
+            names = names[count:]
         rest += names
     return sorted(rest), {split: sorted(names) for split, names in held.items()}
 
 
-def choose(names: Sequence[str], number: int, label: str, *, seed: int) -> list[str]:
-    """At most `number` of the names of one class, sorted."""
-    return sorted(_shuffled(names, label, seed)[:number])
+def choose(names: Sequence[str], count: int, label: str, *, seed: int) -> list[str]:
+    """Choose at most `count` names of one class at random; sorted."""
+    return sorted(_shuffle(names, label, seed)[:count])
 
 
-def _shuffled(names: Sequence[str], label: str, seed: int) -> list[str]:
-    # A class has a stream of its own: a class more or less does not move the images of the others.
-    stream = np.random.default_rng((seed, *label.encode("utf-8", "surrogateescape")))
+def _held_out_counts(total: int, shares: Sequence[float]) -> list[int]:
+    """How many of a class's `total` images each held-out split gets.
+
+    Each split gets its rounded share, but at least one image; at least one image stays for training. If there are
+    too few, earlier splits come first: of two images, one goes to train and one to the first split.
+    """
+    counts: list[int] = []
+    available = total - 1
+    for position, share in enumerate(shares):
+        later_splits = sum(later > 0 for later in shares[position + 1 :])
+        count = max(1, int(total * share + 0.5)) if share > 0 else 0
+        count = min(count, max(available - later_splits, min(available, 1)))
+        counts.append(count)
+        available -= count
+    return counts
+
+
+def _shuffle(names: Sequence[str], label: str, seed: int) -> list[str]:
+    # Each class has its own random stream, so that adding a class does not move the images of the others.
+    generator = np.random.default_rng((seed, *label.encode("utf-8", "surrogateescape")))
     ordered = sorted(names)
-    return [ordered[place] for place in stream.permutation(len(ordered))]
+    return [ordered[position] for position in generator.permutation(len(ordered))]

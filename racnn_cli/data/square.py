@@ -1,4 +1,4 @@
-"""From a file to the square source image. Knows nothing of torch: what an exported file needs, too."""
+"""Load a file as the square source image. Needs no torch, so exported models can use it too."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ Fit = Literal["crop", "pad", "squash"]
 
 
 def load_source(path: Path | str, fit: Fit, side: int) -> tuple[np.ndarray, Geometry]:
-    """The square source image of a file, without any chance in it (validation, test, predict).
+    """Load a file as a square source image, without augmentation.
 
     Args:
         path: of the file.
-        fit: how an image becomes square: `crop` (the centre), `pad` (borders) or `squash` (stretched).
-        side: of the square, in pixels.
+        fit: how the image becomes square: `crop` (center crop), `pad` (borders) or `squash` (stretch).
+        side: of the square in pixels.
 
     Returns:
-        (side, side, 3) uint8 upright RGB, and the map back to the file.
+        (side, side, 3) uint8 upright RGB, and the map between source and file.
 
     Raises:
-        RacnnError: the file cannot be read.
+        DataError: the file cannot be read.
     """
-    decoded = decode(path, least=2 * side)
-    orientation, turned = decoded.orientation, decoded.orientation >= 5
-    geometry = fit_square(decoded.stored_size, orientation, fit, side)
+    stored = decode(path, min_side=2 * side)
+    geometry = fit_square(stored.stored_size, stored.orientation, fit, side)
     width, height = geometry.upright
-    (left, top), (wide, high) = geometry.origin, geometry.extent
-    window = (max(left, 0.0), max(top, 0.0), min(left + wide, width), min(top + high, height))
-    inner = (round((window[2] - window[0]) * side / wide), round((window[3] - window[1]) * side / high))
-    x0, y0, x1, y1 = (value / decoded.reduction for value in geometry.stored_from_upright(window))
-    image = decoded.image.resize(
-        inner[::-1] if turned else inner,
-        Image.Resampling.BICUBIC,  # Pillow widens the kernel when it shrinks: antialiased
-        box=(max(x0, 0.0), max(y0, 0.0), min(x1, decoded.image.width), min(y1, decoded.image.height)),
+    (left, top), (extent_w, extent_h) = geometry.origin, geometry.extent
+    window = (max(left, 0.0), max(top, 0.0), min(left + extent_w, width), min(top + extent_h, height))
+    inner_w = round((window[2] - window[0]) * side / extent_w)
+    inner_h = round((window[3] - window[1]) * side / extent_h)
+    x0, y0, x1, y1 = (value / stored.reduction for value in geometry.stored_from_upright(window))
+    image = stored.image.resize(
+        (inner_h, inner_w) if stored.orientation >= 5 else (inner_w, inner_h),
+        Image.Resampling.BICUBIC,  # antialiased: Pillow widens the kernel when it shrinks
+        box=(max(x0, 0.0), max(y0, 0.0), min(x1, stored.image.width), min(y1, stored.image.height)),
         reducing_gap=3.0,
     )
-    image = upright(image, orientation)
+    image = upright(image, stored.orientation)
     if image.size != (side, side):
         square = Image.new("RGB", (side, side), GREY)
-        square.paste(image, ((side - inner[0]) // 2, (side - inner[1]) // 2))
+        square.paste(image, ((side - inner_w) // 2, (side - inner_h) // 2))
         image = square
     return np.array(image), geometry  # (side, side, 3)

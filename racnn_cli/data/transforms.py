@@ -1,10 +1,10 @@
-"""How a training image is varied: the one module that knows albumentations."""
+"""Augment training images. The only module that imports albumentations."""
 
 from __future__ import annotations
 
 import os
 
-# albumentations asks a server for its newest version at import; nothing here may use the network unasked.
+# albumentations checks for a newer version at import; do not use the network without being asked to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
@@ -16,36 +16,37 @@ from racnn_cli.recipe import Data
 
 
 class Augmentation:
-    """Random crop, mirror images, rotation and colours, as `data.augment` asks for.
+    """Random crop, flip, rotation and color jitter, as set in `data.augment`.
 
     Args:
         data: the recipe's `data`.
-        side: of the square result, in pixels.
+        side: of the square output in pixels.
     """
 
     def __init__(self, data: Data, side: int) -> None:
-        self._steps = A.Compose(_steps(data, side))
+        self._compose = A.Compose(_transforms(data, side))
 
     def __call__(self, pixels: np.ndarray, *, seed: int, epoch: int, position: int) -> np.ndarray:
-        """(H, W, 3) uint8 to (side, side, 3) uint8; a pure function of the image and the three numbers."""
-        # Compose.set_random_seed would give every step the SAME stream: the mirror image would then depend
-        # on the place of the crop. So each step gets a seed of its own.
-        states = np.random.SeedSequence((seed, epoch, position)).generate_state(len(self._steps.transforms))
-        for step, state in zip(self._steps.transforms, states, strict=True):
-            step.set_random_seed(int(state))
-        return self._steps(image=pixels)["image"]
+        """Augment (H, W, 3) uint8 to (side, side, 3) uint8; a pure function of the image and the three numbers."""
+        # Compose.set_random_seed gives every transform the SAME stream, so that the flip would depend on the
+        # position of the crop. Seed each transform separately instead.
+        transforms = self._compose.transforms
+        states = np.random.SeedSequence((seed, epoch, position)).generate_state(len(transforms))
+        for transform, state in zip(transforms, states, strict=True):
+            transform.set_random_seed(int(state))
+        return self._compose(image=pixels)["image"]
 
 
 def limit_threads() -> None:
-    """For a worker process: OpenCV starts no thread pool of its own (nor waits for one lost in a fork)."""
+    """Disable OpenCV's thread pool in a worker process, where a forked pool would deadlock."""
     cv2.setNumThreads(0)
 
 
-def _steps(data: Data, side: int) -> list[A.BasicTransform]:
+def _transforms(data: Data, side: int) -> list[A.BasicTransform]:
     augment = data.augment
-    steps: list[A.BasicTransform] = []
+    transforms: list[A.BasicTransform] = []
     if augment.scale < 1.0:
-        steps.append(
+        transforms.append(
             A.RandomResizedCrop(
                 size=(side, side),
                 scale=(augment.scale, 1.0),
@@ -55,21 +56,23 @@ def _steps(data: Data, side: int) -> list[A.BasicTransform]:
             )
         )
     if augment.flip == "horizontal":
-        steps.append(A.HorizontalFlip(p=0.5))
+        transforms.append(A.HorizontalFlip(p=0.5))
     elif augment.flip == "both":
-        steps.append(A.D4(p=1.0))  # the eight symmetries of a square: mirror images and quarter turns
+        transforms.append(A.D4(p=1.0))  # the eight symmetries of a square
     if augment.rotate:
         border = cv2.BORDER_CONSTANT if data.fit == "pad" else cv2.BORDER_REFLECT_101
-        steps.append(A.Rotate(limit=(-augment.rotate, augment.rotate), border_mode=border, fill=GREY, p=1.0))
+        transforms.append(
+            A.Rotate(limit=(-augment.rotate, augment.rotate), border_mode=border, fill=GREY, p=1.0)
+        )
     if strength := augment.color:
-        light = (max(0.2, 1 - strength), 1 + strength)
-        steps.append(
+        brightness = (max(0.2, 1 - strength), 1 + strength)
+        transforms.append(
             A.ColorJitter(
-                brightness=light,
-                contrast=light,
+                brightness=brightness,
+                contrast=brightness,
                 saturation=(1 - strength, 1 + strength),
                 hue=(-strength / 4, strength / 4),
                 p=1.0,
             )
         )
-    return steps
+    return transforms

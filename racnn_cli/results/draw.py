@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from racnn_cli.data.decode import ImageInput
+from racnn_cli.data.decode import UprightImage
 from racnn_cli.data.geometry import Geometry
 
 # One color per scale: Okabe and Ito's palette, which color-blind readers can tell apart.
@@ -20,7 +20,7 @@ GAP = 12
 Rect = tuple[float, float, float, float]
 
 
-def upright_boxes(image: ImageInput, boxes: Sequence[Rect]) -> list[Rect]:
+def upright_boxes(image: UprightImage, boxes: Sequence[Rect]) -> list[Rect]:
     """Convert boxes (x0, y0, x1, y1) from pixels of the file as stored to pixels of the upright image."""
     geometry = Geometry(image.stored_size, image.orientation, (0.0, 0.0), (1.0, 1.0))
     return [geometry.upright_from_stored(box) for box in boxes]

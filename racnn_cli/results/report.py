@@ -200,7 +200,7 @@ def _gallery(run: Run, recipe: Recipe, result: EvalResult, classes: list[str]) -
 
 
 def _card(item: Item, answer: Prediction, label: str) -> Card:
-    image = read_image(item.path, least=480)
+    image = read_image(item.path, min_side=480)
     factor = image.pixels.shape[1] / image.stored_size[image.orientation >= 5]  # JPEGs are read reduced
     boxes = [
         (x0 * factor, y0 * factor, x1 * factor, y1 * factor)

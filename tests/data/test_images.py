@@ -1,4 +1,4 @@
-"""FileSource become proper RGB squares, boxes find their way back, chance depends on (seed, epoch, position)."""
+"""Files become RGB squares, boxes map back to the file, augmentation depends on (seed, epoch, position) only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from racnn_cli.data.geometry import Geometry, fit_square
 from racnn_cli.data.images import ImageDataset, batches, plan
 from racnn_cli.data.index import Item
 from racnn_cli.data.square import load_source
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import DataError
 
 FITS = ("crop", "pad", "squash")
 ORIENTATION = 0x0112
@@ -38,7 +38,7 @@ def save(path: Path, pixels: np.ndarray, orientation: int = 1, **options: object
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth random colours (H, W, 3) uint8."""
+    """Smooth random colors (H, W, 3) uint8."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -55,7 +55,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     side=st.integers(16, 512),
     square=st.tuples(st.floats(0.2, 0.8), st.floats(0.2, 0.8), st.floats(0.01, 0.2)),
 )
-def test_a_box_of_the_source_comes_back_from_the_file(width, height, orientation, fit, side, square):
+def test_a_box_survives_the_round_trip_through_the_file(width, height, orientation, fit, side, square):
     tx, ty, tl = square
     box = (tx - tl, ty - tl, tx + tl, ty + tl)
     geometry = fit_square((width, height), orientation, fit, side)
@@ -64,9 +64,8 @@ def test_a_box_of_the_source_comes_back_from_the_file(width, height, orientation
     assert 0 <= y0 <= y1 <= height
     back = geometry.from_file((x0, y0, x1 - x0, y1 - y0))
     left, top, right, bottom = geometry.to_upright(box)
-    if (
-        min(left, top) > 0 and right < geometry.upright[0] and bottom < geometry.upright[1]
-    ):  # a box that the file's border has cut cannot come back whole
+    # A box that was clipped at the file's border does not survive.
+    if min(left, top) > 0 and right < geometry.upright[0] and bottom < geometry.upright[1]:
         assert back == pytest.approx(box, abs=1e-6)
     assert geometry.upright_from_stored((x0, y0, x1, y1)) == pytest.approx((left, top, right, bottom))
 
@@ -78,8 +77,8 @@ def test_a_box_outside_the_centre_crop_has_no_area():
 
 
 def test_x_runs_right_and_y_runs_down_in_a_rotated_file():
-    # stored 200 x 100, to be turned clockwise: the stored top left corner is the upright top right one
-    geometry = Geometry((200, 100), 6, (0.0, 0.0), (100.0, 200.0))
+    # stored 200 x 100, to be rotated clockwise: the stored top left corner is the upright top right one
+    geometry = Geometry(stored=(200, 100), orientation=6, origin=(0.0, 0.0), extent=(100.0, 200.0))
     assert geometry.upright == (100, 200)
     assert geometry.to_upright((0.8, 0, 1, 0.2)) == pytest.approx((80, 0, 100, 40))
     assert geometry.to_file((0.8, 0, 1, 0.2)) == pytest.approx((0, 0, 40, 20))
@@ -87,8 +86,8 @@ def test_x_runs_right_and_y_runs_down_in_a_rotated_file():
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("fit", FITS)
-def test_a_rectangle_is_found_where_the_file_has_it(tmp_path, fit, suffix):
-    """Draw in the stored file, look in the source, map back: for each of the eight EXIF orientations."""
+def test_a_rectangle_in_the_file_maps_to_the_source_and_back(tmp_path, fit, suffix):
+    """Draw in the stored file, find it in the source, map back: for each of the eight EXIF orientations."""
     side, (x, y, w, h) = 96, (330, 200, 90, 60)
     stored = np.full((480, 720, 3), 40, np.uint8)
     stored[y : y + h, x : x + w] = (250, 20, 20)
@@ -100,15 +99,15 @@ def test_a_rectangle_is_found_where_the_file_has_it(tmp_path, fit, suffix):
         assert geometry.stored == (720, 480)
         assert geometry.orientation == orientation
         share = (source[..., 0].astype(float) - 40).clip(0, 210) / 210  # (side, side)
-        share[np.abs(source - 128.0).max(2) < 12] = 0  # grey borders
+        share[np.abs(source - 128.0).max(2) < 12] = 0  # gray borders
         share[share < 0.1] = 0
         rows, columns = share.sum(1), share.sum(0)
-        centre = ((np.arange(side) + 0.5) / side) @ np.stack([columns, rows], 1) / share.sum()
+        center = ((np.arange(side) + 0.5) / side) @ np.stack([columns, rows], 1) / share.sum()
         x0, y0, x1, y1 = geometry.from_file((x, y, w, h))
-        assert centre == pytest.approx([(x0 + x1) / 2, (y0 + y1) / 2], abs=0.35 / side)
+        assert center == pytest.approx([(x0 + x1) / 2, (y0 + y1) / 2], abs=0.35 / side)
         assert share.sum() / side**2 == pytest.approx((x1 - x0) * (y1 - y0), rel=0.06)
-        # a small square around the rectangle's centre, back in the file, lies around the centre there
-        fx0, fy0, fx1, fy1 = geometry.to_file((*(centre - 0.02), *(centre + 0.02)))
+        # a small square around the rectangle's center maps back to a square around the center in the file
+        fx0, fy0, fx1, fy1 = geometry.to_file((*(center - 0.02), *(center + 0.02)))
         assert ((fx0 + fx1) / 2, (fy0 + fy1) / 2) == pytest.approx((x + w / 2, y + h / 2), abs=3.0)
 
 
@@ -137,7 +136,7 @@ def test_orientation_is_applied_as_the_standard_says(tmp_path, orientation):
         assert image.stored_size == (stored.shape[1], stored.shape[0])
 
 
-def test_padding_is_grey_and_cropping_takes_the_centre(tmp_path):
+def test_padding_is_gray_and_cropping_takes_the_center(tmp_path):
     stripes = np.zeros((100, 300, 3), np.uint8)
     stripes[:, 100:200] = (0, 0, 255)
     path = save(tmp_path / "a.png", stripes)
@@ -157,10 +156,10 @@ def test_shrinking_is_antialiased(tmp_path):
     assert abs(source - 127).max() <= 3
 
 
-def test_a_jpeg_is_read_reduced_and_still_looks_the_same(tmp_path):
+def test_a_jpeg_decoded_at_reduced_size_looks_the_same(tmp_path):
     jpeg = save(tmp_path / "large.jpg", noise(1400, 2100), 6)
-    assert read_image(jpeg, least=160).pixels.shape == (2100 // 8 + 1, 1400 // 8, 3)
-    for height, width in ((1400, 2100), (250, 340)):  # much larger than needed, and hardly larger
+    assert read_image(jpeg, min_side=160).pixels.shape == (2100 // 8 + 1, 1400 // 8, 3)
+    for height, width in ((1400, 2100), (250, 340)):  # much and slightly larger than needed
         fine = np.random.default_rng(0).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
         pixels = np.array(Image.fromarray(fine).resize((width, height), Image.Resampling.BICUBIC))
         jpeg = save(tmp_path / "a.jpg", pixels, 6, quality=98, subsampling=0)
@@ -170,27 +169,27 @@ def test_a_jpeg_is_read_reduced_and_still_looks_the_same(tmp_path):
             assert np.abs(small - exact).mean() < 3
 
 
-# ---- kinds of files
+# ---- image modes
 
 
-def _kinds() -> dict[str, tuple[Image.Image, tuple[int, int, int], str]]:
-    """Name to image, the colour expected in its middle, suffix."""
+def _modes() -> dict[str, tuple[Image.Image, tuple[int, int, int], str]]:
+    """Name to image, expected color, suffix."""
     rgb = Image.new("RGB", (20, 12), (200, 100, 50))
-    clear = Image.new("RGBA", (20, 12), (0, 0, 0, 0))
+    transparent = Image.new("RGBA", (20, 12), (0, 0, 0, 0))
     half = Image.new("RGBA", (20, 12), (0, 0, 0, 128))
     palette = Image.new("P", (20, 12), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
-    hollow = palette.copy()
-    hollow.info["transparency"] = 1
+    palette_alpha = palette.copy()
+    palette_alpha.info["transparency"] = 1
     sixteen = Image.fromarray(np.full((12, 20), 32896, np.uint16))
     return {
         "rgb": (rgb, (200, 100, 50), "bmp"),
         "grey": (Image.new("L", (20, 12), 90), (90, 90, 90), "png"),
         "one bit": (Image.new("1", (20, 12), 1), (255, 255, 255), "png"),
         "palette": (palette, (10, 200, 30), "png"),
-        "palette with a clear colour": (hollow, (255, 255, 255), "png"),
-        "clear": (clear, (255, 255, 255), "png"),
-        "half clear": (half, (127, 127, 127), "webp"),
+        "palette with a transparent color": (palette_alpha, (255, 255, 255), "png"),
+        "transparent": (transparent, (255, 255, 255), "png"),
+        "half transparent": (half, (127, 127, 127), "webp"),
         "grey and alpha": (Image.new("LA", (20, 12), (0, 128)), (127, 127, 127), "png"),
         "16 bit png": (sixteen, (128, 128, 128), "png"),
         "16 bit tiff": (sixteen, (128, 128, 128), "tif"),
@@ -201,15 +200,15 @@ def _kinds() -> dict[str, tuple[Image.Image, tuple[int, int, int], str]]:
     }
 
 
-@pytest.mark.parametrize("kind", _kinds())
-def test_every_kind_of_file_becomes_proper_rgb(tmp_path, kind):
-    image, colour, suffix = _kinds()[kind]
+@pytest.mark.parametrize("mode", _modes())
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    image, color, suffix = _modes()[mode]
     path = tmp_path / f"a.{suffix}"
     image.save(path, **({"lossless": True} if suffix == "webp" else {}))
     pixels = read_image(path).pixels
     assert pixels.dtype == np.uint8
     assert pixels.shape == (12, 20, 3)
-    assert np.abs(pixels[6, 10].astype(int) - colour).max() <= 3
+    assert np.abs(pixels[6, 10].astype(int) - color).max() <= 3
     assert load_source(path, data("pad").fit, 32)[0].shape == (32, 32, 3)
 
 
@@ -219,7 +218,7 @@ def test_sixteen_bits_keep_their_range(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.png").pixels[0, :, 0], np.arange(256))
 
 
-def test_the_bytes_decide_and_not_the_name(tmp_path):
+def test_the_content_decides_and_not_the_suffix(tmp_path):
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.jpg")
     assert tuple(read_image(tmp_path / "a.jpg").pixels[0, 0]) == (1, 2, 3)
@@ -239,45 +238,45 @@ def test_a_truncated_file_is_refused(tmp_path, suffix):
     rough = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
     path = _truncate(save(tmp_path / f"cut.{suffix}", rough))
     for read in (read_image, check):
-        with pytest.raises(RacnnError, match=r"cut\.\w+ is (damaged|not a)"):
+        with pytest.raises(DataError, match=r"cut\.\w+ is (damaged|not a)"):
             read(path)
 
 
 def test_a_truncated_progressive_jpeg_is_refused(tmp_path):
     path = _truncate(save(tmp_path / "cut.jpg", noise(400, 400), progressive=True))
-    with pytest.raises(RacnnError, match="damaged or truncated"):
+    with pytest.raises(DataError, match="damaged or truncated"):
         check(path)
 
 
-def test_what_is_no_images_is_said_in_one_sentence(tmp_path):
+def test_a_file_that_is_not_an_image_gives_a_one_sentence_error(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "folder.jpg").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "moving.gif")
-    for name, wanted in {
+    Image.new("RGB", (4, 4)).save(tmp_path / "animated.gif")
+    for name, reason in {
         "empty.jpg": "is empty (0 bytes)",
         "text.jpg": "is not a JPEG, PNG, WebP, BMP or TIFF image",
-        "moving.gif": "is not a JPEG, PNG, WebP, BMP or TIFF image",
+        "animated.gif": "is not a JPEG, PNG, WebP, BMP or TIFF image",
         "folder.jpg": "is not a regular file",
-        "gone.jpg": "does not exist",
+        "missing.jpg": "does not exist",
     }.items():
-        with pytest.raises(RacnnError) as caught:
+        with pytest.raises(DataError) as caught:
             read_image(tmp_path / name)
-        assert caught.value.message == f"{tmp_path / name} {wanted}"
+        assert caught.value.message == f"{tmp_path / name} {reason}"
         assert caught.value.hint
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (20_000, 9_500)).save(path)
-    with pytest.raises(RacnnError, match=r"bomb\.png is oversized"):
+    with pytest.raises(DataError, match=r"bomb\.png is oversized"):
         read_image(path)
 
 
 def test_a_name_with_escapes_is_printed_safely(tmp_path):
     path = tmp_path / "a\n\x1b[31mred.jpg"
     path.touch()
-    with pytest.raises(RacnnError) as caught:
+    with pytest.raises(DataError) as caught:
         read_image(path)
     assert "\x1b" not in caught.value.message
     assert "\n" not in caught.value.message
@@ -298,53 +297,53 @@ def items(tmp_path):
 
 def _epoch(images, **options) -> dict[str, torch.Tensor]:
     settings_ = {"batch": 4, "epoch": 0, "seed": 5, "shuffle": True, "workers": 0, **options}
-    parts = list(batches(images, **settings_))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    loaded = list(batches(images, **settings_))
+    return {name: torch.cat([batch[name] for batch in loaded]) for name in loaded[0]}
 
 
-def test_any_number_of_workers_sees_the_same_images(items):
+def test_any_number_of_workers_loads_the_same_images(items):
     images = ImageDataset(
         items, data(scale=0.4, flip="both", rotate=25.0, color=0.5), 32, seed=3, augment=True
     )
-    alone = _epoch(images, epoch=2)
-    assert alone["image"].shape == (11, 3, 32, 32)
-    assert alone["image"].dtype == torch.uint8
+    expected = _epoch(images, epoch=2)
+    assert expected["image"].shape == (11, 3, 32, 32)
+    assert expected["image"].dtype == torch.uint8
     for workers in (1, 3):
-        shared = _epoch(images, epoch=2, workers=workers)
-        assert all(torch.equal(alone[name], shared[name]) for name in ("image", "label", "index"))
+        loaded = _epoch(images, epoch=2, workers=workers)
+        assert all(torch.equal(expected[name], loaded[name]) for name in ("image", "label", "index"))
 
 
-def test_images_travel_to_a_process_that_starts_afresh(items):
+def test_a_dataset_can_be_pickled_for_a_spawned_worker(items):
     images = ImageDataset(items, data(rotate=25.0), 32, seed=3, augment=True)
     assert torch.equal(pickle.loads(pickle.dumps(images))[(1, 2)]["image"], images[(1, 2)]["image"])
 
 
-def test_a_loader_leaves_the_global_random_stream_alone(items):
+def test_a_loader_does_not_use_the_global_random_generator(items):
     images = ImageDataset(items, data(), 32, seed=3, augment=True)
     state = torch.get_rng_state()
     _epoch(images)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_variants_depend_on_seed_epoch_and_position_alone(items):
+def test_augmentation_depends_on_seed_epoch_and_position_only(items):
     settings_ = data(scale=0.4, rotate=25.0, color=0.5)
-    twins = [items[0], items[0]]
-    images = ImageDataset(twins, settings_, 32, seed=3, augment=True)
+    duplicates = [items[0], items[0]]
+    images = ImageDataset(duplicates, settings_, 32, seed=3, augment=True)
     first = images[(0, 0)]["image"]
-    others = [
+    different = [
         images[(0, 1)],
         images[(1, 0)],
-        ImageDataset(twins, settings_, 32, seed=4, augment=True)[(0, 0)],
+        ImageDataset(duplicates, settings_, 32, seed=4, augment=True)[(0, 0)],
     ]
-    assert all(not torch.equal(first, other["image"]) for other in others)
+    assert all(not torch.equal(first, sample["image"]) for sample in different)
     assert torch.equal(first, images[(0, 0)]["image"])
 
 
-def test_each_step_of_the_augmentation_has_chance_of_its_own(items):
-    """The mirror image must not follow from the crop: it is as frequent among wide as among narrow crops."""
-    wide = np.zeros((64, 64, 3), np.uint8)
-    wide[..., 0] = np.linspace(0, 255, 64)  # redder to the right
-    path = save(items[0].path, wide)
+def test_each_transform_has_its_own_random_stream(items):
+    """The flip must not depend on the crop: it is as frequent among wide as among narrow crops."""
+    ramp = np.zeros((64, 64, 3), np.uint8)
+    ramp[..., 0] = np.linspace(0, 255, 64)  # redder to the right
+    path = save(items[0].path, ramp)
     images = ImageDataset(
         [Item(path, 0, None)], data(scale=0.3, rotate=0.0, color=0.0), 32, seed=1, augment=True
     )
@@ -352,28 +351,28 @@ def test_each_step_of_the_augmentation_has_chance_of_its_own(items):
         image[0, :, -1].float().mean() - image[0, :, 0].float().mean()
         for image in (images[(epoch, 0)]["image"] for epoch in range(200))
     ]
-    width, mirrored = np.abs(spans), np.array(spans) < 0
-    assert 0.35 < mirrored.mean() < 0.65
+    width, flipped = np.abs(spans), np.array(spans) < 0
+    assert 0.35 < flipped.mean() < 0.65
     narrow = width < np.median(width)
-    assert abs(mirrored[narrow].mean() - mirrored[~narrow].mean()) < 0.25
+    assert abs(flipped[narrow].mean() - flipped[~narrow].mean()) < 0.25
 
 
-def test_a_crop_keeps_its_share_and_nothing_else_happens_unasked(tmp_path):
+def test_a_crop_keeps_its_share_and_disabled_augmentation_does_nothing(tmp_path):
     ramp = np.zeros((200, 200, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 200), np.linspace(0, 255, 200)[:, None]
     items = [Item(save(tmp_path / "a.png", ramp), 0, None)]
     for fit in FITS:
-        still = ImageDataset(
+        disabled = ImageDataset(
             items, data(fit, scale=1.0, flip="none", rotate=0.0, color=0.0), 64, seed=0, augment=True
         )
         plain = ImageDataset(items, data(fit), 64, seed=0, augment=False)
-        assert torch.equal(still[(0, 0)]["image"], plain[(0, 0)]["image"])
-        keep = ImageDataset(
+        assert torch.equal(disabled[(0, 0)]["image"], plain[(0, 0)]["image"])
+        cropped = ImageDataset(
             items, data(fit, scale=0.5, flip="none", rotate=0.0, color=0.0), 64, seed=0, augment=True
         )
         shares = []
         for epoch in range(40):
-            image = keep[(epoch, 0)]["image"].float()
+            image = cropped[(epoch, 0)]["image"].float()
             shares.append(
                 float((image[0, 0, -1] - image[0, 0, 0]) * (image[1, -1, 0] - image[1, 0, 0])) / 255**2
             )
@@ -386,33 +385,33 @@ def test_flip_none_horizontal_both(tmp_path):
     corner[:10, :10] = 255
     items = [Item(save(tmp_path / "a.png", corner), 0, None)]
 
-    def places(flip: str) -> set[tuple[int, int]]:
+    def positions(flip: str) -> set[tuple[int, int]]:
         dataset = ImageDataset(
             items, data(scale=1.0, flip=flip, rotate=0.0, color=0.0), 40, seed=0, augment=True
         )
         images = [dataset[(epoch, 0)]["image"][0] for epoch in range(40)]
         return {divmod(int(image.flatten().argmax()), 40) for image in images}
 
-    assert places("none") == {(0, 0)}
-    assert places("horizontal") == {(0, 0), (0, 30)}
-    assert places("both") == {(0, 0), (0, 30), (30, 0), (30, 30)}
+    assert positions("none") == {(0, 0)}
+    assert positions("horizontal") == {(0, 0), (0, 30)}
+    assert positions("both") == {(0, 0), (0, 30), (30, 0), (30, 30)}
 
 
-def test_boxes_only_for_images_that_are_not_varied(items):
+def test_boxes_only_for_images_that_are_not_augmented(items):
     plain = ImageDataset(items, data("squash"), 32, seed=0, augment=False)
     assert plain[(0, 0)]["box"].tolist() == pytest.approx([20 / 90, 10 / 60, 50 / 90, 30 / 60])
     assert plain[(0, 1)]["box"].isnan().all()
-    varied = ImageDataset(items, data("squash"), 32, seed=0, augment=True)
-    assert varied[(0, 0)]["box"].isnan().all()
+    augmented = ImageDataset(items, data("squash"), 32, seed=0, augment=True)
+    assert augmented[(0, 0)]["box"].isnan().all()
     assert plain[(7, 4)]["index"] == 4
     assert plain[(7, 4)]["label"] == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_is_lost_in_mid_run_is_one_clear_error(items, workers):
+def test_a_file_that_vanishes_during_training_is_one_clear_error(items, workers):
     images = ImageDataset(items, data(), 32, seed=0, augment=False)
     items[6].path.unlink()
-    with pytest.raises(RacnnError) as caught:
+    with pytest.raises(DataError) as caught:
         _epoch(images, workers=workers)
     assert caught.value.message == f"{items[6].path} does not exist"
 
@@ -437,28 +436,28 @@ def test_the_order_of_an_epoch(count, batch, world, epoch):
     trained = shares(True)
     assert len({len(rank) for rank in trained}) == 1
     assert all(1 <= len(step) <= batch for rank in trained for step in rank)
-    seen = [position for rank in trained for step in rank for position in step]
-    assert set(seen) == set(range(count))
-    assert len(seen) - count < world
+    loaded = [position for rank in trained for step in rank for position in step]
+    assert set(loaded) == set(range(count))
+    assert len(loaded) - count < world
 
 
-def test_processes_share_the_order_of_one(items):
+def test_several_processes_divide_the_order_of_one(items):
     images = ImageDataset(items, data(), 32, seed=0, augment=False)
-    whole = plan(11, batch=4, epoch=3, seed=5, shuffle=True)
+    steps = plan(11, batch=4, epoch=3, seed=5, shuffle=True)
     halves = [_epoch(images, batch=2, epoch=3, rank=rank, world=2)["index"].tolist() for rank in (0, 1)]
-    assert sorted(halves[0][:2] + halves[1][:2]) == sorted(whole[0])
-    assert _epoch(images, epoch=3)["index"].tolist() == [position for step in whole for position in step]
+    assert sorted(halves[0][:2] + halves[1][:2]) == sorted(steps[0])
+    assert _epoch(images, epoch=3)["index"].tolist() == [position for step in steps for position in step]
     assert (
         plan(11, batch=4, epoch=4, seed=5, shuffle=True)
-        != whole
+        != steps
         != plan(11, batch=4, epoch=3, seed=6, shuffle=True)
     )
 
 
-def test_an_epoch_goes_on_in_its_middle(items):
+def test_an_epoch_continues_in_the_middle(items):
     images = ImageDataset(items, data(), 32, seed=0, augment=True)
-    whole, rest = _epoch(images, epoch=1), _epoch(images, epoch=1, skip=2)
-    assert torch.equal(whole["image"][8:], rest["image"])
+    full, rest = _epoch(images, epoch=1), _epoch(images, epoch=1, skip=2)
+    assert torch.equal(full["image"][8:], rest["image"])
     options = {"batch": 4, "epoch": 1, "seed": 5, "shuffle": True, "workers": 2}
     assert len(batches(images, skip=1, **options)) == 2
     assert list(batches(images, skip=3, **options)) == []

@@ -335,7 +335,7 @@ def test_a_file_is_checked_again_later(run: Run, exported: dict, place: Path, da
     assert run.onnx.is_file()
     with pytest.raises(RacnnError, match="does not exist"):
         exporter.check(run, place / "none.onnx", data.parent)
-    with pytest.raises(RacnnError, match="is no folder"):
+    with pytest.raises(RacnnError, match="is not a folder"):
         exporter.check(run, None, place / "nowhere")
     proto = onnx.load(run.onnx)
     for entry in [entry for entry in proto.metadata_props if entry.key == "layout"]:
@@ -529,7 +529,7 @@ def test_gather_expands_names(place: Path, monkeypatch) -> None:
         )
     for part in (
         "no does not exist",
-        "empty holds no images",
+        "empty contains no images",
         "a.jpg is a URL",
         "*.gif matches nothing",
     ):

@@ -1,0 +1,76 @@
+"""Find the data that `data.path` names: a folder, a CSV file or a built-in data set."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from racnn_cli import recipe
+from racnn_cli.data.decode import show
+from racnn_cli.data.registry import REGISTRY, BuiltinDataset
+from racnn_cli.errors import DataError
+
+
+def find_builtin(data: recipe.Data) -> tuple[BuiltinDataset, recipe.Data] | None:
+    """The built-in data set that `data.path` = NAME or NAME:PATH names, if any.
+
+    Returns:
+        The registry's entry, and `data` with PATH (or nothing) as its `path`, which the entry interprets.
+    """
+    name, _, path = data.path.partition(":")
+    if name not in REGISTRY:
+        return None
+    return REGISTRY[name], data.model_copy(update={"path": path})
+
+
+def locate(data: recipe.Data, seed: int) -> Path:
+    """The folder or CSV file that `data.path` names; a built-in data set is created or fetched first.
+
+    Raises:
+        DataError: no such file (the hint suggests similar names), or a data set without files.
+    """
+    if not data.path:
+        raise DataError(
+            "data.path is empty: there are no images to use",
+            "--data FOLDER with one folder per class, --data FILE.csv, or a built-in data set: --data "
+            + " or ".join(REGISTRY),
+        )
+    if builtin := find_builtin(data):
+        entry, data = builtin
+        if entry.path is None:
+            raise DataError(
+                f"data.path = {entry.name}: these images are drawn when they are used, there are no files to read",
+                "--data FOLDER, or --data FILE.csv",
+            )
+        return entry.path(data, seed)
+    path = Path(data.path).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix.casefold() == ".csv"):
+        return path
+    if path.exists():
+        raise DataError(
+            f"data.path = {show(path)} is neither a folder nor a .csv file",
+            "--data FOLDER, or --data FILE.csv",
+        )
+    hint = f"--data FOLDER, --data FILE.csv, or one of the built-in data sets {', '.join(REGISTRY)}"
+    if similar := _similar_names(path):
+        hint = f"did you mean {' or '.join(similar)}? Otherwise {hint}"
+    raise DataError(f"data.path = {data.path!r} does not exist", hint)
+
+
+def _similar_names(path: Path) -> list[str]:
+    """Names similar to the first missing part of the path: its existing neighbors and the built-in data sets."""
+    missing = path
+    while missing.parent != missing and not missing.parent.exists():
+        missing = missing.parent
+    try:
+        neighbors = [name for name in os.listdir(missing.parent) if not name.startswith(".")]
+    except OSError:
+        neighbors = []
+    candidates: dict[str, str] = {}
+    for name in sorted(neighbors):
+        candidates.setdefault(name.casefold(), str(missing.parent / name))
+    if missing == path and len(path.parts) == 1:
+        candidates.update({name: name for name in REGISTRY})
+    matches = difflib.get_close_matches(missing.name.casefold(), candidates, n=3, cutoff=0.6)
+    return [show(candidates[match]) for match in matches]
