@@ -23,7 +23,7 @@ from rich.markup import escape
 from racnn_cli.data.decode import SUFFIXES, read_image, show
 from racnn_cli.data.listing import list_images
 from racnn_cli.errors import DataError, describe_missing
-from racnn_cli.export.prediction import Frame, Model, Prediction, Unread
+from racnn_cli.export.prediction import Frame, Model, Prediction, Unreadable
 from racnn_cli.results import draw
 from racnn_cli.run import write_atomic
 
@@ -101,7 +101,7 @@ def _read_lines(stdin: TextIO | None) -> list[str]:
     return [line.rstrip("\r\n") for line in lines]
 
 
-def iterate(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unread]:
+def iterate(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unreadable]:
     """Yield image files as paths, and videos and cameras frame by frame.
 
     Args:
@@ -119,17 +119,17 @@ def iterate(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Fr
             yield Path(source)
 
 
-def _frames(source: str | Path, device: int | str, every: int) -> Iterator[Frame | Unread]:
+def _frames(source: str | Path, device: int | str, every: int) -> Iterator[Frame | Unreadable]:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the output names the error
     import cv2
 
     if isinstance(device, str) and not os.path.isfile(device):
-        yield Unread(str(source), describe_missing(Path(source)))
+        yield Unreadable(str(source), describe_missing(Path(source)))
         return
     video = cv2.VideoCapture(device)
     try:
         if not video.isOpened():
-            yield Unread(str(source), f"{show(source)} cannot be opened as a video")
+            yield Unreadable(str(source), f"{show(source)} cannot be opened as a video")
             return
         number = 0
         while video.grab():
@@ -139,7 +139,7 @@ def _frames(source: str | Path, device: int | str, every: int) -> Iterator[Frame
                     yield Frame(f"{source}#{number}", np.ascontiguousarray(frame[:, :, ::-1]))
             number += 1
         if number == 0:
-            yield Unread(str(source), f"{show(source)} has no readable frame")
+            yield Unreadable(str(source), f"{show(source)} has no readable frame")
     finally:
         video.release()
 
@@ -174,9 +174,9 @@ def predict_command(
     out = out or sys.stdout
     write = WRITERS[rows](model, out)
     drawings = Drawings(save) if save else None
-    pending: deque[Path | Frame | Unread] = deque()  # images that `stream` has read and not yet predicted
+    pending: deque[Path | Frame | Unreadable] = deque()  # images that `stream` has read and not yet predicted
 
-    def images() -> Iterator[Path | Frame | Unread]:
+    def images() -> Iterator[Path | Frame | Unreadable]:
         for image in iterate(sources, every):
             pending.append(image)
             yield image
@@ -187,7 +187,7 @@ def predict_command(
         count += 1
         unread += bool(prediction.error)
         write(prediction)
-        if drawings and not isinstance(image, Unread) and not prediction.error:
+        if drawings and not isinstance(image, Unreadable) and not prediction.error:
             drawings.add(prediction, image)
     console = Console(stderr=True, highlight=False)
     if drawings:

@@ -17,7 +17,8 @@ from racnn_cli.data.decode import read_image, show
 from racnn_cli.data.index import Item, build_index, labelled
 from racnn_cli.errors import RacnnError
 from racnn_cli.events import EpochEvent, EvalResult, Record
-from racnn_cli.export.prediction import Prediction, load
+from racnn_cli.export.loading import load
+from racnn_cli.export.prediction import Prediction
 from racnn_cli.recipe import Recipe
 from racnn_cli.results import chart, draw, tables
 from racnn_cli.run import Run, write_text
@@ -26,7 +27,6 @@ CANDIDATES = 48  # images of the split that the gallery is chosen from
 GALLERY_IMAGES = 12
 MATRIX_CLASSES = 300  # with more classes, the most confused pairs are listed instead of a matrix
 CONFUSED_PAIRS = 30
-STYLE = Path(__file__).with_name("report.css")
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),

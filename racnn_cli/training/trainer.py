@@ -61,12 +61,6 @@ class Trainer:
         self.run, self.recipe, self.source, self.console, self.boxes = run, recipe, source, console, boxes
         self.device = distributed.local_device(select_device(recipe.train.device))
         if recipe.train.batchnorm == "synced" and distributed.world() > 1:
-            if self.device.type != "cuda":
-                raise RecipeError(
-                    f"train.batchnorm = synced needs CUDA devices, not {self.device.type}: torch's SyncBatchNorm "
-                    "computes on nothing else",
-                    "--set train.batchnorm=train, with which each process normalises over its own images",
-                )
             model = backbones.convert_sync_batchnorm(model)
         self.model = model.to(self.device)
         if recipe.train.channels_last:
@@ -107,7 +101,7 @@ class Trainer:
             BackboneError: a backbone or weights that cannot be had.
             RunError: `out` is in use.
         """
-        distributed.start(select_device(recipe.train.device))
+        _start_processes(recipe)
         console = Console(quiet=quiet or distributed.rank() > 0)
         if source is None:
             index = build_index(recipe.data, seed=recipe.seed, share=distributed.split_work)
@@ -174,7 +168,7 @@ class Trainer:
             )
         if changes:
             recipe = resume.change_recipe(run, recipe, changes, saved.progress if saved else Progress())
-        distributed.start(select_device(recipe.train.device))
+        _start_processes(recipe)
         console = Console(quiet=quiet or distributed.rank() > 0)
         if source is None:
             index = build_index(recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work)
@@ -346,6 +340,22 @@ def seed_step(seed: int, *position: int) -> None:
     for part in position:
         mixed = (mixed * 1_000_003 + part + 1) % (2**63 - 1)
     torch.manual_seed(mixed)
+
+
+def _start_processes(recipe: Recipe) -> None:
+    """Join the other processes.
+
+    Raises:
+        RecipeError: the recipe asks for something that they cannot do on this device.
+    """
+    device = select_device(recipe.train.device)
+    if recipe.train.batchnorm == "synced" and distributed.world() > 1 and device.type != "cuda":
+        raise RecipeError(
+            f"train.batchnorm = synced needs CUDA devices, not {device.type}: torch's SyncBatchNorm computes on "
+            "nothing else",
+            "--set train.batchnorm=train, with which each process normalises over its own images",
+        )
+    distributed.start(device)
 
 
 def _lock(run: Run) -> FileLock | None:

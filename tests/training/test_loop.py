@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from torch import nn
 
 from racnn_cli import api
 from racnn_cli.core.model import RACNN, build
+from racnn_cli.events import Validation
 from racnn_cli.recipe import Recipe
-from racnn_cli.training import checkpoint, loop, stages, trainer
-from racnn_cli.training.loop import Averaged, fit, freeze_all_but, make_optimizer, rate_at
-from racnn_cli.training.trainer import Trainer, baseline_recipe
+from racnn_cli.training import checkpoint, phases, stages, trainer
+from racnn_cli.training.baseline import baseline_recipe
+from racnn_cli.training.ema import Ema
+from racnn_cli.training.loop import fit, freeze_all_but, lr_factor, make_optimizer, set_training_mode
+from racnn_cli.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def small(recipe: Recipe) -> RACNN:
 
 def rates(data: Path, updates: int, per_epoch: int, **train: Any) -> list[float]:
     recipe = tiny(data, **{f"train__{key}": value for key, value in train.items()})
-    return [rate_at(recipe, update, updates, per_epoch) for update in range(updates)]
+    return [lr_factor(recipe, update, updates, per_epoch) for update in range(updates)]
 
 
 def test_cosine_with_warmup(data) -> None:
@@ -65,8 +69,8 @@ def test_constant_with_and_without_warmup(data) -> None:
 def test_groups_of_the_optimizer(data) -> None:
     recipe = tiny(data, pretrain_cnn__lr=0.01, pretrain_cnn__head_lr=5.0, train__weight_decay=0.1)
     model = small(recipe)
-    stage = stages.pretrain_cnn(recipe)
-    moving = freeze_all_but(model, stage.moving(model))
+    stage = phases.pretrain_cnn(recipe)
+    moving = freeze_all_but(model, stage.modules(model))
     optimizer = make_optimizer(recipe, stage, model)
     assert isinstance(optimizer, torch.optim.AdamW)
     given = {p: group for group in optimizer.param_groups for p in group["params"]}
@@ -84,13 +88,15 @@ def test_groups_of_the_optimizer(data) -> None:
 
 def test_frozen_batchnorm_keeps_its_statistics(data) -> None:
     model = small(tiny(data))
-    stage = stages.pretrain_cnn(tiny(data))
+    stage = phases.pretrain_cnn(tiny(data))
     norms = [m for m in model.scale(0).backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
-    freeze_all_but(model, stage.moving(model), True)
+    modules = stage.modules(model)
+    freeze_all_but(model, modules)
+    set_training_mode(model, modules, freeze_batchnorm=True)
     assert not any(layer.training for layer in norms)
     assert all(p.requires_grad for layer in norms for p in layer.parameters())
-    freeze_all_but(model, stage.moving(model), False)
+    set_training_mode(model, modules, freeze_batchnorm=False)
     assert all(layer.training for layer in norms)
 
 
@@ -100,7 +106,7 @@ def test_frozen_batchnorm_keeps_its_statistics(data) -> None:
 def test_averaged_weights_by_hand(data) -> None:
     model = small(tiny(data))
     head = model.scale(0).classifier
-    averaged = Averaged(model, [head], 0.5)
+    averaged = Ema(model, [head], 0.5)
     assert set(averaged.values) == {"scales.0.classifier.weight", "scales.0.classifier.bias"}
     expected = head.bias.detach().clone()
     for update, value in enumerate((1.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 9.0), start=1):
@@ -110,22 +116,21 @@ def test_averaged_weights_by_hand(data) -> None:
         decay = min(0.5, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * value
     torch.testing.assert_close(averaged.values["scales.0.classifier.bias"], expected)
-    averaged.swap()
-    torch.testing.assert_close(head.bias.detach(), expected)
-    torch.testing.assert_close(averaged.values["scales.0.classifier.bias"], torch.full((3,), 9.0))
-    averaged.swap()
+    with averaged.applied():
+        torch.testing.assert_close(head.bias.detach(), expected)
+        torch.testing.assert_close(averaged.values["scales.0.classifier.bias"], torch.full((3,), 9.0))
     torch.testing.assert_close(head.bias.detach(), torch.full((3,), 9.0))
-    assert Averaged(model, [head], 0.0).values == {}
+    assert averaged.updates == 10
+    assert Ema(model, [head], 0.0).values == {}
 
 
 def test_a_stage_ends_with_the_averaged_weights(here, data) -> None:
-    started = Trainer.start(tiny(data, train__ema=0.9, pretrain_cnn__lr=0.01), here / "mine", quiet=True)
-    context = started.context
-    fit(context, stages.pretrain_cnn(context.recipe))
-    saved = load_file(checkpoint.saved(context.run)[0])
+    started = Trainer.start(tiny(data, train__ema=0.9, pretrain_cnn__lr=0.01), out=here / "mine", quiet=True)
+    fit(started, phases.pretrain_cnn(started.recipe))
+    saved = load_file(checkpoint.list_checkpoints(started.run)[0])
     averages = {k.removeprefix("averaged."): v for k, v in saved.items() if k.startswith("averaged.")}
     assert len(averages) > 20
-    state = context.model.state_dict()
+    state = started.model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in averages.items())
     differ = [name for name, value in averages.items() if not torch.equal(saved[f"model.{name}"], value)]
     assert "scales.0.classifier.weight" in differ
@@ -135,9 +140,9 @@ def test_a_stage_ends_with_the_averaged_weights(here, data) -> None:
 
 
 def weights_after(recipe: Recipe, folder: Path, stage: str = "pretrain-cnn") -> dict[str, torch.Tensor]:
-    started = Trainer.start(recipe, folder, quiet=True)
-    started.run_stage(stage)
-    return load_file(started.context.run.weights)
+    started = Trainer.start(recipe, out=folder, quiet=True)
+    stages.run_stage(started, stage)
+    return load_file(started.run.weights)
 
 
 @pytest.mark.parametrize("batches", [(4, 2, 8), (5, 2, 10)], ids=["even", "uneven"])
@@ -165,37 +170,39 @@ def test_workers_read_what_one_process_reads(here, data) -> None:
 # ---- when a stage ends
 
 
-def val(first: float, *, rank: float = 0.1) -> dict[str, Any]:
-    """What `validate` gives, with one figure for all losses."""
+def val(first: float, *, rank: float = 0.1) -> Validation:
+    """Validation figures with one loss for all answers."""
     entry = {"top1": 0.5, "nll": first}
     box = {"side_mean": 0.5, "side_std": 0.0, "centre_std": 0.1, "at_floor": 0.0, "at_ceiling": 0.0}
-    return {"scales": [entry, entry], "average": entry, "fused": entry, "rank": rank, "boxes": [box]}
+    return Validation.model_validate(
+        {"scales": [entry, entry], "average": entry, "fused": entry, "rank": rank, "boxes": [box]}
+    )
 
 
 def test_early_stop_waits_its_patience_and_goes_back_to_the_best(here, data, monkeypatch) -> None:
     losses = iter([1.0, 0.8, 0.9, 0.81, 0.5])
     states: list[torch.Tensor] = []
 
-    def measured(model: RACNN, *rest: Any, **keys: Any) -> dict[str, Any]:
-        states.append(model.scale(0).classifier.weight.detach().clone())
+    def validate(self: Trainer, *rest: Any, **keys: Any) -> Validation:
+        states.append(self.model.scale(0).classifier.weight.detach().clone())
         return val(next(losses))
 
-    monkeypatch.setattr(loop, "validate", measured)
+    monkeypatch.setattr(Trainer, "validate", validate)
     recipe = tiny(data, pretrain_cnn__epochs=9, pretrain_cnn__patience=2)
-    started = Trainer.start(recipe, here / "mine", quiet=True)
-    started.run_stage("pretrain-cnn")
-    run = started.context.run
+    started = Trainer.start(recipe, out=here / "mine", quiet=True)
+    stages.run_stage(started, "pretrain-cnn")
+    run = started.run
     assert [e.epoch for e in run.read_log() if e.event == "epoch"] == [1, 2, 3, 4]
     best = load_file(run.weights)["scales.0.classifier.weight"]
     assert torch.equal(best, states[1])
     assert not torch.equal(best, states[3])
 
 
-def judged(context: Trainer, figures: Iterator[dict[str, Any]]) -> list[bool]:
-    context.validate = lambda: next(figures)  # type: ignore[method-assign]
+def judged(trainer: Trainer, figures: Iterator[Validation]) -> list[bool]:
+    trainer.validate = lambda *_: next(figures)  # type: ignore[method-assign]
     ends = []
     for _ in range(20):
-        ends.append(context._judge())
+        ends.append(stages.end_round(trainer))
         if ends[-1]:
             break
     return ends
@@ -203,7 +210,7 @@ def judged(context: Trainer, figures: Iterator[dict[str, Any]]) -> list[bool]:
 
 def alternating(here: Path, data: Path, **keys: Any) -> Trainer:
     names = {f"alternate__{key}": value for key, value in keys.items()}
-    return Trainer.start(tiny(data, **names), here / "mine", quiet=True)
+    return Trainer.start(tiny(data, **names), out=here / "mine", quiet=True)
 
 
 def test_alternate_ends_when_neither_loss_changes(here, data) -> None:
@@ -215,10 +222,10 @@ def test_alternate_ends_when_neither_loss_changes(here, data) -> None:
     while len(course) < 3 or any(a - b > 0.01 * a for a, b in zip(course[-3:], course[-2:], strict=False)):
         course.append(0.5 * course[-1] + 0.25)
     assert len(ends) == len(course) == 9
-    assert started.context.progress.best_round == 2
-    last = [e for e in started.context.run.read_log() if e["event"] == "round"][-1]
-    assert last["still"] == 2
-    assert last["smoothed"]["classification"] == pytest.approx(0.5 + 0.5**9)
+    assert started.progress.best_round == 2
+    last = [e for e in started.run.read_log() if e.event == "round"][-1]
+    assert last.still == 2
+    assert last.smoothed["classification"] == pytest.approx(0.5 + 0.5**9)
 
 
 def test_a_change_of_the_rank_loss_alone_keeps_it_going(here, data) -> None:
@@ -236,15 +243,19 @@ def test_the_best_round_is_restored(here, data, monkeypatch) -> None:
     figures = iter([val(0.9), val(0.4), val(0.7), val(0.4)])  # of the rounds, and at the end
     states: list[dict[str, torch.Tensor]] = []
 
-    def measured(self: Trainer) -> dict[str, Any]:
-        states.append({name: t.clone() for name, t in self.context.model.state_dict().items()})
+    honest = trainer.Trainer.validate
+
+    def measured(self: Trainer, scales: int | None = None) -> Validation:
+        if sys._getframe(1).f_code.co_name == "_validate":  # at the end of an epoch
+            return honest(self, scales)
+        states.append({name: t.clone() for name, t in self.model.state_dict().items()})
         return next(figures)
 
-    started.run_stage("pretrain-cnn")
-    started.run_stage("pretrain-apn")
+    stages.run_stage(started, "pretrain-cnn")
+    stages.run_stage(started, "pretrain-apn")
     monkeypatch.setattr(trainer.Trainer, "validate", measured)
-    started.run_stage("alternate")
-    kept = load_file(started.context.run.weights)
+    stages.run_stage(started, "alternate")
+    kept = load_file(started.run.weights)
     names = [name for name in kept if "fusion" not in name]
     assert len(states) == 4
     assert all(torch.equal(kept[name], states[1][name]) for name in names)
@@ -255,22 +266,22 @@ def test_the_best_round_is_restored(here, data, monkeypatch) -> None:
 
 def test_the_first_rounds_are_short(here, data) -> None:
     recipe = tiny(data, alternate__rounds=5, alternate__cnn_epochs=3, alternate__ramp=True)
-    assert [stages.cnn_phase(recipe, None, number).epochs for number in range(5)] == [1, 2, 3, 3, 3]
+    assert [phases.cnn_phase(recipe, round_index=number).epochs for number in range(5)] == [1, 2, 3, 3, 3]
     level = recipe.override({"alternate.ramp": False})
-    assert [stages.cnn_phase(level, None, number).epochs for number in range(5)] == [3] * 5
+    assert [phases.cnn_phase(level, round_index=number).epochs for number in range(5)] == [3] * 5
     started = alternating(here, data, rounds=2, cnn_epochs=2, tolerance=0.0)
-    started.run_all()
-    phases = [event for event in started.context.run.read_log() if event.get("phase") == "CNN phase"]
-    assert [(event["round"], event["epoch"]) for event in phases] == [(1, 1), (2, 1), (2, 2)]
+    stages.run_all(started)
+    events = [event for event in started.run.epochs() if event.phase == "CNN phase"]
+    assert [(event.round, event.epoch) for event in events] == [(1, 1), (2, 1), (2, 2)]
 
 
 def test_without_apn_epochs_the_boxes_stay(here, data) -> None:
     started = alternating(here, data, apn_epochs=0)
-    started.run_stage("pretrain-cnn")
-    started.run_stage("pretrain-apn")
-    before = load_file(started.context.run.weights)
-    started.run_stage("alternate")
-    after = load_file(started.context.run.weights)
+    stages.run_stage(started, "pretrain-cnn")
+    stages.run_stage(started, "pretrain-apn")
+    before = load_file(started.run.weights)
+    stages.run_stage(started, "alternate")
+    after = load_file(started.run.weights)
     apn = [name for name in before if ".apn." in name]
     assert apn
     assert all(torch.equal(before[name], after[name]) for name in apn)
@@ -305,7 +316,7 @@ def test_the_baseline_has_the_same_budget(data) -> None:
 def test_training_with_a_baseline_measures_both(here, data) -> None:
     recipe = tiny(data, baseline=True, alternate__rounds=1)
     run, result = api.train(recipe, out=here / "mine", quiet=True)
-    assert set(result["baseline"]) >= {"top1", "nll"}
+    assert set(result.to_json()["baseline"]) >= {"top1", "nll"}
     assert (run.folder / "baseline" / "weights.safetensors").is_file()
     assert Path("runs/latest").resolve() == run.folder.resolve()
     log = (run.folder / "baseline" / "log.jsonl").read_text()

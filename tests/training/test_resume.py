@@ -15,16 +15,15 @@ import torch
 from blobs import tiny, write_blobs, write_recipe
 from safetensors.torch import load_file
 
-from racnn_cli import api
+from racnn_cli import api, evaluation
 from racnn_cli.cli import main
 from racnn_cli.data import images
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import Interrupted, RacnnError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
-from racnn_cli.training import checkpoint, loop, stages
+from racnn_cli.training import checkpoint, phases
 from racnn_cli.training.console import Console
-from racnn_cli.training.loop import Interrupted
-from racnn_cli.training.trainer import asdict_flat
+from racnn_cli.training.resume import flatten
 
 # Where a run is stopped: the stage as the loop names it, and how many steps of it in this process are made
 # before. 24 images in batches of 6 are 4 steps an epoch; the fourth is the last of its epoch.
@@ -66,12 +65,12 @@ def stop_at(monkeypatch) -> Callable[..., None]:
     plan: dict[str, Any] = {}
     begin, step = Console.begin, Console.step
 
-    def begun(self: Console, name: str, *rest: Any) -> None:
+    def begun(self: Console, name: str, **rest: Any) -> None:
         plan["now"], plan["made"] = name, 0
-        begin(self, name, *rest)
+        begin(self, name, **rest)
 
-    def stepped(self: Console, *rest: Any) -> None:
-        step(self, *rest)
+    def stepped(self: Console, *rest: Any, **keys: Any) -> None:
+        step(self, *rest, **keys)
         plan["made"] += 1
         if (plan["now"], plan["made"]) == plan.get("at"):
             del plan["at"]
@@ -88,7 +87,9 @@ def stop_at(monkeypatch) -> Callable[..., None]:
 
 def timeless_log(run: Run) -> list[dict[str, Any]]:
     times = ("seconds", "images_per_second")
-    return [{key: e[key] for key in e if key not in times} for e in run.read_log()]
+    return [
+        {key: value for key, value in event.to_json().items() if key not in times} for event in run.read_log()
+    ]
 
 
 def trained(recipe: Recipe, out: Path) -> Run:
@@ -120,8 +121,8 @@ def test_a_run_that_was_stopped_in_every_stage_ends_bit_identical(here, data, st
     one, two = load_file(whole.weights), load_file(parts.weights)
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
-    assert sorted(parts.state.glob("*.safetensors"), reverse=True) == checkpoint.saved(parts)
-    assert len(checkpoint.saved(parts)) == 2  # the newest, and one in case that it is damaged
+    assert sorted(parts.state.glob("*.safetensors"), reverse=True) == checkpoint.list_checkpoints(parts)
+    assert len(checkpoint.list_checkpoints(parts)) == 2  # the newest, and one in case that it is damaged
     assert [p.name for p in parts.state.iterdir() if p.name.startswith(".")] == []
 
 
@@ -130,7 +131,7 @@ def test_a_signal_while_it_validates_costs_nothing(here, data, monkeypatch, at) 
     """At an epoch's end, a round's, a stage's: the validation is not finished first."""
     recipe = tiny(data, train__ema=0.9)
     whole = trained(recipe, here / "whole")
-    honest, calls = loop.validate, []
+    honest, calls = evaluation.measure, []
 
     def interrupted(model, batches, *rest, **options):
         calls.append(0)
@@ -138,7 +139,7 @@ def test_a_signal_while_it_validates_costs_nothing(here, data, monkeypatch, at) 
             signal.raise_signal(signal.SIGTERM)
         return honest(model, batches, *rest, **options)
 
-    monkeypatch.setattr(loop, "validate", interrupted)
+    monkeypatch.setattr(evaluation, "measure", interrupted)
     with pytest.raises(Interrupted):
         api.train(recipe, out=here / "parts", quiet=True)
     assert len(calls) == at
@@ -163,7 +164,7 @@ def test_a_signal_saves_and_says_how_to_go_on(here, data, stop_at, monkeypatch, 
     assert "racnn train --resume --run mine" in said
     assert "Traceback" not in said
     assert signal.getsignal(number) == before
-    assert checkpoint.saved(Run(here / "mine"))
+    assert checkpoint.list_checkpoints(Run(here / "mine"))
     monkeypatch.setattr(sys, "argv", ["racnn", "train", "--resume", "--run", "mine"])
     with pytest.raises(SystemExit) as end:
         main()
@@ -186,7 +187,7 @@ def test_resume_of_a_finished_run_trains_nothing(here, data) -> None:
     result = api.resume(run, quiet=True)
     assert run.weights.read_bytes() == weights
     assert run.log.read_bytes() == log
-    assert result["images"] == 12
+    assert result.images == 12
     assert run.eval.is_file()
 
 
@@ -205,7 +206,7 @@ def test_weights_without_a_checkpoint_are_not_trained_over(here, data, racnn) ->
     for words in (["train", "--resume"], ["pretrain-cnn"], ["alternate"]):
         said = racnn(*words, "--run", run.folder)
         assert said.code == 2
-        assert "no checkpoint to go on from" in said.err
+        assert "no checkpoint to continue from" in said.err
     assert {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()} == before
 
 
@@ -246,7 +247,7 @@ def test_an_epoch_goes_on_in_smaller_batches_with_the_same_images(here, data, st
     with pytest.raises(Interrupted):
         api.train(recipe, out=here / "parts", quiet=True)
     run = Run.open(here / "parts")
-    with pytest.raises(RacnnError, match=r"after 12 images; updates of 10 .* do not fit"):
+    with pytest.raises(RacnnError, match=r"after 12 images; updates of 10 .* do not divide"):
         api.resume(run, {"train.batch": 5, "train.accumulate": 2}, quiet=True)
     read: list[int] = []
     honest = images.ImageDataset.__getitem__
@@ -256,7 +257,7 @@ def test_an_epoch_goes_on_in_smaller_batches_with_the_same_images(here, data, st
     api.resume(run, {"train.batch": 3, "train.accumulate": 2}, quiet=True)
     order = images.plan(24, batch=6, epoch=0, seed=3, shuffle=True)
     assert read[:12] == [position for step in order[2:] for position in step]
-    losses = [next(e for e in r.read_log() if e["event"] == "epoch")["train_loss"] for r in (whole, run)]
+    losses = [r.epochs()[0].train_loss for r in (whole, run)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     one, two = load_file(whole.weights), load_file(run.weights)
     for name in one:  # one update of 6 is two batches of 3, but for rounding
@@ -279,9 +280,9 @@ def test_the_baseline_that_was_stopped_goes_on_with_its_run(here, data, stop_at)
     with pytest.raises(Interrupted) as stopped:
         api.resume(run, quiet=True)
     assert (run.folder / "baseline" / "recipe.toml").is_file()
-    assert stopped.value.hint == f"`racnn train --resume --run {here / 'mine'}` goes on"
+    assert stopped.value.hint == f"`racnn train --resume --run {here / 'mine'}` continues"
     result = api.resume(run, quiet=True)
-    assert result["baseline"] is not None
+    assert result.baseline is not None
     assert len(run.read_log()) >= steps
 
 
@@ -301,16 +302,16 @@ def test_what_a_failed_baseline_says_to_type_reaches_it(
 ) -> None:
     real = api.baseline_recipe
 
-    def begun(*args: Any) -> Recipe:  # the next loss is the baseline's first
+    def begun(*args: Any, **keys: Any) -> Recipe:  # the next loss is the baseline's first
         explode(monkeypatch, "classification_loss", 1, error)
-        return real(*args)
+        return real(*args, **keys)
 
     monkeypatch.setattr(api, "baseline_recipe", begun)
     with pytest.raises(RacnnError) as caught:
         api.train(tiny(data, baseline=True, alternate__rounds=1), out=here / "mine", quiet=True)
     assert caught.value.exit_code == 1
     run, base = Run.open(here / "mine"), Run.open(here / "mine" / "baseline")
-    began = asdict_flat(base.recipe())
+    began = flatten(base.recipe())
     assert before.items() <= began.items()
     said = caught.value.hint.split("`")[1]
     # Keys of which a baseline has values of its own stay as they are, also where the run's are repeated.
@@ -320,10 +321,10 @@ def test_what_a_failed_baseline_says_to_type_reaches_it(
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
-    assert asdict_flat(base.recipe()) == {**began, **after}
+    assert flatten(base.recipe()) == {**began, **after}
     assert base.eval.is_file()
     # The run itself was trained with the old values, and says so.
-    assert before.items() <= asdict_flat(run.recipe()).items()
+    assert before.items() <= flatten(run.recipe()).items()
 
 
 def test_resume_with_more_epochs_goes_further(here, data, stop_at) -> None:
@@ -342,14 +343,14 @@ def test_resume_with_more_epochs_goes_further(here, data, stop_at) -> None:
 
 def explode(monkeypatch, name: str, call: int, value: Callable[[Any], Any]) -> None:
     """Let the `call`-th use of a loss in the stages be something else."""
-    real = getattr(stages, name)
+    real = getattr(phases, name)
     made = [0]
 
     def loss(*args: Any, **keys: Any) -> Any:
         made[0] += 1
         return value(real(*args, **keys)) if made[0] == call else real(*args, **keys)
 
-    monkeypatch.setattr(stages, name, loss)
+    monkeypatch.setattr(phases, name, loss)
 
 
 def infinite_slope(loss: torch.Tensor) -> torch.Tensor:
@@ -373,7 +374,7 @@ def test_what_is_not_finite_stops_before_the_update(here, data, monkeypatch, val
     message = caught.value.message
     assert "pretrain-cnn, epoch 2, step 3" in message
     assert part in message
-    newest = checkpoint.saved(Run(here / "mine"))[0]
+    newest = checkpoint.list_checkpoints(Run(here / "mine"))[0]
     assert f"{newest} is intact" in message
     assert "lr" in caught.value.hint
 
@@ -438,5 +439,5 @@ def test_on_a_gpu_the_same_images_come_and_the_weights_are_near(here, data, stop
         torch.testing.assert_close(
             two[name], expected, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
-    logs = [[e.get("views") for e in Run(here / name).read_log()] for name in ("whole", "parts")]
+    logs = [[e.to_json().get("views") for e in Run(here / name).read_log()] for name in ("whole", "parts")]
     assert logs[0] == logs[1]

@@ -15,9 +15,9 @@ import racnn_cli
 from racnn_cli import api
 from racnn_cli.core import attention
 from racnn_cli.run import Run
-from racnn_cli.training import stages
-from racnn_cli.training.loop import fit, loader
-from racnn_cli.training.stages import Stage
+from racnn_cli.training import phases, stages
+from racnn_cli.training.loop import fit
+from racnn_cli.training.phases import Phase
 from racnn_cli.training.trainer import Trainer
 
 
@@ -86,7 +86,7 @@ def test_the_stages_as_typed(racnn, here, data) -> None:
 
 def test_every_epoch_is_one_line_of_the_log(here, data) -> None:
     run, result = api.train(tiny(data), out=here / "mine", quiet=True)
-    events = run.read_log()
+    events = [event.to_json() for event in run.read_log()]
     epochs = [e for e in events if e["event"] == "epoch"]
     phases = [
         "",
@@ -126,7 +126,7 @@ def test_every_epoch_is_one_line_of_the_log(here, data) -> None:
     for event in (e for e in events if e["event"] == "stage"):
         assert len(event["val"]["scales"]) == 2
         assert event["val"]["rank"] >= 0
-    assert result["images"] == 12
+    assert result.images == 12
 
 
 def test_quick_goes_the_whole_way(here, data) -> None:
@@ -149,12 +149,12 @@ def test_the_same_seed_is_the_same_run_and_another_seed_is_not(here, data) -> No
 
 # ---- frozen is frozen
 
-KINDS: list[tuple[Callable[..., Stage], Callable[[str], bool]]] = [
-    (stages.pretrain_cnn, lambda name: name.startswith("scales.0.") and ".apn." not in name),
-    (stages.pretrain_apn, lambda name: ".apn." in name),
-    (stages.cnn_phase, lambda name: name.startswith("scales.") and ".apn." not in name),
-    (stages.apn_phase, lambda name: ".apn." in name),
-    (stages.fusion, lambda name: name.startswith("fusion.")),
+KINDS: list[tuple[Callable[..., Phase], Callable[[str], bool]]] = [
+    (phases.pretrain_cnn, lambda name: name.startswith("scales.0.") and ".apn." not in name),
+    (phases.pretrain_apn, lambda name: ".apn." in name),
+    (phases.cnn_phase, lambda name: name.startswith("scales.") and ".apn." not in name),
+    (phases.apn_phase, lambda name: ".apn." in name),
+    (phases.fusion, lambda name: name.startswith("fusion.")),
 ]
 
 
@@ -170,7 +170,7 @@ def test_what_is_frozen_stays_bit_identical_and_the_rest_moves(here, data, batch
         fusion__lr=0.1,
         **{f"{phase}__epochs": 1 for phase in ("pretrain_cnn", "pretrain_apn", "fusion")},
     )
-    context = Trainer.start(recipe, here / "mine", quiet=True).context
+    context = Trainer.start(recipe, out=here / "mine", quiet=True)
     model = context.model
     with torch.no_grad():  # classifiers that start near 0 give the features hardly any gradient
         for number in range(3):
@@ -183,27 +183,27 @@ def test_what_is_frozen_stays_bit_identical_and_the_rest_moves(here, data, batch
         for name, tensor in model.state_dict().items():
             same = torch.equal(before[name], tensor)
             if not moves(name) or (name in buffers and batchnorm == "frozen"):
-                assert same, f"{stage.name} changed {name}"
+                assert same, f"{stage.title} changed {name}"
             elif stage.part != "fusion":  # the fusion head goes back to its start where that was the best
-                assert not same, f"{stage.name} did not move {name}"
+                assert not same, f"{stage.title} did not move {name}"
         assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_the_fusion_head_learns_where_the_scales_disagree(here, data) -> None:
     """The classifiers of scale 2 are turned upside down: their mean is useless, a learned head is not."""
     recipe = tiny(data, fusion__epochs=6, fusion__lr=0.05, data__augment__color=0.0, pretrain_cnn__epochs=8)
-    started = Trainer.start(recipe, here / "mine", quiet=True)
-    context = started.context
+    started = Trainer.start(recipe, out=here / "mine", quiet=True)
+    context = started
     longer = {"alternate.cnn_epochs": 8, "alternate.ramp": False, "alternate.cnn_lr": 3e-3}
-    fit(context, stages.cnn_phase(recipe.override(longer)))
+    fit(context, phases.cnn_phase(recipe.override(longer)))
     with torch.no_grad():
         context.model.scale(1).classifier.weight.mul_(-3)
-    started._start_fusion()
+    stages.start_fusion(started)
     before = started.validate().fused.nll
-    fit(context, stages.fusion(recipe))
+    fit(context, phases.fusion(recipe))
     after = started.validate()
-    assert after["fused"]["nll"] < 0.7 * before
-    assert after["fused"]["nll"] < after["average"]["nll"]
+    assert after.fused.nll < 0.7 * before
+    assert after.fused.nll < after.average.nll
 
 
 # ---- it learns
@@ -222,8 +222,8 @@ def test_colours_are_learned_in_seconds(here, tmp_path_factory, backbone) -> Non
     easy = write_blobs(tmp_path_factory.mktemp("easy") / "data", {"train": 16, "val": 6, "test": 8})
     recipe = tiny(easy, model__backbone=backbone, alternate__cnn_lr=5e-4, **EASY)
     _, result = api.train(recipe, out=here / "mine", quiet=True)
-    assert result["fused"]["top1"] >= 0.95
-    assert all(scale["top1"] >= 0.9 for scale in result["scales"])
+    assert result.fused.top1 >= 0.95
+    assert all(scale.top1 >= 0.9 for scale in result.scales)
 
 
 @pytest.mark.parametrize("slope", ["perturb", "backprop"])
@@ -245,8 +245,8 @@ def test_the_apns_learn_where_to_look(here, tmp_path_factory, slope) -> None:
         alternate__apn_gradient=slope,
         **EASY,
     )
-    started = Trainer.start(recipe, here / "mine", quiet=True)
-    context = started.context
+    started = Trainer.start(recipe, out=here / "mine", quiet=True)
+    context = started
     apn = context.model.scale(0).apn
     assert apn is not None
 
@@ -254,7 +254,7 @@ def test_the_apns_learn_where_to_look(here, tmp_path_factory, slope) -> None:
         """Mean box on the training images, and mean distance to the peak target."""
         boxes, targets = [], []
         with torch.no_grad():
-            for batch in loader(context, context.train, shuffle=False):
+            for batch in context.batches("train", augment=False):
                 output = context.model.eval()(batch["image"])
                 features = context.model.scale(0).backbone(output.views[0])
                 boxes.append(output.proposals[0])
@@ -263,24 +263,22 @@ def test_the_apns_learn_where_to_look(here, tmp_path_factory, slope) -> None:
         return found.mean(0), (found - wanted).abs().sum(1).mean().item()
 
     untrained = {name: tensor.clone() for name, tensor in apn.state_dict().items()}
-    started.run_stage("pretrain-cnn")
+    stages.run_stage(started, "pretrain-cnn")
     at_start, far = looking()
-    started.run_stage("pretrain-apn")
+    stages.run_stage(started, "pretrain-apn")
     after_peak, near = looking()
     assert near < 0.6 * far
     assert (after_peak[:2] < at_start[:2] - 0.1).all()
 
-    fit(context, stages.cnn_phase(recipe))
+    fit(context, phases.cnn_phase(recipe))
     apn.load_state_dict(untrained)  # forget the peak, so that the rank loss has to find the way,
     with torch.no_grad():  # from a place that is far from it
         apn.box.weight.zero_()
         apn.box.bias.copy_(torch.tensor([1.0, 1.0, 0.0]))
     away, _ = looking()
-    fit(context, stages.apn_phase(recipe))
+    fit(context, phases.apn_phase(recipe))
     after_rank, _ = looking()
-    log = [
-        e["train_loss"]["rank 1-2"] for e in context.run.read_log() if "rank 1-2" in e.get("train_loss", {})
-    ]
+    log = [e.train_loss["rank 1-2"] for e in context.run.epochs() if "rank 1-2" in e.train_loss]
     excess = [loss - recipe.alternate.margin for loss in log]
     assert excess[0] > 0.02
     assert excess[-1] < 0.3 * excess[0]
