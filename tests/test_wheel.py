@@ -18,6 +18,7 @@ NEEDED = {
     "racnn_cli/__main__.py",
     "racnn_cli/py.typed",
     "racnn_cli/results/report.css",
+    "racnn_cli/results/report.html.jinja",
     "racnn_cli/training/loop.py",
     "racnn_cli/data/datasets/fieldguide.py",
     "racnn_cli/backbones/__init__.py",

@@ -1,1 +1,1 @@
-"""What comes out of a run: evaluate, export, predict, report."""
+"""Predictions, drawings, tables and the report page of a run."""

@@ -1,4 +1,4 @@
-"""Where the network looked, as an image: boxes on the upright photograph, and what each box shows."""
+"""Drawings of predictions: the boxes on the upright image, and an enlarged view of each."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from PIL import Image, ImageDraw, ImageFont
 from racnn_cli.data.decode import UprightImage
 from racnn_cli.data.geometry import Geometry
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; one a scale, in the order of scales.
-COLOURS = ("#595959", "#D55E00", "#56B4E9", "#F0E442", "#009E73")
+# One color per scale: Okabe and Ito's palette, which color-blind readers can tell apart.
+COLORS = ("#595959", "#D55E00", "#56B4E9", "#F0E442", "#009E73")
 INK, SOFT, PAPER = "#1b1b1b", "#666666", "#ffffff"
-NOTHING = "#c8c8c8"  # where a box leaves the image
+OUTSIDE = "#c8c8c8"  # the part of a box that lies outside the image
 GAP = 12
 
 Rect = tuple[float, float, float, float]
 
 
 def upright_boxes(image: UprightImage, boxes: Sequence[Rect]) -> list[Rect]:
-    """Boxes x0, y0, x1, y1 in pixels of the file as stored, in pixels of the upright image."""
+    """Convert boxes (x0, y0, x1, y1) from pixels of the file as stored to pixels of the upright image."""
     geometry = Geometry(image.stored_size, image.orientation, (0.0, 0.0), (1.0, 1.0))
     return [geometry.upright_from_stored(box) for box in boxes]
 
 
 def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int) -> Image.Image:
-    """The image with its boxes, and at its right what each box shows, enlarged.
+    """Draw the image with its boxes, and to its right an enlarged view of each box.
 
     Args:
         pixels: (H, W, 3) uint8, upright.
-        boxes: x0, y0, x1, y1 in pixels of `pixels`, from scale 2 on.
-        height, width: what the image itself may take; it is enlarged or reduced to fill it.
+        boxes: (x0, y0, x1, y1) in pixels of `pixels`, of scales 2, 3, …
+        height, width: the area in pixels that the image is scaled to fit.
     """
     source = Image.fromarray(pixels)
     factor = min(height / source.height, width / source.width)
@@ -42,24 +42,24 @@ def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int)
     )
     draw, line = ImageDraw.Draw(whole), max(3, round(height / 160))
     for number, box in enumerate(boxes, start=2):
-        _frame(draw, [value * factor for value in box], _colour(number), line, whole.size)
+        _frame(draw, [value * factor for value in box], color=_color(number), line=line)
     if not boxes:
         return whole
-    height = max(whole.height, height // 2)  # a flat image leaves its views room all the same
+    height = max(whole.height, height // 2)  # a wide image must not make the views tiny
     columns = 1 if len(boxes) <= 2 else 2
-    lines = -(-len(boxes) // columns)
+    rows = -(-len(boxes) // columns)
     gap = max(4, round(GAP * height / 560))
-    side = (height - gap * (lines - 1)) // lines if len(boxes) > 1 else round(height * 0.7)
+    side = (height - gap * (rows - 1)) // rows if len(boxes) > 1 else round(height * 0.7)
     top = (height - whole.height) // 2
     sheet = Image.new("RGB", (whole.width + columns * (gap + side), height), PAPER)
     sheet.paste(whole, (0, top))
-    offset = (height - lines * side - (lines - 1) * gap) // 2
+    offset = (height - rows * side - (rows - 1) * gap) // 2
     for number, box in enumerate(boxes):
-        place = (
+        position = (
             whole.width + gap + (number % columns) * (side + gap),
             offset + (number // columns) * (side + gap),
         )
-        sheet.paste(_tile(source, box, side, number + 2, line), place)
+        sheet.paste(_tile(source, box, side=side, scale=number + 2, line=line), position)
     return sheet
 
 
@@ -70,7 +70,14 @@ def sheet(
     scales: Sequence[tuple[str, float]],
     name: str,
 ) -> Image.Image:
-    """What `panel` draws, over a caption: the answer, the file's name, what each scale says (the legend)."""
+    """Draw a panel and its caption.
+
+    Args:
+        pixels, boxes: as in `panel`.
+        answer: predicted class and its probability.
+        scales: the same for each scale on its own, shown as the legend.
+        name: the file's name.
+    """
     image = panel(pixels, boxes, height=560, width=840)
     width = max(image.width, 480)
     entries = [
@@ -82,55 +89,54 @@ def sheet(
     paper.paste(image, (GAP + (width - image.width) // 2, GAP))
     draw = ImageDraw.Draw(paper)
     y = image.height + 2 * GAP
-    label, probability = answer
-    share = f"{probability:.1%}"
-    draw.text((GAP, y), _fit(label, _font(30), width * 0.6), INK, _font(30))
-    x = GAP + _length(_fit(label, _font(30), width * 0.6), _font(30)) + 14
-    draw.text((x, y), share, SOFT, _font(30))
-    x += _length(share, _font(30)) + 24
-    if width + GAP - x > 60:
-        draw.text((width + GAP, y + 11), _fit(name, _font(16), width + GAP - x), SOFT, _font(16), anchor="ra")
+    large, small = _font(30), _font(16)
+    label, share = _fit(answer[0], large, width * 0.6), f"{answer[1]:.1%}"
+    draw.text((GAP, y), label, fill=INK, font=large)
+    x = GAP + _length(label, large) + 14
+    draw.text((x, y), share, fill=SOFT, font=large)
+    room = width + GAP - (x + _length(share, large) + 24)
+    if room > 60:
+        draw.text((width + GAP, y + 11), _fit(name, small, room), fill=SOFT, font=small, anchor="ra")
     y += 50
     for line in lines:
         x = GAP
         for number, text in line:
-            draw.rectangle((x, y + 2, x + 15, y + 17), _colour(number), INK)
-            draw.text((x + 23, y), text, INK, _font(17))
-            x += _entry(text)
+            draw.rectangle((x, y + 2, x + 15, y + 17), _color(number), INK)
+            draw.text((x + 23, y), text, fill=INK, font=_font(17))
+            x += _entry_width(text)
         y += 28
     return paper
 
 
-def _tile(source: Image.Image, box: Rect, side: int, number: int, line: int) -> Image.Image:
-    """What one box shows, on a grey square framed in its scale's colour; the box's own shape is kept."""
+def _tile(source: Image.Image, box: Rect, *, side: int, scale: int, line: int) -> Image.Image:
+    """The view of one box, with its aspect ratio kept, on a gray square framed in its scale's color."""
     x0, y0, x1, y1 = box
     x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
-    colour, room = _colour(number), side - 2 * line
+    color, room = _color(scale), side - 2 * line
     factor = min(room / (x1 - x0), room / (y1 - y0))
     size = (max(1, round((x1 - x0) * factor)), max(1, round((y1 - y0) * factor)))
     area = (max(x0, 0.0), max(y0, 0.0), min(x1, source.width), min(y1, source.height))
     crop = source.resize(size, Image.Resampling.BICUBIC, box=area)
-    tile = Image.new("RGB", (side, side), colour)
-    tile.paste(NOTHING, (line, line, side - line, side - line))
+    tile = Image.new("RGB", (side, side), color)
+    tile.paste(OUTSIDE, (line, line, side - line, side - line))
     tile.paste(crop, ((side - size[0]) // 2, (side - size[1]) // 2))
-    text, font = f"scale {number}", _font(max(10, min(17, side // 10)))
+    text, font = f"scale {scale}", _font(max(10, min(17, side // 10)))
     draw = ImageDraw.Draw(tile)
-    draw.rectangle((0, 0, _length(text, font) + 14, font.size + 9), colour)
-    draw.text((7, 3), text, INK, font)
+    draw.rectangle((0, 0, _length(text, font) + 14, font.size + 9), color)
+    draw.text((7, 3), text, fill=INK, font=font)
     return tile
 
 
-def _frame(
-    draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, line: int, size: tuple[int, int]
-) -> None:
-    """A coloured outline between two dark hairs, so that it shows on any background."""
+def _frame(draw: ImageDraw.ImageDraw, box: Sequence[float], *, color: str, line: int) -> None:
+    """Draw a colored outline between two thin dark lines, visible on any background."""
     x0, y0, x1, y1 = (round(value) for value in box)
-    # The frame lies around what the box shows, but never outside the image.
-    outer = (max(x0 - line, 0), max(y0 - line, 0), min(x1 + line, size[0]) - 1, min(y1 + line, size[1]) - 1)
-    left, top, right, bottom = outer
-    right, bottom = max(right, left + 3 * line), max(bottom, top + 3 * line)
+    width, height = draw.im.size
+    # The frame surrounds the box, clipped to the image.
+    left, top = max(x0 - line, 0), max(y0 - line, 0)
+    right = max(min(x1 + line, width) - 1, left + 3 * line)
+    bottom = max(min(y1 + line, height) - 1, top + 3 * line)
     draw.rectangle((left, top, right, bottom), outline=INK, width=line + 2)
-    draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=colour, width=line)
+    draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=color, width=line)
 
 
 def _wrap(entries: list[tuple[int, str]], width: int) -> list[list[tuple[int, str]]]:
@@ -138,20 +144,20 @@ def _wrap(entries: list[tuple[int, str]], width: int) -> list[list[tuple[int, st
     used = 0
     for number, text in entries:
         short = _fit(text, _font(17), width - 23)
-        if lines[-1] and used + _entry(short) > width + 20:
+        if lines[-1] and used + _entry_width(short) > width + 20:
             lines.append([])
             used = 0
         lines[-1].append((number, short))
-        used += _entry(short)
+        used += _entry_width(short)
     return lines
 
 
-def _entry(text: str) -> int:
+def _entry_width(text: str) -> int:
     return 23 + round(_length(text, _font(17))) + 28
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, cut short with an ellipsis where it does not fit."""
+    """The text, shortened with an ellipsis if it is wider than `width`."""
     text = " ".join(text.split())
     if _length(text, font) <= width:
         return text
@@ -164,8 +170,8 @@ def _length(text: str, font: ImageFont.FreeTypeFont) -> int:
     return round(font.getlength(text))
 
 
-def _colour(number: int) -> str:
-    return COLOURS[(number - 1) % len(COLOURS)]
+def _color(number: int) -> str:
+    return COLORS[(number - 1) % len(COLORS)]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""`racnn predict`: answers for files, folders, patterns, lists and videos, written as they come."""
+"""`racnn predict`: predictions for files, folders, patterns, lists and videos, written as they are computed."""
 
 from __future__ import annotations
 
@@ -10,101 +10,106 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
 from racnn_cli.data.decode import SUFFIXES, read_image, show
 from racnn_cli.data.listing import list_images
-from racnn_cli.errors import RacnnError, describe_missing
+from racnn_cli.errors import DataError, describe_missing
 from racnn_cli.export.prediction import Frame, Model, Prediction, Unreadable
 from racnn_cli.results import draw
 from racnn_cli.run import write_atomic
 
-Rows = Literal["table", "jsonl", "csv"]
+Format = Literal["table", "jsonl", "csv"]
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 CAMERA = re.compile(r"camera:(\d+)")
-SHOWN = 20  # errors in one message
-HINT = f"name images ({', '.join(sorted(SUFFIXES))}), videos, folders, patterns, camera:0, or - for a list on stdin"
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
+MAX_ERRORS = 20  # in one message
+HINT = (
+    f"give images ({', '.join(sorted(SUFFIXES))}), videos, folders, patterns, camera:0, or - for a list on "
+    "standard input"
+)
 
 
-def gather(names: Iterable[str | Path], listed: TextIO | None = None) -> list[str | Path]:
-    """What is to be answered for: files, videos and cameras as they are, folders and patterns spelt out.
+def gather(names: Iterable[str | Path], stdin: TextIO | None = None) -> list[str | Path]:
+    """Expand folders, patterns and lists into image files, videos and cameras.
 
     Args:
-        names: files, folders (all images in them and below), patterns such as `*.jpg` or `**/*.png`,
-            `camera:0`, and `-` for a list of such names, one a line.
-        listed: where that list is read from; None: standard input.
+        names: files, folders (searched recursively), patterns such as `*.jpg` or `**/*.png`, `camera:0`,
+            and `-` for a list of such names, one per line.
+        stdin: where the list is read from; None: standard input.
 
     Raises:
-        RacnnError: a name that leads nowhere, an address; all of them at once.
+        DataError: a name that does not exist, matches no images or is a URL; one error names all of them.
     """
-    found: list[str | Path] = []
+    inputs: list[str | Path] = []
     errors: list[str] = []
     for name in names:
-        text = str(name)
-        if text == "-":
-            lines = _lines(listed)
-            if any("\0" in line for line in lines):
-                errors.append("standard input is no list of file names")
-                continue
-            try:
-                found += gather([line for line in lines if line and line != "-"])
-            except RacnnError as error:
-                errors.append(error.message)
-        elif re.match(r"[a-z][a-z0-9+.-]*://", text, re.I):
-            errors.append(f"{show(text)} is an address; nothing is ever downloaded")
-        elif CAMERA.fullmatch(text):
-            found.append(text)
-        elif os.path.isdir(text):
-            try:
-                found += list_images(Path(text))
-            except RacnnError as error:
-                errors.append(error.message)
-        elif os.path.lexists(text):
-            found.append(Path(text))
-        elif matches := sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []:
-            files = [Path(match) for match in matches if os.path.isfile(match)]
-            if not files:  # folders alone, as `birds/*` gives: what is in them is meant
-                for match in matches:
-                    with contextlib.suppress(RacnnError):  # one of them may be empty
-                        files += list_images(Path(match))
-            if not files:
-                errors.append(f"{show(text)} matches no image")
-            found += files
-        else:
-            errors.append(
-                f"{show(text)} " + ("matches nothing" if glob.has_magic(text) else "does not exist")
-            )
+        try:
+            inputs += _expand(str(name), stdin)
+        except DataError as error:
+            errors.append(error.message)
     if errors:
-        more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
-        raise RacnnError("; ".join([*errors[:SHOWN], *more]), HINT)
-    return found
+        more = [f"and {len(errors) - MAX_ERRORS} more"] if len(errors) > MAX_ERRORS else []
+        raise DataError("; ".join([*errors[:MAX_ERRORS], *more]), HINT)
+    return inputs
 
 
-def _lines(listed: TextIO | None) -> list[str]:
-    """The names of a list; on standard input they are bytes, as file names are."""
-    if listed is None:
+def _expand(name: str, stdin: TextIO | None) -> Sequence[str | Path]:
+    if name == "-":
+        lines = _read_lines(stdin)
+        if any("\0" in line for line in lines):
+            raise DataError("standard input is not a list of file names")
+        return gather(line for line in lines if line and line != "-")
+    if URL.match(name):
+        raise DataError(f"{show(name)} is a URL; racnn downloads no images")
+    if CAMERA.fullmatch(name):
+        return [name]
+    if os.path.isdir(name):
+        return list_images(Path(name))
+    if os.path.lexists(name):
+        return [Path(name)]
+    if not glob.has_magic(name):
+        raise DataError(f"{show(name)} does not exist")
+    matches = sorted(glob.glob(name, recursive=True))
+    if not matches:
+        raise DataError(f"{show(name)} matches nothing")
+    files = [Path(match) for match in matches if os.path.isfile(match)]
+    if not files:  # a pattern such as `birds/*` may match folders only: use their images
+        for match in matches:
+            with contextlib.suppress(DataError):  # some of the folders may be empty
+                files += list_images(Path(match))
+    if not files:
+        raise DataError(f"{show(name)} matches no images")
+    return files
+
+
+def _read_lines(stdin: TextIO | None) -> list[str]:
+    """The lines of a list; those of standard input are decoded as file names are."""
+    if stdin is None:
         raw = getattr(sys.stdin, "buffer", None)
         lines = [os.fsdecode(line) for line in raw] if raw is not None else list(sys.stdin)
     else:
-        lines = list(listed)
+        lines = list(stdin)
     return [line.rstrip("\r\n") for line in lines]
 
 
-def images(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unreadable]:
-    """ImageInput files as they are, videos and cameras frame by frame; a video that cannot be read is said to be one.
+def iterate(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unreadable]:
+    """Yield image files as paths, and videos and cameras frame by frame.
 
     Args:
-        sources: what `gather` gives.
-        every: of a video, only every so many-th frame.
+        sources: as from `gather`.
+        every: use every n-th frame of a video.
+
+    Yields:
+        A path, a frame, or the name of a video that cannot be read.
     """
     for source in sources:
         camera = CAMERA.fullmatch(str(source))
@@ -114,14 +119,14 @@ def images(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Fra
             yield Path(source)
 
 
-def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame | Unreadable]:
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what matters is said in the row
+def _frames(source: str | Path, device: int | str, every: int) -> Iterator[Frame | Unreadable]:
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the output names the error
     import cv2
 
-    if isinstance(opened, str) and not os.path.isfile(opened):
+    if isinstance(device, str) and not os.path.isfile(device):
         yield Unreadable(str(source), describe_missing(Path(source)))
         return
-    video = cv2.VideoCapture(opened)
+    video = cv2.VideoCapture(device)
     try:
         if not video.isOpened():
             yield Unreadable(str(source), f"{show(source)} cannot be opened as a video")
@@ -129,12 +134,12 @@ def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame
         number = 0
         while video.grab():
             if number % every == 0:
-                read, frame = video.retrieve()
-                if read:
+                ok, frame = video.retrieve()
+                if ok:
                     yield Frame(f"{source}#{number}", np.ascontiguousarray(frame[:, :, ::-1]))
             number += 1
         if number == 0:
-            yield Unreadable(str(source), f"{show(source)} has no frame that can be read")
+            yield Unreadable(str(source), f"{show(source)} has no readable frame")
     finally:
         video.release()
 
@@ -143,16 +148,25 @@ def predict_command(
     model: Model,
     sources: Iterable[str | Path],
     *,
-    rows: Rows = "table",
+    rows: Format = "table",
     save: Path | None = None,
     batch: int = 16,
     every: int = 1,
     out: TextIO | None = None,
 ) -> int:
-    """What `racnn predict` does: one row an image, as soon as it is there, and drawings in `save`.
+    """Write one row per image as soon as it is predicted.
+
+    Args:
+        model: the trained network.
+        sources: as from `gather`.
+        rows: format of the rows.
+        save: folder for drawings of the images with their boxes.
+        batch: images per forward pass.
+        every: use every n-th frame of a video.
+        out: where the rows go; None: standard output.
 
     Returns:
-        the exit code: 1 if an image could not be read, else 0.
+        The exit code: 1 if an image could not be read, else 0.
 
     Raises:
         RacnnError: as `Model.stream` and `Drawings`.
@@ -160,45 +174,45 @@ def predict_command(
     out = out or sys.stdout
     write = WRITERS[rows](model, out)
     drawings = Drawings(save) if save else None
-    waiting: deque[Path | Frame | Unreadable] = deque()  # what has been read, until its answer comes
+    pending: deque[Path | Frame | Unreadable] = deque()  # images that `stream` has read and not yet predicted
 
-    def remember() -> Iterator[Path | Frame | Unreadable]:
-        for image in images(sources, every):
-            waiting.append(image)
+    def images() -> Iterator[Path | Frame | Unreadable]:
+        for image in iterate(sources, every):
+            pending.append(image)
             yield image
 
     count = unread = 0
-    for prediction in model.stream(remember(), batch=batch):
-        image = waiting.popleft()
+    for prediction in model.stream(images(), batch=batch):
+        image = pending.popleft()
         count += 1
         unread += bool(prediction.error)
         write(prediction)
         if drawings and not isinstance(image, Unreadable) and not prediction.error:
             drawings.add(prediction, image)
-    told = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False)
     if drawings:
-        told.print(escape(f"{drawings.count} drawings in {save}"), soft_wrap=True)
+        console.print(escape(f"{drawings.count} drawings in {save}"), soft_wrap=True)
     if unread:
-        told.print(f"{unread} of {count} images could not be read", soft_wrap=True)
+        console.print(f"{unread} of {count} images could not be read", soft_wrap=True)
     return 1 if unread else 0
 
 
 Writer = Callable[[Prediction], None]
 
 
-def json_lines(model: Model, out: TextIO) -> Writer:
-    """A JSON object a line, with the fields of `Prediction`; on a terminal, names do nothing to it."""
+def jsonl_writer(model: Model, out: TextIO) -> Writer:
+    """Write a JSON object per line, with the fields of `Prediction`."""
 
     def write(prediction: Prediction) -> None:
         line = json.dumps(asdict(prediction), ensure_ascii=False)
-        out.write((line if _goes_out(line, out) else json.dumps(asdict(prediction))) + "\n")
+        out.write((line if _is_safe(line, out) else json.dumps(asdict(prediction))) + "\n")
         out.flush()
 
     return write
 
 
-def _goes_out(text: str, out: TextIO) -> bool:
-    """Whether a text can be written as it is: it is none (a file's name need not be), or would move a cursor."""
+def _is_safe(text: str, out: TextIO) -> bool:
+    """Whether the text can be encoded, and has no control characters if `out` is a terminal."""
     try:
         text.encode(out.encoding or "utf-8", out.errors or "strict")
     except UnicodeEncodeError:
@@ -206,11 +220,8 @@ def _goes_out(text: str, out: TextIO) -> bool:
     return text.isprintable() or not out.isatty()
 
 
-def comma_separated(model: Model, out: TextIO) -> Writer:
-    """A header, then a line an image: the answer, the box of each finer scale, and what was wrong.
-
-    A name stays what it is in a file, if it is text at all, and on a terminal does nothing to it.
-    """
+def csv_writer(model: Model, out: TextIO) -> Writer:
+    """Write a header, then a line per image: the answer, the box of each finer scale, and the error."""
     table = csv.writer(out, lineterminator="\n")
     header_written = False
 
@@ -223,78 +234,79 @@ def comma_separated(model: Model, out: TextIO) -> Writer:
         edges = [f"{value:.1f}" for box in prediction.boxes for value in box]
         edges += [""] * (4 * (model.scales - 1) - len(edges))
         probability = "" if prediction.error else f"{prediction.probability:.6f}"
-        name, error = prediction.path or "", prediction.error
-        name, error = (text if _goes_out(text, out) else show(text) for text in (name, error))
+        name, error = (
+            text if _is_safe(text, out) else show(text) for text in (prediction.path or "", prediction.error)
+        )
         table.writerow([name, prediction.label, probability, *edges, error])
         out.flush()
 
     return write
 
 
-def aligned(model: Model, out: TextIO) -> Writer:
-    """Lines for a terminal: probability, class, file, and the finest box in pixels of the file."""
-    wide = max(map(len, model.classes))
+def table_writer(model: Model, out: TextIO) -> Writer:
+    """Write aligned lines for a terminal: probability, class, file, and the finest box in pixels of the file."""
+    width = max(map(len, model.classes))
     console = Console(file=out, highlight=False, width=None if out.isatty() else 200)
-    console.print(f"[bold]{'':>5}  {'class':{wide}}  image[/]", soft_wrap=True)
+    console.print(f"[bold]{'':>5}  {'class':{width}}  image[/]", soft_wrap=True)
 
     def write(prediction: Prediction) -> None:
         name = escape(show(prediction.path or "(in memory)"))
         if prediction.error:
-            console.print(
-                f"{'':>5}  {'':{wide}}  {name}  [red]{escape(show(prediction.error))}[/]", soft_wrap=True
-            )
+            error = escape(show(prediction.error))
+            console.print(f"{'':>5}  {'':{width}}  {name}  [red]{error}[/]", soft_wrap=True)
             return
-        label = escape(f"{show(prediction.label):{wide}}")
+        label = escape(f"{show(prediction.label):{width}}")
         box = " ".join(f"{value:.0f}" for value in prediction.boxes[-1]) if prediction.boxes else ""
-        looked = f"  [dim]looked at {box}[/]" if box else ""
-        console.print(f"{prediction.probability:5.3f}  {label}  {name}{looked}", soft_wrap=True)
+        region = f"  [dim]attended region {box}[/]" if box else ""
+        console.print(f"{prediction.probability:5.3f}  {label}  {name}{region}", soft_wrap=True)
 
     return write
 
 
-WRITERS: dict[Rows, Callable[[Model, TextIO], Writer]] = {
-    "table": aligned,
-    "jsonl": json_lines,
-    "csv": comma_separated,
+WRITERS: dict[Format, Callable[[Model, TextIO], Writer]] = {
+    "table": table_writer,
+    "jsonl": jsonl_writer,
+    "csv": csv_writer,
 }
 
 
 class Drawings:
-    """Images with their boxes and what these show, in a folder: NAME.jpg, numbered where that is there already."""
+    """Drawings in a folder, as NAME.jpg; no existing file is replaced: a number is added to the name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
-        # Small letters: some file systems know no others. The folder may be that of the images themselves.
-        self._taken = {path.stem.lower() for path in folder.glob("*")}
+        # Lowercase, for file systems that ignore case. The folder may be that of the images themselves.
+        self._names = {path.stem.lower() for path in folder.glob("*")}
 
     def add(self, prediction: Prediction, image: Path | Frame) -> Path:
-        """Draw one.
+        """Draw one image with its boxes, their views and a caption.
+
+        Returns:
+            The path of the drawing.
 
         Raises:
-            RacnnError: the file has gone since, or the folder cannot be written.
+            DataError: the image cannot be read any more.
+            RunError: the drawing cannot be written.
         """
         if isinstance(image, Frame):
             stem = Path(image.name).name.replace("#", "-").replace(":", "-")
-            sheet = drawn(prediction, image.pixels, prediction.boxes)
+            pixels, boxes = image.pixels, prediction.boxes
         else:
-            stem = image.stem
-            read = read_image(image)
-            sheet = drawn(prediction, read.pixels, draw.upright_boxes(read, prediction.boxes))
+            stem, file = image.stem, read_image(image)
+            pixels, boxes = file.pixels, draw.upright_boxes(file, prediction.boxes)
+        sheet = draw.sheet(
+            pixels,
+            boxes,
+            answer=(prediction.label, prediction.probability),
+            scales=prediction.scales,
+            name=Path(prediction.path or "").name,
+        )
         name, number = stem, 1
-        while name.lower() in self._taken:
+        while name.lower() in self._names:
             number += 1
             name = f"{stem}-{number}"
-        self._taken.add(name.lower())
-        target = self.folder / f"{name}.jpg"
-        write_atomic(target, partial(sheet.save, quality=92, subsampling=0))
+        self._names.add(name.lower())
+        path = self.folder / f"{name}.jpg"
+        write_atomic(path, partial(sheet.save, quality=92, subsampling=0))
         self.count += 1
-        return target
-
-
-def drawn(
-    prediction: Prediction, pixels: np.ndarray, boxes: list[tuple[float, float, float, float]]
-) -> Image.Image:
-    """The upright image (H, W, 3) uint8 with the boxes in its pixels, what they show, and a caption."""
-    answer = (prediction.label, prediction.probability)
-    name = Path(prediction.path or "").name
-    return draw.sheet(pixels, boxes, answer, prediction.scales, name)
+        return path

@@ -1,4 +1,4 @@
-"""What a person sees while a network trains: a moving bar on a terminal, plain lines everywhere."""
+"""Training progress on stderr: a progress bar on a terminal, and plain lines everywhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from racnn_cli.errors import escape_control
 from racnn_cli.events import EpochEvent
 from racnn_cli.training.checkpoint import Progress
 
-INTERVAL = 30.0  # seconds after which a line is printed where no bar moves
+INTERVAL = 30.0  # seconds between progress lines where there is no bar
 
 
 class Console:
-    """Messages and progress on standard error; silent in other processes and where `quiet`."""
+    """Messages and progress.
+
+    Args:
+        quiet: print nothing, as in all processes but the first.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.out = RichConsole(stderr=True, quiet=quiet, highlight=False)
@@ -36,7 +40,7 @@ class Console:
         self._name, self._steps, self._step, self._epoch = "", 0, 0, ""
 
     def say(self, text: str) -> None:
-        """Print one line; what looks like markup in it is printed as it is."""
+        """Print one line; markup and control characters in it are printed as text."""
         self._said_at = time.monotonic()
         self.out.print(escape(escape_control(text)), soft_wrap=True)
 
@@ -45,7 +49,7 @@ class Console:
         self.out.print(f"[bold]{escape(text)}[/bold]")
 
     def begin(self, name: str, *, epochs: int, steps: int, done: int) -> None:
-        """Start a phase of `epochs` times `steps` steps, `done` of which were run before."""
+        """Start a phase of `epochs` times `steps` steps, `done` of which have been run."""
         self._name, self._steps, self._step = name, steps, done
         self._said_at = time.monotonic()
         self.bar.start()
@@ -67,40 +71,40 @@ class Console:
         self.still_busy(f"step {(self._step - 1) % max(self._steps, 1) + 1} of {self._steps}, {text}")
 
     def still_busy(self, text: str) -> None:
-        """Where no bar moves, print a line if the last one was printed some time ago."""
+        """Print a line if there is no bar and the last line is older than `INTERVAL`."""
         if not self.moving and time.monotonic() - self._said_at >= INTERVAL:
             self.say(f"  {self._name}: {text}")
 
     def epoch(self, event: EpochEvent) -> None:
-        """Print the line of an epoch, which stays."""
+        """Print the line of an epoch."""
         self.say("  " + describe(event))
 
     def end(self) -> None:
-        """End a phase."""
+        """End a phase: remove its bar."""
         self.bar.stop()
         for task in list(self.bar.task_ids):
             self.bar.remove_task(task)
 
 
 def describe(event: EpochEvent) -> str:
-    """An epoch's event of the log as one line."""
+    """Format an epoch's event as one line."""
     val = event.val
     parts = [f"epoch {event.epoch}/{event.epochs}"]
     parts += [f"{name} {value:.3f}" for name, value in event.train_loss.items()]
-    parts.append("val top-1 " + " ".join(f"{scale.top1:.3f}" for scale in val.scales))
+    parts.append("val top-1 " + " ".join(f"{answer.top1:.3f}" for answer in val.scales))
     if val.average is not None:
         parts.append(f"average {val.average.top1:.3f}")
         parts.append(f"rank {val.rank:.3f}")
         parts.append("side " + " ".join(f"{boxes.side_mean:.2f}±{boxes.side_std:.2f}" for boxes in val.boxes))
-        bounds = max(max(boxes.at_floor, boxes.at_ceiling) for boxes in val.boxes)
-        if bounds > 0.005:
-            parts.append(f"at a bound {bounds:.0%}")
+        at_bound = max(max(boxes.at_floor, boxes.at_ceiling) for boxes in val.boxes)
+        if at_bound > 0.005:
+            parts.append(f"at a bound {at_bound:.0%}")
     parts.append(f"{event.images_per_second:.0f} img/s")
     return "  ".join(parts)
 
 
 def describe_position(progress: Progress) -> str:
-    """Where a run stands, in words: stage, round, epoch and step."""
+    """Describe where a run stands: stage, round, epoch and step."""
     if not progress.stage:
         return f"after {progress.done[-1]}" if progress.done else "from the start"
     parts = [f"in {progress.stage}"]

@@ -1,4 +1,4 @@
-"""A run that goes wrong says so: each trouble is named once, with what to try."""
+"""Warnings about a run's validation figures: each is given once, with what to try."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from racnn_cli.events import Validation
 from racnn_cli.training.health import warnings
 
 
-def figures(*top1: float, **box: float) -> Validation:
-    good = {"at_floor": 0.0, "at_ceiling": 0.0, "centre_std": 0.1, "side_mean": 0.5, "side_std": 0.05} | box
-    return Validation.model_validate(
-        {"scales": [{"top1": share, "nll": 1.0} for share in top1], "boxes": [good] * (len(top1) - 1)}
-    )
+def validation(*top1: float, **box: float) -> Validation:
+    boxes = {"at_floor": 0.0, "at_ceiling": 0.0, "centre_std": 0.1, "side_mean": 0.5, "side_std": 0.05} | box
+    answers = [{"top1": share, "nll": 1.0} for share in top1]
+    return Validation.model_validate({"scales": answers, "boxes": [boxes] * (len(top1) - 1)})
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("nothing"))
+    return tiny(tmp_path_factory.mktemp("empty"))
 
 
-def test_all_is_well(recipe) -> None:
-    assert warnings(figures(0.7, 0.8), recipe, 200) == {}
-    assert warnings(figures(0.3), recipe, 200) == {}
+def test_no_warnings_for_good_figures(recipe) -> None:
+    assert warnings(validation(0.7, 0.8), recipe, 200) == {}
+    assert warnings(validation(0.3), recipe, 200) == {}
 
 
 @pytest.mark.parametrize(
@@ -35,23 +34,23 @@ def test_all_is_well(recipe) -> None:
         ({"centre_std": 0.004}, "alike 2", ("same place in every image", "0.004", "pretrain_apn.lr")),
     ],
 )
-def test_a_trouble_with_boxes_is_named_with_its_figure_and_a_remedy(recipe, box, kind, words) -> None:
-    found = warnings(figures(0.7, 0.8, **box), recipe, 200)
-    assert list(found) == [kind]
-    assert all(word in found[kind] for word in words), found[kind]
+def test_a_warning_about_boxes_names_its_figure_and_a_key(recipe, box, kind, words) -> None:
+    texts = warnings(validation(0.7, 0.8, **box), recipe, 200)
+    assert list(texts) == [kind]
+    assert all(word in texts[kind] for word in words), texts[kind]
 
 
-def test_a_finer_scale_that_is_worse_is_named_when_it_is_no_chance(recipe) -> None:
-    assert list(warnings(figures(0.8, 0.6, 0.7), recipe, 200)) == ["worse 1"]
-    assert warnings(figures(0.8, 0.76), recipe, 200) == {}  # within what 200 images tell
-    assert list(warnings(figures(0.8, 0.76), recipe, 20_000)) == ["worse 1"]
-    assert warnings(figures(1.0, 0.5), recipe, 10) == {}
-    assert warnings(figures(0.8, 0.1), recipe, 200, finer=False) == {}  # it has not been trained yet
+def test_a_less_accurate_finer_scale_is_named_if_significant(recipe) -> None:
+    assert list(warnings(validation(0.8, 0.6, 0.7), recipe, 200)) == ["worse 1"]
+    assert warnings(validation(0.8, 0.76), recipe, 200) == {}  # within two standard errors
+    assert list(warnings(validation(0.8, 0.76), recipe, 20_000)) == ["worse 1"]
+    assert warnings(validation(1.0, 0.5), recipe, 10) == {}
+    assert warnings(validation(0.8, 0.1), recipe, 200, finer=False) == {}  # it has not been trained yet
 
 
-def test_a_run_says_and_logs_a_trouble_once(tmp_path, monkeypatch, capfd) -> None:
+def test_a_run_prints_and_logs_a_warning_once(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
-    # Between these bounds a box cannot but be at both.
+    # Every box is within 2% of both bounds.
     bounds = {"model__floor": 0.495, "model__side": 0.5, "model__ceiling": 0.5025}
     data = write_blobs(tmp_path / "data")
     run, _ = api.train(tiny(data, alternate__rounds=3, **bounds), out=tmp_path / "run")
@@ -59,4 +58,4 @@ def test_a_run_says_and_logs_a_trouble_once(tmp_path, monkeypatch, capfd) -> Non
     assert {"floor 2", "ceiling 2"} <= set(logged)
     assert len(logged) == len(set(logged))
     shown = capfd.readouterr().err
-    assert shown.count("warning: 100% of scale 2's boxes are as small as they may be (side 0.49)") == 1
+    assert shown.count("warning: 100% of scale 2's boxes have the smallest size allowed (side 0.49)") == 1
