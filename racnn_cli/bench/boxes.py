@@ -23,7 +23,7 @@ def true_boxes(scales: int, floor: float, ceiling: float) -> Guide:
     teacher = item_within(scales, floor, ceiling)
 
     def guide(batch: Batch) -> list[Tensor]:
-        box, proposals = attention.whole(batch["box"]), []
+        box, proposals = attention.full_box(batch["box"]), []
         for number in range(scales - 1):
             proposals.append(teacher(batch, box, number))
             box = attention.compose(box, proposals[-1])

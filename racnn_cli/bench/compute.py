@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from racnn_cli.core.model import RACNN, build
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import BackboneError
 from racnn_cli.recipe import Recipe
 
 
@@ -28,7 +28,7 @@ def multiply_adds(model: RACNN) -> int:
     Of a network with one scale, without bringing the image to its size.
     """
     model.eval()
-    scales, half = [model.scale(number) for number in range(len(model.sizes))], model.options.side / 2
+    scales, half = [model.scale(number) for number in range(len(model.sizes))], model.side / 2
     given = [torch.tensor([[0.5, 0.5, half]])] * (len(scales) - 1)
     with FlopCounterMode(display=False) as counter:
         if len(scales) == 1:
@@ -46,7 +46,7 @@ def at_size(recipe: Recipe, classes: int, size: int) -> int:
     """Multiply-adds of the recipe's backbone alone, on images of `size` pixels.
 
     Raises:
-        RacnnError: the backbone takes no such size.
+        BackboneError: the backbone takes no such size.
     """
     plain = recipe.model.model_copy(update={"scales": 1, "sizes": (size,)})
     return multiply_adds(build(plain, classes, source=size, weights="none"))
@@ -71,6 +71,6 @@ def equal_compute(recipe: Recipe, classes: int) -> Compute:
             size += step
         while at_size(recipe, classes, size - step) >= wanted:
             size -= step
-    except RacnnError:
+    except BackboneError:
         size = first.input_size
     return Compute(size, at_size(recipe, classes, size), wanted)

@@ -112,7 +112,7 @@ def aim(recipe: Recipe, teacher: Teacher | None) -> Losses:
 
     def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         source = model.normalise(batch["image"])
-        view, box = model.first_view(source), attention.whole(source)
+        view, box = model.first_view(source), attention.full_box(source)
         for number in range(recipe.model.scales - 1):
             scale = model.scale(number)
             assert scale.apn is not None
@@ -145,7 +145,7 @@ def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> St
 
     def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         source = model.normalise(batch["image"])
-        view, box = model.first_view(source), attention.whole(source)
+        view, box = model.first_view(source), attention.full_box(source)
         given, draws = guide(batch) if guide else None, Draws.of(batch)
         for number in range(recipe.model.scales):
             scale = model.scale(number)
@@ -183,7 +183,7 @@ def rank_losses(recipe: Recipe) -> Losses:
 
     def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         source, draws = model.normalise(batch["image"]), Draws.of(batch)
-        view, box = model.first_view(source), attention.whole(source)
+        view, box = model.first_view(source), attention.full_box(source)
         with torch.no_grad():
             features = model.scale(0).backbone(view)
             coarse = model.scale(0).classify(features)

@@ -19,7 +19,7 @@ from racnn_cli.core.device import select_device
 from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.data.index import build_index
 from racnn_cli.data.source import FileSource, Source
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import BackboneError, RacnnError
 from racnn_cli.events import RoundEvent, StageEvent, Validation, WarningEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run, write_text
@@ -449,7 +449,7 @@ def baseline_recipe(recipe: Recipe, rounds: int, size: int | None = None) -> Rec
         size = max(round(math.sqrt(sum(s * s for s in sizes)) / 32) * 32, sizes[0])
         try:
             backbones.build(recipe.model.backbone, size=size, weights="none")
-        except RacnnError:
+        except BackboneError:
             size = sizes[0]
     phases = recipe.alternate.cnn_epochs_in(rounds) + rounds * recipe.alternate.apn_epochs
     cost = recipe.pretrain_cnn.epochs * sizes[0] ** 2 + phases * sum(s * s for s in sizes)

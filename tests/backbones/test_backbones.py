@@ -378,7 +378,7 @@ class TestFiles:
         (tmp_path / "numbers.pth").write_bytes(b"")
         torch.save([1, 2], tmp_path / "numbers.pth")
         for spec, text in (
-            ("nothing.safetensors", "there is no such file"),
+            ("nothing.safetensors", "nothing.safetensors does not exist"),
             ("weights.h5", "not one of none, pretrained"),
             ("Pretrained", "not one of none, pretrained"),
             (str(tmp_path / "numbers.pth"), "are not named tensors"),

@@ -192,7 +192,7 @@ def test_x_runs_right_and_y_runs_down() -> None:
 
 def test_the_whole_box_is_the_identity() -> None:
     image = torch.randn(2, 3, 17, 17)
-    assert torch.equal(zoom(image, attention.whole(image), 17, k=math.inf), image)
+    assert torch.equal(zoom(image, attention.full_box(image), 17, k=math.inf), image)
 
 
 def test_enlarging_is_bilinear_interpolation() -> None:

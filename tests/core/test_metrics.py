@@ -15,8 +15,8 @@ from racnn_cli.core import device, metrics
 from racnn_cli.errors import RacnnError
 
 
-def tally_of(logits: torch.Tensor, labels: torch.Tensor, batch: int = 7) -> metrics.Tally:
-    tally = metrics.Tally(logits.shape[1])
+def tally_of(logits: torch.Tensor, labels: torch.Tensor, batch: int = 7) -> metrics.ClassificationMetrics:
+    tally = metrics.ClassificationMetrics(logits.shape[1])
     for some, their in zip(logits.log_softmax(1).split(batch), labels.split(batch), strict=True):
         tally.add(some, their)
     return tally
@@ -99,16 +99,16 @@ def test_within_two_percent_of_a_bound_is_at_it() -> None:
 
 
 def test_wilson_interval_of_known_counts() -> None:
-    assert metrics.wilson(0.9, 20) == pytest.approx((0.6990, 0.9721), abs=1e-4)
-    low, high = metrics.wilson(1.0, 10)
+    assert metrics.wilson_interval(0.9, 20) == pytest.approx((0.6990, 0.9721), abs=1e-4)
+    low, high = metrics.wilson_interval(1.0, 10)
     assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert metrics.wilson(0.0, 0) == (0.0, 1.0)
+    assert metrics.wilson_interval(0.0, 0) == (0.0, 1.0)
 
 
 def test_device() -> None:
     assert device.select_device("cpu").type == "cpu"
-    assert device.select_device("auto").type == device.present()[0]
-    missing = next((name for name in ("mps", "cuda") if name not in device.present()), None)
+    assert device.select_device("auto").type == device.available_devices()[0]
+    missing = next((name for name in ("mps", "cuda") if name not in device.available_devices()), None)
     if missing is not None:
         with pytest.raises(RacnnError, match=f"{missing}.* is not on this machine"):
             device.select_device(missing)

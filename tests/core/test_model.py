@@ -101,11 +101,11 @@ def test_views_are_the_boxes_cut_from_the_source_or_from_the_view_before(zoom) -
     with torch.no_grad():
         output = model(images)
     source = model.normalise(images)
-    first = attention.zoom(source, attention.whole(source), 64, k=math.inf, gradient="none")
+    first = attention.zoom(source, attention.full_box(source), 64, k=math.inf, gradient="none")
     torch.testing.assert_close(output.views[0], first)
     torch.testing.assert_close(output.boxes[0], output.proposals[0])
     torch.testing.assert_close(output.boxes[1], attention.compose(output.boxes[0], output.proposals[1]))
-    k = model.options.k
+    k = model.k
     for number, size in ((1, 48), (2, 32)):
         if zoom == "source":
             expected = attention.zoom(source, output.boxes[number - 1], size, k=k)
@@ -121,7 +121,7 @@ def test_a_finer_crop_from_the_source_is_sharper_than_from_the_crop_before() -> 
         model = network(2, (64, 64), zoom=zoom, k=math.inf)
         with torch.no_grad():
             source = model.normalise(stripes)
-            view, box = model.first_view(source), attention.whole(source)
+            view, box = model.first_view(source), attention.full_box(source)
             proposal = torch.tensor([[0.5, 0.5, 1 / 6]])
             spread[zoom] = model.next_view(1, source, view, box, proposal)[0].std().item()
     assert spread["source"] > 3 * spread["nested"]

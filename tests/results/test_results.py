@@ -142,7 +142,7 @@ def test_bounds_are_counted() -> None:
     halves = torch.tensor([0.2, 0.203, 0.3, 0.395])
     boxes = torch.stack([torch.full((4,), 0.5), torch.full((4,), 0.5), halves], 1)
     sides.add(boxes, boxes, torch.full((4, 4), float("nan")))
-    found = sides.figures()
+    found = sides.compute()
     assert found.pop("side_std") == pytest.approx((2 * halves).std(correction=0).item())
     assert found.pop("centre_std") == 0.0
     assert found == pytest.approx(
