@@ -122,12 +122,14 @@ class RACNN(nn.Module):
             sizes = tuple(sizes) or native_sizes(backbones, scales)
             if len(sizes) != scales:
                 raise ValueError(f"sizes has {len(sizes)} entries for {scales} scales")
-            backbones = build_scales(backbones, sizes, weights=weights)
+            modules: Sequence[Backbone] = build_scales(backbones, sizes, weights=weights)
+        else:
+            modules = backbones
         self.classes, self.zoom, self.k, self.gradient = classes, zoom, k, gradient
         self.floor, self.ceiling, self.side = floor, ceiling, side
-        self.sizes = tuple(backbone.input_size for backbone in backbones)
+        self.sizes = tuple(backbone.input_size for backbone in modules)
         self.source = source or self.sizes[0]
-        last = len(backbones) - 1
+        last = len(modules) - 1
         self.scales = nn.ModuleList(
             Scale(
                 backbone,
@@ -135,12 +137,12 @@ class RACNN(nn.Module):
                 dropout=dropout,
                 apn=self._apn(backbone, apn_hidden) if number < last else None,
             )
-            for number, backbone in enumerate(backbones)
+            for number, backbone in enumerate(modules)
         )
         # A single scale is the plain backbone: a fusion layer would add unused weights.
-        self.fusion = nn.Linear(sum(b.width for b in backbones), classes) if last else None
-        self.register_buffer("mean", torch.tensor(backbones[0].mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(backbones[0].std)[:, None, None], persistent=False)
+        self.fusion = nn.Linear(sum(backbone.width for backbone in modules), classes) if last else None
+        self.register_buffer("mean", torch.tensor(modules[0].mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(modules[0].std)[:, None, None], persistent=False)
 
     def _apn(self, backbone: Backbone, hidden: int) -> attention.APN:
         if backbone.map_size == (1, 1):
