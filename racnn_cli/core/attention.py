@@ -4,8 +4,8 @@ Implements section 3.2 of RA-CNN (Fu, Zheng, Mei, CVPR 2017). Conventions:
 
 * A box is `(tx, ty, tl)` in [0, 1] of the image it was proposed on: x points right, y points down, and `tl` is
   half the side. On a non-square image, `tl` is a fraction of each axis, so the box keeps the image's aspect ratio.
-* Pixel m of an axis covers [m, m + 1] and its center is m + 1/2, so cropping the full box at the image's own
-  size is the identity.
+* Pixel m of an axis covers [m, m + 1], with its center at m + 1/2. Cropping the full box at the image's own size
+  is the identity.
 """
 
 from __future__ import annotations
@@ -139,13 +139,7 @@ class APN(nn.Module):
     LARGEST = 20.0  # bound of the softmax's argument; exp(-2 · 20) does not underflow
 
     def __init__(
-        self,
-        features: tuple[int, int, int],
-        hidden: int,
-        *,
-        floor: float,
-        ceiling: float,
-        side: float = 0.5,
+        self, features: tuple[int, int, int], hidden: int, *, floor: float, ceiling: float, side: float = 0.5
     ) -> None:
         if not 0 < floor <= side <= ceiling < 1 or floor == ceiling:
             raise ValueError(
@@ -271,21 +265,16 @@ def zoom(images: Tensor, boxes: Tensor, size: int, *, k: float = 0.5, gradient: 
         positions = boxes if gradient in ("exact", "bilinear") else fixed
         mask = boxes if gradient in ("exact", "boxcar") else fixed
         lengths = images.shape[3], images.shape[2]
-        columns, rows = (
-            _pixels_read(fixed[:, axis], fixed[:, 2], length=lengths[axis], size=size) for axis in (0, 1)
-        )
+        columns, rows = (_pixels_read(fixed[:, i], fixed[:, 2], lengths[i], size=size) for i in (0, 1))
         if columns.ndim == 2 or rows.ndim == 2:
             images = _gather(images, columns, rows)
         axes = []
         for axis, (length, index) in enumerate(zip(lengths, (columns, rows), strict=True)):
             pixel = index + 0.5
-            weights = interpolation(
-                positions[:, axis], positions[:, 2], length=length, size=size, pixel=pixel
-            )
+            weights = interpolation(positions[:, axis], positions[:, 2], length, size=size, pixel=pixel)
             if k != math.inf:
-                weights = weights * boxcar(
-                    mask[:, axis], mask[:, 2], length=length, k=k, pixel=pixel
-                ).unsqueeze(1)
+                window = boxcar(mask[:, axis], mask[:, 2], length, k=k, pixel=pixel)
+                weights = weights * window.unsqueeze(1)
             axes.append(weights)
         horizontal, vertical = axes  # (B, size, W or less), (B, size, H or less)
         resampled = images @ horizontal.transpose(1, 2)[:, None]  # (B, 3, H or less, size)
@@ -296,7 +285,7 @@ def _centres(length: int, like: Tensor) -> Tensor:
     return torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
 
 
-def _pixels_read(centre: Tensor, half: Tensor, *, length: int, size: int) -> Tensor:
+def _pixels_read(centre: Tensor, half: Tensor, length: int, *, size: int) -> Tensor:
     """Indices of the pixels that the crops read along an axis: (length,), or (B, N) where that saves time.
 
     N is what the largest box needs. An exported graph reads all pixels: its shapes must not depend on the boxes.

@@ -1,6 +1,6 @@
 """RA-CNN: one backbone per scale, an attention proposal network (APN) between scales, and a fusion of all scales.
 
-Shapes: B images, S scales, N classes, H source side in pixels, s side of a scale's view,
+Shapes: B images, S scales, N classes, H side of the source, s side of a scale's view;
 C, h, w channels, rows and columns of a scale's features, D width of its descriptor.
 
     images (B, 3, H, H) ─ view ─▶ (B, 3, s, s) ─ backbone ─▶ features (B, C, h, w) ─▶ descriptor (B, D) ─▶ logits (B, N)
@@ -130,15 +130,10 @@ class RACNN(nn.Module):
         self.sizes = tuple(backbone.input_size for backbone in modules)
         self.source = source or self.sizes[0]
         last = len(modules) - 1
-        self.scales = nn.ModuleList(
-            Scale(
-                backbone,
-                classes,
-                dropout=dropout,
-                apn=self._apn(backbone, apn_hidden) if number < last else None,
-            )
-            for number, backbone in enumerate(modules)
-        )
+        self.scales = nn.ModuleList()
+        for number, backbone in enumerate(modules):
+            apn = self._apn(backbone, apn_hidden) if number < last else None
+            self.scales.append(Scale(backbone, classes, dropout=dropout, apn=apn))
         # A single scale is the plain backbone: a fusion layer would add unused weights.
         self.fusion = nn.Linear(sum(backbone.width for backbone in modules), classes) if last else None
         self.register_buffer("mean", torch.tensor(modules[0].mean)[:, None, None], persistent=False)
@@ -150,13 +145,8 @@ class RACNN(nn.Module):
                 f"{backbone.name} has a 1×1 feature map at {backbone.input_size} px, which leaves an APN no positions",
                 "larger model.sizes, for a map of at least 2×2 (better 7×7), or --scales 1",
             )
-        return attention.APN(
-            (backbone.channels, *backbone.map_size),
-            hidden,
-            floor=self.floor,
-            ceiling=self.ceiling,
-            side=self.side,
-        )
+        shape = (backbone.channels, *backbone.map_size)
+        return attention.APN(shape, hidden, floor=self.floor, ceiling=self.ceiling, side=self.side)
 
     def scale(self, number: int) -> Scale:
         """Return scale `number`, counted from 0."""
