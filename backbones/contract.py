@@ -1,4 +1,4 @@
-"""What every backbone promises to the rest of the toolkit."""
+"""The contract that every backbone keeps."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """A feature extractor: images in, one map of features out, and one vector a map.
+    """A feature extractor: images (B, 3, H, W) → features (B, C, h, w) → descriptor (B, D).
 
-    `forward(images (B, 3, H, W)) -> features (B, C, h, w)` and `descriptor(features (B, C, h, w)) -> (B, D)`.
-    Images are normalised with `mean` and `std` by the caller. Every parameter of the module takes part in
-    `descriptor(forward(images))`: there are no weights that a training could not reach.
+    To add a backbone, subclass this and implement `forward` (and `descriptor`, unless it is the average pool), or
+    register a model with timm. `tests/backbones/test_contract.py` checks every family for this contract:
+
+    * Shapes are as the attributes say, in float32 and in float64.
+    * The caller normalizes the images with `mean` and `std`.
+    * Every parameter gets a gradient from `descriptor(forward(images))`: there are no unused weights.
+    * Every cell of the feature map contributes to the descriptor.
+    * In eval mode a forward pass changes no parameter and no buffer, and the module exports to ONNX.
 
     Attributes:
         name: the name that `build` takes.
         channels: C.
         width: D.
-        input_size: side of the images in pixels that the module was built for.
+        input_size: side in pixels of the square images that the module was built for.
         map_size: (h, w) at `input_size`.
-        mean, std: normalisation of red, green and blue on a scale of [0, 1].
+        mean, std: normalization of red, green and blue for pixels in [0, 1].
     """
 
     def __init__(
@@ -43,9 +48,9 @@ class Backbone(nn.Module):
         self.std = std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to features (B, C, h, w)."""
+        """Map images (B, 3, H, W) to features (B, C, h, w)."""
         raise NotImplementedError
 
     def descriptor(self, features: Tensor) -> Tensor:
-        """Features (B, C, h, w) to one vector an image (B, D): here the global average pool."""
+        """Pool features (B, C, h, w) to one vector per image (B, D); by default the global average pool."""
         return torch.mean(features, dim=(2, 3))  # (B, C, h, w) -> (B, C)

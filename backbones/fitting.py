@@ -1,4 +1,4 @@
-"""Weights into a backbone: every tensor is accounted for, and tables of positions are resampled."""
+"""Copy weights into a backbone: every tensor must match, and position tables are resampled."""
 
 from __future__ import annotations
 
@@ -15,133 +15,131 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import BackboneError, SizeRefused
 
 State = dict[str, Tensor]
 
 
 def load(net: nn.Module, state: State, dropped: tuple[str, ...], where: str) -> None:
-    """Fill `net` with `state`, every tensor of it.
+    """Fill every tensor of `net` from `state`.
+
+    Args:
+        net: the model.
+        state: tensors by name.
+        dropped: name prefixes of tensors in `state` that the model may lack.
+        where: the origin of the weights, for messages.
 
     Raises:
-        RacnnError: a tensor of the model is missing, has another shape, or the file has one that the model
-            does not have and that is not in `dropped`; they are listed.
+        BackboneError: a tensor is missing, unknown or has another shape; the message lists them.
     """
-    state, errors = _match(net, state, dropped)
-    if errors:
-        # An older or another project's naming of the same model: timm knows how to rename most of them.
-        translated = _translate(net, state)
-        if translated is not None:
-            state, errors_then = _match(net, translated, dropped)
-            errors = errors_then if len(errors_then) < len(errors) else errors
-    if errors:
-        shown = errors[:12] + ([f"… and {len(errors) - 12} more"] if len(errors) > 12 else [])
-        raise RacnnError(
-            f"weights {where!r} do not fit the backbone, {len(errors)} tensor(s) differ:\n  "
-            + "\n  ".join(shown),
-            "weights of this very model.backbone; only its classifier may be missing or different",
+    state, mismatches = _match(net, state, dropped)
+    if mismatches:
+        # timm can rename the tensors of older checkpoints and of other projects.
+        renamed = _rename(net, state)
+        if renamed is not None:
+            state, remaining = _match(net, renamed, dropped)
+            mismatches = min(remaining, mismatches, key=len)
+    if mismatches:
+        listed = mismatches[:12] + ([f"… and {len(mismatches) - 12} more"] if len(mismatches) > 12 else [])
+        raise BackboneError(
+            f"weights {where!r} do not fit the backbone, {len(mismatches)} tensor(s) differ:\n  "
+            + "\n  ".join(listed),
+            "use weights of exactly this model.backbone; only its classifier may be missing or different",
         )
     net.load_state_dict(state)
 
 
-def _match(net: nn.Module, state: State, dropped: tuple[str, ...]) -> tuple[State, list[str]]:
-    """The state as the model names and shapes it, and what does not fit."""
-    wanted = net.state_dict()
-    fitted: State = {}
-    errors = []
-    for name, tensor in wanted.items():
+def _match(net: nn.Module, state: State, dropped: tuple[str, ...] = ()) -> tuple[State, list[str]]:
+    """The state with the names and shapes of the model, and the mismatches."""
+    target = net.state_dict()
+    matched: State = {}
+    mismatches = []
+    for name, tensor in target.items():
         if name not in state:
-            # Counts of batches only matter to BatchNorm without momentum, and old files lack them.
+            # Only BatchNorm without momentum uses this count, and old files lack it.
             if name.endswith("num_batches_tracked"):
-                fitted[name] = tensor
+                matched[name] = tensor
             else:
-                errors.append(f"{name}: missing")
+                mismatches.append(f"{name}: missing")
             continue
-        found = state[name] if state[name].shape == tensor.shape else resample(net, name, state[name], tensor)
-        if found is None:
-            errors.append(f"{name}: shape {tuple(state[name].shape)}, needed {tuple(tensor.shape)}")
+        source = state[name]
+        value = source if source.shape == tensor.shape else _resample(net, name, source, tensor)
+        if value is None:
+            mismatches.append(f"{name}: shape {tuple(source.shape)}, needed {tuple(tensor.shape)}")
         else:
-            fitted[name] = found
-    errors += [f"{name}: unknown" for name in state if name not in wanted and not name.startswith(dropped)]
-    return (fitted if not errors else state), errors
+            matched[name] = value
+    mismatches += [
+        f"{name}: unknown" for name in state if name not in target and not name.startswith(dropped)
+    ]
+    return (state if mismatches else matched), mismatches
 
 
-def _translate(net: nn.Module, state: State) -> State | None:
-    """timm's own renaming for this family of models, where there is one and it understands the file."""
+def _rename(net: nn.Module, state: State) -> State | None:
+    """The state renamed by timm's function for this family of models; None without one, or if it fails."""
     family = sys.modules[type(net).__module__]
     rename = getattr(family, "checkpoint_filter_fn", None) or getattr(family, "_filter_fn", None)
     if rename is None:
         return None
     try:
         return dict(rename(dict(state), net))
-    except Exception:  # it looked for names that the file does not have
+    except Exception:  # it expects names that the file does not have
         return None
 
 
-def resample(net: nn.Module, name: str, tensor: Tensor, wanted: Tensor) -> Tensor | None:
-    """A table of positions resampled for another input size by timm's functions; None: not such a table."""
+def _resample(net: nn.Module, name: str, tensor: Tensor, target: Tensor) -> Tensor | None:
+    """A table of positions resampled to another input size by timm; None if the tensor is not such a table."""
     leaf = name.rpartition(".")[2]
-    if tensor.ndim != wanted.ndim:
+    if tensor.ndim != target.ndim:
         return None
-    if leaf == "pos_embed" and tensor.ndim == 3 and tensor.shape[2] == wanted.shape[2]:
-        for prefix in dict.fromkeys((int(getattr(net, "num_prefix_tokens", 1)), 0)):
-            old, new = (math.isqrt(max(t.shape[1] - prefix, 0)) for t in (tensor, wanted))
-            if old * old + prefix == tensor.shape[1] and new * new + prefix == wanted.shape[1]:
+    if leaf == "pos_embed" and tensor.ndim == 3 and tensor.shape[2] == target.shape[2]:
+        prefix_tokens = int(getattr(getattr(net, "net", net), "num_prefix_tokens", 1))
+        for prefix in dict.fromkeys((prefix_tokens, 0)):
+            old, new = (math.isqrt(max(t.shape[1] - prefix, 0)) for t in (tensor, target))
+            if old * old + prefix == tensor.shape[1] and new * new + prefix == target.shape[1]:
                 return resample_abs_pos_embed(tensor, [new, new], num_prefix_tokens=prefix)
-    elif leaf == "pos_embed" and tensor.ndim == 4 and tensor.shape[3] == wanted.shape[3]:
-        return resample_abs_pos_embed_nhwc(tensor, list(wanted.shape[1:3]))
-    elif leaf == "pos_embed" and tensor.ndim == 4 and tensor.shape[1] == wanted.shape[1]:
-        moved = resample_abs_pos_embed_nhwc(tensor.permute(0, 2, 3, 1), list(wanted.shape[2:4]))
-        return moved.permute(0, 3, 1, 2)  # (1, h, w, C) -> (1, C, h, w)
+    elif leaf == "pos_embed" and tensor.ndim == 4 and tensor.shape[3] == target.shape[3]:
+        return resample_abs_pos_embed_nhwc(tensor, list(target.shape[1:3]))
+    elif leaf == "pos_embed" and tensor.ndim == 4 and tensor.shape[1] == target.shape[1]:
+        resampled = resample_abs_pos_embed_nhwc(tensor.permute(0, 2, 3, 1), list(target.shape[2:4]))
+        return resampled.permute(0, 3, 1, 2)  # (1, h, w, C) -> (1, C, h, w)
     elif leaf == "relative_position_bias_table":
-        return _resample_relative(tensor, wanted)
+        return _resample_relative(tensor, target)
     return None
 
 
-def _resample_relative(tensor: Tensor, wanted: Tensor) -> Tensor | None:
-    """Biases of one window: ((2w - 1)², heads), BEiT's with three rows more, or (heads, 2w - 1, 2w - 1)."""
-    if tensor.ndim == 3 and tensor.shape[0] == wanted.shape[0]:
-        window = ((wanted.shape[1] + 1) // 2, (wanted.shape[2] + 1) // 2)
-        return resize_rel_pos_bias_table_simple(tensor, window, tuple(wanted.shape))
-    if tensor.ndim == 2 and tensor.shape[1] == wanted.shape[1]:
+def _resample_relative(tensor: Tensor, target: Tensor) -> Tensor | None:
+    """Biases of a window: ((2w - 1)², heads), BEiT's with three more rows, or (heads, 2w - 1, 2w - 1)."""
+    if tensor.ndim == 3 and tensor.shape[0] == target.shape[0]:
+        window = ((target.shape[1] + 1) // 2, (target.shape[2] + 1) // 2)
+        return resize_rel_pos_bias_table_simple(tensor, window, tuple(target.shape))
+    if tensor.ndim == 2 and tensor.shape[1] == target.shape[1]:
         for extra in (0, 3):
-            side = math.isqrt(max(wanted.shape[0] - extra, 0))
-            if side * side + extra == wanted.shape[0]:
+            side = math.isqrt(max(target.shape[0] - extra, 0))
+            if side * side + extra == target.shape[0]:
                 window = ((side + 1) // 2, (side + 1) // 2)
-                return resize_rel_pos_bias_table(tensor, window, tuple(wanted.shape))
+                return resize_rel_pos_bias_table(tensor, window, tuple(target.shape))
     return None
 
 
 @torch.no_grad()
 def copy_weights(source: Backbone, target: Backbone) -> None:
-    """Give one scale's weights and buffers to another scale.
+    """Copy weights and buffers from one scale's backbone to another's.
 
-    Bit for bit where the shapes agree; position embeddings are resampled where the input sizes differ.
+    The copy is exact where the shapes agree. Tables of positions are resampled where the input sizes differ.
 
     Raises:
-        RacnnError: two different models, or a tensor that depends on the input size and cannot be resampled.
+        BackboneError: two different models.
+        SizeRefused: a tensor depends on the input size and cannot be resampled.
     """
     if source.name != target.name:
-        raise RacnnError(
+        raise BackboneError(
             f"the weights of {source.name} do not fit {target.name}", "one model.backbone for all scales"
         )
-    inner = getattr(target, "net", target)
-    given = source.state_dict()
-    wanted = target.state_dict()
-    moved: State = {}
-    errors = []
-    for name, tensor in wanted.items():
-        found = given.get(name)
-        if found is not None and found.shape != tensor.shape:
-            found = resample(inner, name, found, tensor)
-        if found is None:
-            errors.append(name)
-        else:
-            moved[name] = found
-    if errors or set(given) - set(wanted):
-        raise RacnnError(
+    state, mismatches = _match(target, source.state_dict())
+    if mismatches:
+        raise SizeRefused(
             f"{source.name}: weights for {source.input_size} px do not fit {target.input_size} px: "
-            + ", ".join(errors[:6] + sorted(set(given) - set(wanted))[:6]),
+            + "; ".join(mismatches[:12]),
             "the same size for every scale in model.sizes",
         )
-    target.load_state_dict(moved)
+    target.load_state_dict(state)

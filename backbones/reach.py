@@ -1,4 +1,4 @@
-"""Which weights a result depends on, read from the graph that autograd keeps; nothing is computed."""
+"""Find the weights that a result depends on by walking the autograd graph; nothing is computed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Operations that treat every token by itself: what is not looked at behind them is not looked at before them.
+# Operations on each token separately: a token that is cut off after them has no effect before them either.
 TOKENWISE = {
     "AddBackward0",
     "AliasBackward0",
@@ -20,40 +20,42 @@ TOKENWISE = {
 
 
 def reached_weights(result: Tensor) -> set[Tensor]:
-    """The leaf tensors that `result` depends on.
+    """Return the leaf tensors that `result` depends on.
 
-    Autograd itself counts a class token as reached when it is only put in front of the other tokens and cut
-    off again: its gradient is there, and all zeros. So the walk remembers how many leading tokens go later.
+    A class token that is prepended and cut off again is in the graph, but its gradient is zero. The walk therefore
+    tracks how many leading tokens are cut off later.
     """
-    found: set[Tensor] = set()
-    seen: set[tuple[Any, int]] = set()
-    waiting: list[tuple[Any, int]] = [(result.grad_fn, 0)]
-    while waiting:
-        node, cut = waiting.pop()
-        if node is None or (node, cut) in seen:
+    weights: set[Tensor] = set()
+    visited: set[tuple[Any, int]] = set()
+    stack: list[tuple[Any, int]] = [(result.grad_fn, 0)]
+    while stack:
+        node, cut = stack.pop()
+        if node is None or (node, cut) in visited:
             continue
-        seen.add((node, cut))
+        visited.add((node, cut))
         if hasattr(node, "variable"):
-            found.add(node.variable)
-            continue
-        waiting += _before(node, cut)
-    return found
+            weights.add(node.variable)
+        else:
+            stack += _inputs(node, cut)
+    return weights
 
 
-def _before(node: Any, cut: int) -> list[tuple[Any, int]]:
-    """The nodes whose results go into `node`, and how many of their leading tokens are cut off later."""
+def _inputs(node: Any, cut: int) -> list[tuple[Any, int]]:
+    """The nodes that feed `node`, each with the number of its leading tokens that are cut off later."""
     kind = type(node).__name__
-    inputs = [other for other, _ in node.next_functions]
+    inputs = [source for source, _ in node.next_functions]
     if kind not in TOKENWISE:
-        return [(other, 0) for other in inputs]
+        return [(source, 0) for source in inputs]
     if kind == "SliceBackward0" and node._saved_dim == 1:
-        return [(other, cut + node._saved_start) for other in inputs]
-    if kind != "CatBackward0" or not cut or node._saved_dim not in (1, -2 % 2**64):
-        return [(other, cut if kind != "CatBackward0" else 0) for other in inputs]
-    kept = []
-    for other in inputs:
-        length = other._input_metadata[0].shape[1] if other is not None else cut
+        return [(source, cut + node._saved_start) for source in inputs]
+    if kind != "CatBackward0":
+        return [(source, cut) for source in inputs]
+    if not cut or node._saved_dim not in (1, -2 % 2**64):
+        return [(source, 0) for source in inputs]
+    needed = []
+    for source in inputs:
+        length = source._input_metadata[0].shape[1] if source is not None else cut
         if cut < length:
-            kept.append((other, cut))
+            needed.append((source, cut))
         cut = max(cut - length, 0)
-    return kept
+    return needed

@@ -1,6 +1,6 @@
 """`small_cnn`: four convolutions for images of 32 px and more, registered with timm like any other model.
 
-For benchmarks and experiments that must end within minutes on one CPU core; it has no pretrained weights.
+For benchmarks and experiments that run within minutes on one CPU core; it has no pretrained weights.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ WIDTHS = (16, 32, 64, 96)
 
 
 class SmallCNN(nn.Module):
-    """Convolution, BatchNorm and ReLU four times; the first two are followed by a max-pool, so the stride is 4."""
+    """Four blocks of convolution, BatchNorm and ReLU; the first two end with a max-pool, so the stride is 4."""
 
     def __init__(self, num_classes: int = 0) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = 3
+        channels = 3
         for number, width in enumerate(WIDTHS):
-            convolution = nn.Conv2d(before, width, 3, padding=1, bias=False)
+            convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
             if number < 2:
                 layers.append(nn.MaxPool2d(2))
-            before = width
+            channels = width
         self.layers = nn.Sequential(*layers)
-        self.num_classes, self.num_features = num_classes, before
-        self.head = nn.Linear(before, num_classes) if num_classes else nn.Identity()
+        self.num_classes, self.num_features = num_classes, channels
+        self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) to features (B, 96, S / 4, S / 4)."""
+        """Map images (B, 3, S, S) to features (B, 96, S / 4, S / 4)."""
         return self.layers(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) to logits (B, N)."""
+        """Map images (B, 3, S, S) to logits (B, N)."""
         return self.head(torch.mean(self.forward_features(images), dim=(2, 3)))
 
 
 @register_model
 def small_cnn(pretrained: bool = False, **options: Any) -> SmallCNN:
-    """A `SmallCNN`; timm's entry point.
+    """Build a `SmallCNN`; timm's entry point.
 
     Raises:
-        RuntimeError: pretrained weights are asked for, as timm itself does where it has none.
+        RuntimeError: pretrained weights were requested; timm raises the same where it has none.
     """
     if pretrained:
         raise RuntimeError("small_cnn has no pretrained weights")

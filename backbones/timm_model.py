@@ -1,6 +1,6 @@
-"""Any timm model as a backbone: convolutional, NHWC, or tokens put back into a map.
+"""Any timm model as a backbone: NCHW or NHWC feature maps, or tokens reshaped to a map.
 
-What differs between two models stands in a `Plan`, which `timm_probe` finds.
+A `Plan`, made by `timm_probe`, describes what is particular to a model.
 """
 
 from __future__ import annotations
@@ -13,60 +13,58 @@ import torch
 from racnn_cli.backbones.contract import Backbone
 from torch import Tensor, nn
 
-from racnn_cli.errors import RacnnError
-
 
 @dataclass(frozen=True)
 class Plan:
-    """How one timm model at one size becomes a backbone."""
+    """How to turn a timm model into a backbone for one input size."""
 
     name: str
     size: int
     options: tuple[tuple[str, Any], ...] = ()  # for timm.create_model
     layout: Literal["NCHW", "NHWC", "NLC"] = "NCHW"
-    prefix: int = 0  # class and register tokens in front of the map's own
-    own_head: bool = False  # the descriptor goes through the model's own layers before its classifier
+    prefix: int = 0  # number of class and register tokens before the map's
+    own_head: bool = False  # the descriptor uses the model's trained layers before its classifier
     channels: int = 0
     width: int = 0
     map_size: tuple[int, int] = (0, 0)
-    unused: tuple[str, ...] = ()  # modules and parameters that the descriptor does not reach
+    unused: tuple[str, ...] = ()  # modules and parameters that do not affect the descriptor
 
 
 class TimmBackbone(Backbone):
-    """A timm model with its classifier, and whatever else does not reach the descriptor, taken off.
+    """A timm model without its classifier and without any weights that do not affect the descriptor.
 
-    The descriptor is the global average pool of the features. Where the model has trained layers between its
-    last map and its classifier (MobileNetV3's last convolution, ConvNeXt's last norm, attention pooling) they
-    are part of the descriptor instead. Prefix tokens (class, distillation, registers) steer the map through
-    attention and are then dropped.
+    The descriptor is the global average pool of the features. Where the model has trained layers between its last
+    map and its classifier (MobileNetV3's last convolution, ConvNeXt's last norm, attention pooling), these compute
+    the descriptor instead. Prefix tokens (class, distillation, registers) affect the map through attention and are
+    then dropped.
     """
 
     def __init__(self, net: Any, plan: Plan) -> None:
-        mean, std = normalisation(net)
+        config = net.pretrained_cfg
         super().__init__(
             plan.name,
             channels=plan.channels,
             width=plan.width,
             input_size=plan.size,
             map_size=plan.map_size,
-            mean=mean,
-            std=std,
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
         )
         self.layout, self.prefix, self.own_head = plan.layout, plan.prefix, plan.own_head
         self.net = net
-        # The model's head counts on its prefix tokens, which are dropped. Attention pooling is told to take
-        # all tokens that it gets; any other pool skips as many as the model has, so zeros take their place.
-        attends = getattr(net, "attn_pool", None) is not None
-        self.padding = 0 if attends else plan.prefix
+        # The model's head expects its prefix tokens, which are dropped here. Attention pooling is set to use all
+        # tokens it gets. Any other pool skips as many tokens as the model has, so zeros are added in their place.
+        has_attention_pool = getattr(net, "attn_pool", None) is not None
+        self.padding = 0 if has_attention_pool else plan.prefix
         if plan.own_head and hasattr(net, "pool_include_prefix"):
-            net.pool_include_prefix = attends
+            net.pool_include_prefix = has_attention_pool
         if plan.own_head and plan.layout == "NLC" and getattr(net, "global_pool", "") == "token":
             net.global_pool = "avg"
         for name in plan.unused:
             remove(net, name)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) to features (B, C, h, w)."""
+        """Map images (B, 3, S, S) to features (B, C, h, w)."""
         features = self.net.forward_features(images)
         if self.layout == "NHWC":
             return features.permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
@@ -76,7 +74,7 @@ class TimmBackbone(Backbone):
         return features
 
     def descriptor(self, features: Tensor) -> Tensor:
-        """Features (B, C, h, w) to (B, D), see the class."""
+        """Map features (B, C, h, w) to descriptors (B, D), see the class."""
         if not self.own_head:
             return super().descriptor(features)
         if self.layout == "NHWC":
@@ -87,50 +85,28 @@ class TimmBackbone(Backbone):
         return self.net.forward_head(features, pre_logits=True)
 
 
-def own_size(name: str) -> int:
-    """The side of the square images that the model was made for.
-
-    Raises:
-        RacnnError: its images are not square.
-    """
-    config = timm.get_pretrained_cfg(name)
-    _, height, width = config.input_size if config else (3, 224, 224)
-    if height != width:
-        raise RacnnError(
-            f"{name} is made for images of {height}×{width} px; every scale is a square",
-            "a size of your own in model.sizes, or another model.backbone",
-        )
-    return width
-
-
-def normalisation(net: nn.Module) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of the images that the model was trained on, on a scale of [0, 1]."""
-    config: Any = net.pretrained_cfg
-    return tuple(config["mean"]), tuple(config["std"])
-
-
 def create(name: str, options: tuple[tuple[str, Any], ...], *, pretrained: bool = False) -> Any:
-    """timm's model without its classifier."""
+    """Create timm's model without its classifier."""
     return timm.create_model(name, pretrained=pretrained, num_classes=0, **dict(options))
 
 
 def classifiers(net: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the names of the classifier's weights in a checkpoint of this model."""
+    """Return the name prefixes of the classifier's weights in a checkpoint of this model."""
     config: Any = net.pretrained_cfg
     names = config["classifier"]
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names or ()))
 
 
 def remove(net: nn.Module, name: str) -> None:
-    """Take one module or parameter out.
+    """Remove a module or a parameter.
 
-    A list of modules becomes empty, any other module lets its input pass, a parameter becomes zero.
+    A list of modules becomes empty, any other module becomes the identity, and a parameter becomes a zero buffer.
     """
-    owner_name, _, leaf = name.rpartition(".")
-    owner = net.get_submodule(owner_name)
-    found = getattr(owner, leaf)
-    if isinstance(found, nn.Parameter):
-        delattr(owner, leaf)
-        owner.register_buffer(leaf, torch.zeros_like(found.detach()), persistent=False)
+    path, _, leaf = name.rpartition(".")
+    parent = net.get_submodule(path)
+    member = getattr(parent, leaf)
+    if isinstance(member, nn.Parameter):
+        delattr(parent, leaf)
+        parent.register_buffer(leaf, torch.zeros_like(member.detach()), persistent=False)
     else:
-        setattr(owner, leaf, nn.ModuleList() if isinstance(found, nn.ModuleList) else nn.Identity())
+        setattr(parent, leaf, nn.ModuleList() if isinstance(member, nn.ModuleList) else nn.Identity())

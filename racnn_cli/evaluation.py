@@ -90,25 +90,25 @@ class Measurement:
             average=answer(self.average),
             fused=answer(self.fused),
             rank=self.rank_sum / max(self.images * len(self.boxes), 1),
-            boxes=[Boxes(**_without(boxes.figures(), "side_min", "side_max")) for boxes in self.boxes],
+            boxes=[Boxes(**_without(boxes.compute(), "side_min", "side_max")) for boxes in self.boxes],
         )
 
     def result(
         self, *, split: str, data: str, classes: Sequence[str], baseline: Baseline | None
     ) -> EvalResult:
         """Every figure, as eval.json holds it."""
-        fused = self.fused.figures()
+        fused = self.fused.compute()
         return EvalResult(
             version=EVAL_VERSION,
             split=split,  # type: ignore[arg-type]  # pydantic checks it
             data=data,
             images=self.images,
             classes=len(classes),
-            scales=[EvalAnswer(**figures.figures()) for figures in self.scales],
-            average=EvalAnswer(**self.average.figures()),
+            scales=[EvalAnswer(**figures.compute()) for figures in self.scales],
+            average=EvalAnswer(**self.average.compute()),
             fused=EvalAnswer(**fused),
-            interval=list(metrics.wilson(fused["top1"], self.images)),
-            boxes=[EvalBoxes(**_without(boxes.figures(), "side_std", "centre_std")) for boxes in self.boxes],
+            interval=list(metrics.wilson_interval(fused["top1"], self.images)),
+            boxes=[EvalBoxes(**_without(boxes.compute(), "side_std", "centre_std")) for boxes in self.boxes],
             confusion=self.fused.confusion().tolist(),
             seconds=self.seconds,
             images_per_second=self.images / max(self.seconds, 1e-9),
@@ -156,7 +156,7 @@ def measure(
         [ClassificationMetrics(model.classes) for _ in range(count)],
         ClassificationMetrics(model.classes),
         ClassificationMetrics(model.classes),
-        [BoxMetrics(model.options.floor, model.options.ceiling) for _ in range(count - 1)],
+        [BoxMetrics(model.floor, model.ceiling) for _ in range(count - 1)],
     )
     training = model.training
     model.to(device).eval()

@@ -52,7 +52,7 @@ def true_boxes(scales: int, floor: float, ceiling: float) -> Proposals:
     target = true_targets(scales, floor, ceiling)
 
     def propose(batch: Batch) -> list[Tensor]:
-        box, boxes = attention.whole(batch["box"]), []
+        box, boxes = attention.full_box(batch["box"]), []
         for number in range(scales - 1):
             boxes.append(target(batch, box, number))
             box = attention.compose(box, boxes[-1])

@@ -28,7 +28,7 @@ def multiply_adds(model: RACNN) -> int:
     With one scale, resizing the image is not counted.
     """
     model.eval()
-    scales, half = [model.scale(number) for number in range(len(model.sizes))], model.options.side / 2
+    scales, half = [model.scale(number) for number in range(len(model.sizes))], model.side / 2
     boxes = [torch.tensor([[0.5, 0.5, half]])] * (len(scales) - 1)
     with FlopCounterMode(display=False) as counter:
         if len(scales) == 1:

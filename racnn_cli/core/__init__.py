@@ -1,1 +1,1 @@
-"""The shared core: the paper, in torch and nothing else."""
+"""The network itself: attention, model, losses and metrics, in plain torch."""

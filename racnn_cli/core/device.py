@@ -1,29 +1,29 @@
-"""Where the arithmetic happens."""
+"""Choice of the device."""
 
 from __future__ import annotations
 
 import torch
 
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RecipeError
 
 
-def present() -> list[str]:
-    """The devices of this machine, fastest first."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return [name for name, there in found.items() if there]
+def available_devices() -> list[str]:
+    """List the device types of this machine, fastest first."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, is_available in available.items() if is_available]
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """`auto`: CUDA, then MPS, then the CPU; any other name is taken at its word.
+    """Return the named device; `auto` prefers CUDA, then MPS, then the CPU.
 
     Raises:
-        RacnnError: this machine has no such device.
+        RecipeError: this machine has no such device.
     """
-    here = present()
+    devices = available_devices()
     if name == "auto":
-        name = here[0]
-    if name not in here:
-        raise RacnnError(
-            f"device {name!r} is not on this machine; it has {', '.join(here)}", "train.device = auto"
+        name = devices[0]
+    if name not in devices:
+        raise RecipeError(
+            f"device {name!r} is not on this machine; it has {', '.join(devices)}", "train.device = auto"
         )
     return torch.device(name)

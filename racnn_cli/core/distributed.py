@@ -1,6 +1,6 @@
-"""Several processes under torchrun: rank, start, and the few collective operations that the toolkit needs.
+"""Processes under torchrun: rank, process group, and the collective operations that the toolkit needs.
 
-Gradients are not averaged here: DistributedDataParallel does that around what a stage trains (`training/loop.py`).
+Gradients are averaged by DistributedDataParallel in `training/loop.py`, not here.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Number of this process, from 0; process 0 is the one that writes."""
+    """Rank of this process; rank 0 writes all files."""
     return int(os.environ.get("RANK", "0"))
 
 
 def restarted() -> bool:
-    """Whether torchrun has started these processes again after one of them died."""
+    """Whether torchrun restarted these processes after one of them died."""
     return _starts() > 0
 
 
@@ -35,21 +35,20 @@ def _starts() -> int:
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes that torchrun started; nothing to do when there are none."""
+    """Join the process group; a no-op for a single process."""
     if world() > 1 and not dist.is_initialized():
-        local_device(device)  # NCCL speaks through the current GPU, so it is chosen first
-        store, number, processes = next(dist.rendezvous("env://"))
-        # torchrun keeps its store when it starts the processes again: without a prefix they may read there
-        # where those that have died could be reached.
+        local_device(device)  # NCCL uses the current GPU, so it is selected first
+        store, process, processes = next(dist.rendezvous("env://"))
+        # torchrun keeps its store across restarts: without a prefix, processes may read addresses of dead ones.
         store = dist.PrefixStore(f"start {_starts()}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=processes)
-        # Left to the interpreter's end, its threads can outlive what they use and abort the process.
+        dist.init_process_group(backend, store=store, rank=process, world_size=processes)
+        # Without this, its threads can outlive the interpreter and abort the process.
         atexit.register(dist.destroy_process_group)
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The device of this process: on a machine with several GPUs, its own."""
+    """Return the device of this process; under torchrun, each process has its own GPU."""
     if device.type == "cuda" and world() > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -57,7 +56,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def average_buffers(buffers: Iterable[Tensor]) -> None:
-    """Replace each buffer (BatchNorm's statistics) by its mean over the processes, as each saw other images."""
+    """Average buffers (BatchNorm's statistics) over the processes, in place."""
     if world() == 1:
         return
     for values in buffers:
@@ -67,38 +66,36 @@ def average_buffers(buffers: Iterable[Tensor]) -> None:
 
 
 def split_work(rows: list[Any], work: Callable[[list[Any]], dict[Any, Any]]) -> dict[Any, Any]:
-    """What `work` finds in the rows, each process working on its share of them."""
+    """Apply `work` to the rows, each process to its share, and return the merged results in every process."""
     if world() == 1:
         return work(rows)
-    found: list[dict[Any, Any]] = [{}] * world()
-    dist.all_gather_object(found, work(rows[rank() :: world()]))
-    every = {key: value for part in found for key, value in part.items()}
-    return {row: every[row] for row in rows if row in every}  # in one order, whoever found it
+    results = {key: value for part in gather(work(rows[rank() :: world()])) for key, value in part.items()}
+    return {row: results[row] for row in rows if row in results}  # in the order of the rows
 
 
 def mean(value: Tensor) -> float:
-    """The mean of a scalar over the processes, as a number in each of them."""
+    """Return the mean of a scalar over the processes."""
     return (total(value.clone()) / world()).item()
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """Sum a tensor over the processes, in place."""
     if world() > 1:
         dist.all_reduce(values)
     return values
 
 
 def broadcast(value: Any) -> Any:
-    """Process 0's value (primitives), in every process."""
+    """Return the value of rank 0 in every process."""
     if world() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def gather(value: Any) -> list[Any]:
-    """The values (anything that pickles, tensors on the CPU) of all processes, in the order of their ranks."""
+    """Collect a picklable value (tensors on the CPU) from every process, ordered by rank."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -107,7 +104,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def any_process(flags: list[bool], device: torch.device) -> list[bool]:
-    """Each flag: true in every process if it is true in one."""
+    """Return each flag: True in every process if it is True in any."""
     if world() == 1:
         return flags
     return [bool(count) for count in total(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()]

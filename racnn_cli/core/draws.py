@@ -1,11 +1,10 @@
-"""Random numbers that belong to an image.
+"""Random numbers per image.
 
-What is drawn for an image depends on its key and on how many numbers were drawn for it before, and neither on the
-other images of the batch nor on which process computes it: a training shared out over several processes, or cut
-into other batches, draws what one process would have drawn.
+The numbers depend on the image's key and on how many were drawn for it before, not on the rest of the batch or on
+the process. Training on several processes, or with other batch sizes, therefore draws the same numbers.
 
-The generator is counter-based: the n-th number is a mixture of key + n (SplitMix64; Steele, Lea, Flood, "Fast
-splittable pseudorandom number generators", OOPSLA 2014).
+The generator is counter-based: number n is a hash of key + n (SplitMix64; Steele, Lea, Flood, "Fast splittable
+pseudorandom number generators", OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd number nearest to 2^64 over the golden ratio, as a signed one
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd integer nearest to 2^64 / golden ratio, as a signed integer
 
 
 class Draws:
-    """A stream of numbers for each of B images.
+    """One stream of random numbers for each of B images.
 
     Args:
-        keys: (B,) int64; the same key, the same numbers.
+        keys: (B,) int64; equal keys give equal numbers.
     """
 
     def __init__(self, keys: Tensor) -> None:
@@ -31,43 +30,43 @@ class Draws:
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> Draws:
-        """The streams that start at a batch's `key` (B,), or, where it has none, at some from torch's generator."""
+        """Start the streams of a batch from its `key` (B,), or without one from torch's global generator."""
         labels = batch["label"]
         return cls(
             batch["key"] if "key" in batch else torch.randint(2**62, labels.shape, device=labels.device)
         )
 
     def uniform(self, count: int) -> Tensor:
-        """The next numbers: (B, count) float32, evenly spread between 0 and 1, neither of which is reached."""
-        number = torch.arange(self.drawn + 1, self.drawn + 1 + count, device=self.keys.device)
+        """Draw (B, count) float32 numbers from U(0, 1), both ends excluded."""
+        counter = torch.arange(self.drawn + 1, self.drawn + 1 + count, device=self.keys.device)
         self.drawn += count
-        mixed = _mixed(self.keys[:, None] + number * _GOLDEN)
-        return (_shifted(mixed, 41).float() + 0.5) * 2.0**-23
+        bits = _mix(self.keys[:, None] + counter * _GOLDEN)
+        return (_shift_right(bits, 41).float() + 0.5) * 2.0**-23
 
     def normal(self, count: int) -> Tensor:
-        """The next numbers: (B, count) float32, of mean 0 and standard deviation 1 (Box and Muller 1958)."""
-        length, turn = self.uniform(2 * count).chunk(2, dim=1)
-        return (-2 * length.log()).sqrt() * (2 * math.pi * turn).cos()
+        """Draw (B, count) float32 numbers from the standard normal distribution (Box and Muller 1958)."""
+        radius, angle = self.uniform(2 * count).chunk(2, dim=1)
+        return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
 
 
 def keys(seed: int, epoch: int, index: Tensor) -> Tensor:
-    """(B,) int64: one key for each image of a data set and each time that it is seen.
+    """Return one key (B,) int64 per image and epoch.
 
     Args:
-        seed, epoch: from 0.
-        index: (B,) int64: which image.
+        seed, epoch: non-negative.
+        index: (B,) int64 positions in the data set.
     """
     start = torch.tensor([seed], dtype=torch.int64, device=index.device)
-    return _mixed(_mixed(_mixed(start + _GOLDEN) + epoch) + index)
+    return _mix(_mix(_mix(start + _GOLDEN) + epoch) + index)
 
 
-def _mixed(value: Tensor) -> Tensor:
-    """SplitMix64's finish: every bit of the result depends on every bit of the (int64) value."""
-    value = (value ^ _shifted(value, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    value = (value ^ _shifted(value, 27)) * (0x94D049BB133111EB - 2**64)
-    return value ^ _shifted(value, 31)
+def _mix(value: Tensor) -> Tensor:
+    """Apply SplitMix64's output function to int64 values."""
+    value = (value ^ _shift_right(value, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    value = (value ^ _shift_right(value, 27)) * (0x94D049BB133111EB - 2**64)
+    return value ^ _shift_right(value, 31)
 
 
-def _shifted(value: Tensor, bits: int) -> Tensor:
-    """To the right with zeros from the left, as if int64 had no sign."""
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Shift int64 values as if they were unsigned."""
     return (value >> bits) & (2 ** (64 - bits) - 1)

@@ -1,6 +1,6 @@
-"""How good: accuracy, likelihood and calibration of predictions, and where boxes lie against the truth.
+"""Metrics: accuracy, likelihood and calibration of predictions, and boxes compared with the ground truth.
 
-Shapes: B images, N classes. A proposal is `(tx, ty, tl)`, centre and half side; a ground-truth box is
+Shapes: B images, N classes. A proposal is `(tx, ty, tl)` (center and half side) and a ground-truth box is
 `(x0, y0, x1, y1)`, both in [0, 1] of the same image.
 """
 
@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-BINS = 15  # of the calibration error, as in Guo et al., ICML 2017
-NEAR = 0.02  # a bound is only ever approached: a side within 2 % of it counts as being at it
+BINS = 15  # of the calibration error (Guo et al., ICML 2017)
+TOLERANCE = 0.02  # a side within 2 % of a bound counts as being at it, because proposals only approach it
 
 
 class ClassificationMetrics:
-    """Accuracy, likelihood and calibration of one classifier over a split, added up batch by batch.
+    """Accuracy, likelihood and calibration of one classifier, accumulated over batches.
 
     Args:
         classes: number of classes N.
@@ -25,27 +25,28 @@ class ClassificationMetrics:
     def __init__(self, classes: int) -> None:
         self.classes, self.images = classes, 0
         self._top1 = self._top5 = self._nll = 0.0
-        # Images, confidence and correct answers of each bin.
-        self._bins = torch.zeros(3, BINS, dtype=torch.float64)
-        self._pairs: list[Tensor] = []  # label * N + answer, of every image
+        self._bins = torch.zeros(
+            3, BINS, dtype=torch.float64
+        )  # images, sum of confidences, correct predictions
+        self._pairs: list[Tensor] = []  # label * N + prediction of every image
 
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
-        """Count a batch: log-probabilities (B, N), labels (B,)."""
+        """Add a batch of log-probabilities (B, N) and labels (B,)."""
         scores, labels = log_probabilities.detach().cpu().double(), labels.cpu()
         self.images += len(labels)
         correct = topk(scores, labels, 1)
         self._top1 += correct.sum().item()
         self._top5 += topk(scores, labels, 5).sum().item()
         self._nll -= scores.gather(1, labels[:, None]).sum().item()
-        confidence, answer = scores.exp().max(dim=1)
-        cell = (confidence * BINS).long().clamp(0, BINS - 1)
+        confidence, prediction = scores.exp().max(dim=1)
+        bins = (confidence * BINS).long().clamp(0, BINS - 1)
         self._bins.index_add_(
-            1, cell, torch.stack([torch.ones_like(confidence), confidence, correct.double()])
+            1, bins, torch.stack([torch.ones_like(confidence), confidence, correct.double()])
         )
-        self._pairs.append(labels * self.classes + answer)
+        self._pairs.append(labels * self.classes + prediction)
 
     def merge(self, other: ClassificationMetrics) -> None:
-        """Count what another one has counted, such as another process's."""
+        """Add the images that another instance accumulated, such as one of another process."""
         self.images += other.images
         self._top1 += other._top1
         self._top5 += other._top5
@@ -55,7 +56,7 @@ class ClassificationMetrics:
 
     @property
     def top1(self) -> float:
-        """Share of correct answers."""
+        """Accuracy."""
         return self._top1 / max(self.images, 1)
 
     @property
@@ -63,32 +64,32 @@ class ClassificationMetrics:
         """Mean negative log-likelihood, in nats."""
         return self._nll / max(self.images, 1)
 
-    def figures(self) -> dict[str, float]:
-        """`top1`, `top5` (of min(5, N)), `nll`, `ece` (15 equal bins, weighted by images)."""
+    def compute(self) -> dict[str, float]:
+        """Return `top1`, `top5` (of min(5, N)), `nll` and `ece` (15 equal bins, weighted by images)."""
         count = max(self.images, 1)
         _, confidence, correct = self._bins
         ece = (confidence - correct).abs().sum().item() / count
         return {"top1": self.top1, "top5": self._top5 / count, "nll": self.nll, "ece": ece}
 
     def confusion(self) -> Tensor:
-        """(K, 3) int64: class, answer and how many images, for every pair that occurs, sorted."""
+        """Return (K, 3) int64: true class, predicted class and number of images, sorted, without empty pairs."""
         pairs = torch.cat([*self._pairs, torch.zeros(0, dtype=torch.int64)])
-        found, images = pairs.unique(return_counts=True)
-        return torch.stack([found // self.classes, found % self.classes, images], dim=1)
+        pairs, images = pairs.unique(return_counts=True)
+        return torch.stack([pairs // self.classes, pairs % self.classes, images], dim=1)
 
     def per_class(self) -> list[tuple[float | None, int]]:
-        """For each class: the share of its images that were answered correctly (None without any), and their number."""
-        truth, answer, images = self.confusion().unbind(dim=1)
+        """Return the accuracy (None without images) and the number of images of each class."""
+        truth, prediction, images = self.confusion().unbind(dim=1)
         count = torch.zeros(self.classes, dtype=torch.int64).index_add_(0, truth, images)
-        correct = torch.zeros_like(count).index_add_(0, truth, images * (truth == answer))
+        correct = torch.zeros_like(count).index_add_(0, truth, images * (truth == prediction))
         return [(c / n if n else None, n) for c, n in zip(correct.tolist(), count.tolist(), strict=True)]
 
 
 class BoxMetrics:
-    """Sides and places of the boxes of one scale over a split, and where they lie against ground-truth boxes.
+    """Sides, positions and ground-truth overlap of one scale's boxes, accumulated over batches.
 
     Args:
-        floor, ceiling: bounds of a box's side, as a share of the side of the scale before.
+        floor, ceiling: bounds of a box's side, as a fraction of the previous scale's side.
     """
 
     def __init__(self, floor: float, ceiling: float) -> None:
@@ -97,19 +98,22 @@ class BoxMetrics:
         self._overlaps: list[Tensor] = []
 
     def add(self, proposals: Tensor, boxes: Tensor, truth: Tensor) -> None:
-        """Count a batch: proposals (B, 3) on the scale before; boxes (B, 3) and truth (B, 4) on the source."""
+        """Add a batch: proposals (B, 3) on the previous scale; boxes (B, 3) and ground truth (B, 4) on the source."""
         self._proposals.append(proposals)
         self._overlaps.append(box_overlap(boxes, truth))  # (B', 3)
 
     def merge(self, other: BoxMetrics) -> None:
-        """Count what another one has counted, such as another process's."""
+        """Add the boxes that another instance accumulated, such as one of another process."""
         self._proposals += other._proposals
         self._overlaps += other._overlaps
 
-    def figures(self) -> dict[str, float]:
-        """`side_mean`, `side_min`, `side_max`, `side_std`, `centre_std`, as shares of the scale before; `at_floor`,
-        `at_ceiling`, the share of boxes within 2 % of that bound; with ground truth `iou_mean`, `hit_rate`,
-        `coverage_mean`."""
+    def compute(self) -> dict[str, float]:
+        """Return statistics over all boxes.
+
+        `side_mean`, `side_min`, `side_max`, `side_std` and `centre_std` are fractions of the previous scale's side.
+        `at_floor` and `at_ceiling` are the fractions of boxes within 2 % of that bound. With ground truth there are
+        also `iou_mean`, `hit_rate` and `coverage_mean`.
+        """
         proposals, overlaps = torch.cat(self._proposals), torch.cat(self._overlaps)
         sides = 2 * proposals[:, 2]
         at_floor, at_ceiling = at_bounds(sides, self.floor, self.ceiling)
@@ -130,13 +134,13 @@ class BoxMetrics:
 
 
 def topk(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Is the true class among the min(k, N) best? Scores (B, N), labels (B,) to bool (B,)."""
+    """Return whether the true class is among the min(k, N) best: scores (B, N), labels (B,) to bool (B,)."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(dim=1)
 
 
-def wilson(share: float, images: int) -> tuple[float, float]:
-    """95 % interval of a share that was counted over so many images (Wilson, 1927)."""
+def wilson_interval(share: float, images: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a proportion measured on n images (Wilson 1927)."""
     if not images:
         return 0.0, 1.0
     z = 1.959963984540054
@@ -147,39 +151,39 @@ def wilson(share: float, images: int) -> tuple[float, float]:
 
 
 def corners(proposals: Tensor) -> Tensor:
-    """Proposals (B, 3) to their corners (B, 4)."""
+    """Convert proposals (B, 3) to corners (B, 4)."""
     return torch.cat([proposals[:, :2] - proposals[:, 2:], proposals[:, :2] + proposals[:, 2:]], dim=1)
 
 
 def iou(proposals: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union (B,) of proposals (B, 3) with true boxes (B, 4)."""
+    """Intersection over union (B,) of proposals (B, 3) and ground-truth boxes (B, 4)."""
     both = _intersection(proposals, truth)
     return both / (_area(corners(proposals)) + _area(truth) - both)
 
 
 def coverage(proposals: Tensor, truth: Tensor) -> Tensor:
-    """Share (B,) of the true boxes' (B, 4) area that lies inside the proposals (B, 3)."""
+    """Fraction (B,) of the ground-truth boxes' (B, 4) area inside the proposals (B, 3)."""
     return _intersection(proposals, truth) / _area(truth)
 
 
 def hit(proposals: Tensor, truth: Tensor) -> Tensor:
-    """Does the centre of the true box (B, 4) lie inside the proposal (B, 3)? Bool (B,)."""
+    """Whether the center of the ground-truth box (B, 4) lies inside the proposal (B, 3): bool (B,)."""
     centre = (truth[:, :2] + truth[:, 2:]) / 2
     return ((centre - proposals[:, :2]).abs() <= proposals[:, 2:]).all(dim=1)
 
 
 def at_bounds(sides: Tensor, floor: float, ceiling: float) -> tuple[Tensor, Tensor]:
-    """Which boxes are as small, and which as large, as they may be? Sides (B,) to two of bool (B,)."""
-    return sides <= floor * (1 + NEAR), sides >= ceiling * (1 - NEAR)
+    """Whether each side (B,) is at its lower and at its upper bound: two bool (B,)."""
+    return sides <= floor * (1 + TOLERANCE), sides >= ceiling * (1 - TOLERANCE)
 
 
 def box_overlap(proposals: Tensor, truth: Tensor) -> Tensor:
-    """IoU, hit and coverage (B', 3) of the proposals (B, 3) that have a true box (B, 4).
+    """Return IoU, hit and coverage (B', 3) of the proposals (B, 3) that have a ground-truth box (B, 4).
 
-    One of no area (or NaN) was cut away when the image was made square, or never known: nothing is to be found.
+    Boxes without an area (or NaN) are skipped: they are unknown, or were cropped away with the image's border.
     """
-    there = ((truth[:, 2:] - truth[:, :2]) > 0).all(dim=1)
-    proposals, truth = proposals[there], truth[there]
+    valid = ((truth[:, 2:] - truth[:, :2]) > 0).all(dim=1)
+    proposals, truth = proposals[valid], truth[valid]
     return torch.stack([measure(proposals, truth).float() for measure in (iou, hit, coverage)], dim=1)
 
 
@@ -188,7 +192,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def _intersection(proposals: Tensor, truth: Tensor) -> Tensor:
-    found = corners(proposals)
-    low = torch.maximum(found[:, :2], truth[:, :2])
-    high = torch.minimum(found[:, 2:], truth[:, 2:])
+    boxes = corners(proposals)
+    low = torch.maximum(boxes[:, :2], truth[:, :2])
+    high = torch.minimum(boxes[:, 2:], truth[:, 2:])
     return (high - low).clamp_min(0).prod(dim=1)

