@@ -10,11 +10,12 @@ from racnn_cli.backbones import timm_model, timm_probe, vgg
 from racnn_cli.backbones import weights as checkpoints
 from racnn_cli.backbones.contract import Backbone
 from racnn_cli.backbones.fitting import copy_weights
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from racnn_cli.errors import RacnnError
 
-__all__ = ["Backbone", "build", "copy_weights", "native_sizes", "suggestions"]
+__all__ = ["Backbone", "build", "convert_sync_batchnorm", "copy_weights", "native_sizes", "suggestions"]
 
 
 def build(name: str, *, size: int | None = None, weights: str = "none") -> Backbone:

@@ -1,28 +1,34 @@
 """racnn: fine-grained image recognition from image labels alone.
 
-The Python API, loaded when it is first used, so that `racnn --help` need not wait for torch:
+The Python API:
 
     import racnn_cli
     model = racnn_cli.load("runs/latest")
     for prediction in model.predict(["bird.jpg"]):
         print(prediction.label, prediction.probability, prediction.boxes)
+
+Each name is imported on first use, so that `racnn --help` does not wait for torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
 
 __version__ = "0.1.0"
 
-# A wheel holds `backbones` and `recipes` inside this package. In a checkout they stay in the repository root, so
-# the root is searched too; nothing of these names elsewhere on sys.path is ever looked at.
-_ROOT = Path(__file__).resolve().parent.parent
-if not (Path(__file__).parent / "backbones").is_dir() and (_ROOT / "backbones" / "contract.py").is_file():
-    __path__.append(str(_ROOT))
+# A wheel contains `backbones` and `recipes` inside this package. In a checkout they are in the repository root, so the
+# package searches there too. Packages of these names elsewhere on sys.path are never used.
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_ROOT = os.path.dirname(_PACKAGE)
+if not os.path.isdir(os.path.join(_PACKAGE, "backbones")) and os.path.isfile(
+    os.path.join(_ROOT, "backbones", "contract.py")
+):
+    __path__.append(_ROOT)
 
+TYPE_CHECKING = False  # importing typing would make an early Ctrl-C more likely to end in a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from racnn_cli.api import predict, train
     from racnn_cli.core.model import RACNN
     from racnn_cli.errors import RacnnError
@@ -30,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RACNN", "Model", "Prediction", "RacnnError", "load", "predict", "train"]
 
-_HOMES = {
+_MODULES = {
     "RACNN": "racnn_cli.core.model",
     "Model": "racnn_cli.export.prediction",
     "Prediction": "racnn_cli.export.prediction",
@@ -42,9 +48,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    from importlib import import_module
+
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,23 +1,28 @@
-"""The recipe: everything that a training run is made of, as one validated, frozen value.
+"""The recipe: all settings of a training run, as one validated, frozen value.
 
-A recipe is a TOML file. `load` reads one (a file, or the name of one in `recipes/`), applies
-`--set key=value` and returns a `Recipe`; `dump` writes it back with every value as used, so that a run can
-be repeated from that file alone. Every key is described here, beside its default.
+A recipe is a TOML file. `load` reads one, a file or a built-in one, and applies overrides such as `--set key=value`.
+`dump` writes it back with every value, so that a run can be repeated from that file alone.
 """
 
 from __future__ import annotations
 
-import difflib
+import os
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 import racnn_cli
-from racnn_cli.errors import RacnnError, describe_missing, did_you_mean
+from racnn_cli.errors import RecipeError, describe_missing, did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
 
 RECIPES = next(
     folder
@@ -34,77 +39,79 @@ Sizes = Annotated[
 
 
 class Section(BaseModel):
-    """Strict (no silent conversion), frozen (a recipe never changes), closed (an unknown key is an error)."""
+    """Strict (no silent conversion), frozen (immutable) and closed (unknown keys are errors)."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=True)
 
 
 class Augment(Section):
-    """How a training image is varied; a validation or test image never is."""
+    """Random augmentation of training images; validation and test images are never augmented."""
 
     scale: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.6, description="smallest share of the image's area that a random crop keeps"
     )
-    flip: Literal["none", "horizontal", "both"] = Field("horizontal", description="mirror images allowed")
-    rotate: Annotated[float, Field(ge=0.0, le=180.0)] = Field(
-        10.0, description="largest rotation, in degrees"
-    )
-    color: Share = Field(0.2, description="strength of brightness, contrast and colour changes")
+    flip: Literal["none", "horizontal", "both"] = Field("horizontal", description="random mirroring")
+    rotate: Annotated[float, Field(ge=0.0, le=180.0)] = Field(10.0, description="largest rotation in degrees")
+    color: Share = Field(0.2, description="strength of brightness, contrast and color changes")
 
 
 class Sample(Section):
-    """Only for the drawn data sets, `fieldguide` and `clutter`."""
+    """Size of the drawn data sets `fieldguide` and `clutter`."""
 
     images: Annotated[int, Field(ge=24, le=100_000)] = Field(
-        480, description="number of images, all splits together"
+        480, description="number of images in all splits together"
     )
     size: Annotated[int, Field(ge=64, le=4096)] = Field(256, description="side of an image in pixels")
     distance: Annotated[int, Field(ge=1, le=16)] = Field(
-        1, description="clutter: so many times smaller on the canvas, among its square times the fragments"
+        1, description="clutter: objects are n times smaller, among n² times as many fragments"
     )
 
 
 class Data(Section):
-    """Where the images come from and how a file becomes a square source image."""
+    """Where the images come from and how each becomes a square source image."""
 
     path: str = Field(
-        "", description="a folder with one folder a class, a CSV file, or plankton or fieldguide"
+        "", description="folder with one folder per class, CSV file, or name of a built-in data set"
     )
     source: Annotated[int, Field(ge=0, le=8192)] = Field(
-        0,
-        description="side in pixels of the square source that all scales are cut from; 0: the first scale's size",
+        0, description="side in pixels of the square source of all crops; 0: the size of scale 1"
     )
     fit: Literal["crop", "pad", "squash"] = Field(
-        "crop",
-        description="how an image becomes square: centre crop, grey borders, or stretched",
+        "crop", description="how an image becomes square: center crop, gray borders, or stretched"
     )
     val: Annotated[float, Field(gt=0.0, lt=0.9)] = Field(
-        0.15, description="share held out for choosing, where the data names no val split"
+        0.15, description="share of the images for validation, if the data have no val split"
     )
     test: Annotated[float, Field(ge=0.0, lt=0.9)] = Field(
-        0.2, description="share held out for the final figures, where the data names no test split"
+        0.2, description="share of the images for testing, if the data have no test split"
     )
     limit: Annotated[int, Field(ge=0)] = Field(
-        0, description="at most so many images a class and split; 0: all"
+        0, description="largest number of images per class and split; 0: no limit"
     )
-    workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="processes that read images; 0: none")
-    skip_bad: bool = Field(False, description="go on without unreadable files instead of stopping")
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="processes that load images; 0: load in the training process"
+    )
+    skip_bad: bool = Field(False, description="skip unreadable files instead of stopping")
     augment: Augment = Augment()
     sample: Sample = Sample()
 
 
 class Model(Section):
-    """The network: one backbone a scale, an attention proposal network (APN) between two scales."""
+    """The network: one backbone per scale and an attention proposal network (APN) between two scales."""
 
     backbone: str = Field("vgg19", description="vgg11/13/16/19 with or without _bn, or any timm model")
     weights: str = Field(
-        description="none, pretrained (timm's hub), a .safetensors or .pth file, or package:NAME"
+        description="none (random), pretrained (timm's hub), a .safetensors or .pth file, or package:NAME"
     )
-    scales: Annotated[int, Field(ge=1, le=5)] = Field(3, description="1 is the plain backbone")
-    sizes: Sizes = Field((), description="input side of each scale in pixels; empty: the backbone's own")
+    scales: Annotated[int, Field(ge=1, le=5)] = Field(
+        3, description="number of scales; 1: the plain backbone"
+    )
+    sizes: Sizes = Field(
+        (), description="input side of each scale in pixels; empty: the backbone's native size"
+    )
     zoom: Literal["source", "nested"] = Field(
         "source",
-        description="cut a finer crop from the source image, or from the crop before it (the paper)",
+        description="cut each crop from the source image, or from the previous crop (the paper)",
     )
     floor: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         1 / 3, description="smallest side of a box, as a share of the previous scale's side"
@@ -113,17 +120,18 @@ class Model(Section):
         0.95, description="largest side of a box, as a share of the previous scale's side"
     )
     side: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.5, description="side of the square that an untrained APN proposes and that pretrain-apn aims at"
+        0.5, description="side of the box that an untrained APN proposes and that pretrain-apn targets"
     )
     apn_hidden: Annotated[int, Field(ge=1, le=65536)] = Field(
-        16, description="number of maps that the APN's first layer makes"
+        16, description="output channels of the APN's first layer"
     )
     k: Annotated[float, Field(gt=0.0)] = Field(
-        0.5, description="steepness of the boxcar mask per pixel of the cropped image; inf: no soft edge"
+        0.5, description="steepness of the boxcar mask per pixel of the cropped image; inf: hard edge"
     )
     gradient: Literal["exact", "boxcar", "bilinear", "none"] = Field(
         "exact",
-        description="what of the crop a box learns through: mask and positions, mask, positions, nothing",
+        description="gradient of the crop with respect to the box: "
+        "mask and sampling positions, mask only, positions only, or none",
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="dropout before each classifier"
@@ -133,7 +141,7 @@ class Model(Section):
     def _consistent(self) -> Model:
         if self.sizes and len(self.sizes) != self.scales:
             raise ValueError(
-                f"model.sizes has {len(self.sizes)} entries for model.scales = {self.scales}; give one size a scale"
+                f"model.sizes has {len(self.sizes)} entries for model.scales = {self.scales}; give one size per scale"
             )
         if not self.floor <= self.side <= self.ceiling or self.floor == self.ceiling:
             raise ValueError(
@@ -144,105 +152,113 @@ class Model(Section):
 
 
 class Train(Section):
-    """What all stages share."""
+    """Settings shared by all stages."""
 
-    batch: Annotated[int, Field(ge=1, le=65536)] = Field(16, description="images a step on each process")
-    accumulate: Annotated[int, Field(ge=1)] = Field(1, description="batches whose gradients make one update")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="only for sgd")
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    batch: Annotated[int, Field(ge=1, le=65536)] = Field(16, description="images per step and process")
+    accumulate: Annotated[int, Field(ge=1)] = Field(
+        1, description="batches whose gradients are added up for one update"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimizer of all stages")
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="momentum, sgd only")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.01, description="weight decay")
     schedule: Literal["cosine", "step", "constant"] = Field(
-        "cosine", description="within each stage or phase"
+        "cosine", description="learning rate schedule within each stage or phase"
     )
     step_epochs: Annotated[int, Field(ge=1)] = Field(
-        30, description="only for step: ×0.1 after so many epochs"
+        30, description="schedule step only: epochs between two divisions of the learning rate by 10"
     )
-    warmup: Share = Field(0.1, description="share of a phase's updates during which the learning rate rises")
-    clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="largest gradient norm; 0: not clipped")
+    warmup: Share = Field(
+        0.1, description="share of a stage's or phase's updates during which the learning rate rises"
+    )
+    clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="of every classification loss"
+        0.0, description="label smoothing of every classification loss"
     )
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="decay of averaged weights; 0: none"
+        0.0, description="decay of the moving average of the weights; 0: no average"
     )
     batchnorm: Literal["train", "frozen", "synced"] = Field(
         "train",
-        description="frozen: keep the statistics of the weights that training started from; "
-        "synced: normalise over the images of all processes, not over each one's own",
+        description="frozen: keep the statistics of the initial weights; "
+        "synced: statistics over the images of all processes",
     )
     save_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="write a checkpoint after so many updates, besides the end of each epoch; 0: do not"
+        0, description="updates between two checkpoints within an epoch; 0: none"
     )
     save_minutes: Annotated[float, Field(ge=0.0)] = Field(
-        10.0, description="and whenever so many minutes have passed since the last one; 0: do not"
+        10.0, description="minutes between two checkpoints within an epoch; 0: none"
     )
     keep: Annotated[int, Field(ge=1)] = Field(
-        1, description="checkpoints that are kept besides the newest, in case that it is damaged"
+        1, description="older checkpoints to keep in case the newest is damaged"
     )
     amp: bool = Field(True, description="bfloat16 autocast on CUDA")
-    channels_last: bool = True
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    channels_last: bool = Field(True, description="channels-last memory format")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="auto: CUDA if there is a GPU, else MPS, else the CPU"
+    )
 
 
-class Phase(Section):
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 1
-    lr: Positive = 1e-3
+class PretrainCnn(Section):
+    """Stage 1: fine-tune scale 1."""
 
-
-class PretrainCnn(Phase):
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
-    lr: Positive = 3e-4
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(10, description="epochs of pretrain-cnn")
+    lr: Positive = Field(3e-4, description="learning rate of the backbone")
     head_lr: Positive = Field(10.0, description="learning rate of the classifier, as a multiple of lr")
     patience: Annotated[int, Field(ge=0)] = Field(
-        0, description="stop after so many epochs without a better validation loss; 0: never"
+        0, description="stop after n epochs without a lower validation loss; 0: never"
     )
 
 
-class PretrainApn(Phase):
+class PretrainApn(Section):
+    """Stage 2: train the APNs to propose the square around the strongest response."""
+
     epochs: Annotated[int, Field(ge=0, le=100_000)] = Field(
-        5, description="0: the boxes start in the image's centre"
+        5, description="epochs of pretrain-apn; 0: the boxes start at the image's center"
     )
-    lr: Positive = 3e-3
+    lr: Positive = Field(3e-3, description="learning rate of the APNs")
 
 
 class Alternate(Section):
+    """Stage 3: rounds of a CNN phase and an APN phase."""
+
     rounds: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        5, description="at most so many rounds of CNN and APN phase"
+        5, description="largest number of rounds, each a CNN phase and an APN phase"
     )
-    cnn_epochs: Annotated[int, Field(ge=1)] = 2
+    cnn_epochs: Annotated[int, Field(ge=1)] = Field(2, description="epochs of a CNN phase")
     ramp: bool = Field(
         True,
-        description="short rounds first, so that the boxes move early: CNN phase r has at most r epochs",
+        description="start with short rounds so that the boxes move early: CNN phase r has at most r epochs",
     )
     apn_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="0: the boxes stay as pretrain-apn left them"
+        1, description="epochs of an APN phase; 0: keep the boxes of pretrain-apn"
     )
-    cnn_lr: Positive = 1e-4
-    apn_lr: Positive = 5e-3
-    margin: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="of the pairwise rank loss")
+    cnn_lr: Positive = Field(1e-4, description="learning rate of the CNN phases")
+    apn_lr: Positive = Field(5e-3, description="learning rate of the APN phases")
+    margin: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.05, description="margin of the pairwise rank loss"
+    )
     apn_gradient: Literal["perturb", "backprop"] = Field(
         "perturb",
-        description="slope of the rank loss in a box: from boxes tried around it, or through the crop (the paper)",
+        description="gradient of the rank loss in a box: from perturbed boxes, or through the crop (the paper)",
     )
     boxes: Annotated[int, Field(ge=2, le=1024, multiple_of=2)] = Field(
-        4, description="only for perturb: boxes that are tried around each proposal"
+        4, description="perturb only: perturbed boxes per proposal"
     )
     spread: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.2, description="only for perturb: how far off they are, as a share of the side and of its logarithm"
+        0.2, description="perturb only: size of a perturbation, as a share of the side and in log-scale"
     )
     jitter: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.2, description="random shift and log-scale of the boxes in the CNN phase, as a share of the box"
+        0.2, description="CNN phase: random shift and log-scale of the boxes, as a share of the box"
     )
     tighten: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
-        0.2, description="how much smaller still boxes are drawn there, up to a factor of exp(-tighten)"
+        0.2, description="CNN phase: boxes are randomly shrunk by a factor down to exp(-tighten)"
     )
     settle: bool = Field(
-        True,
-        description="let jitter and tighten fall, round by round, to nothing in the last of several `rounds`",
+        True, description="reduce jitter and tighten each round, to 0 in the last round of several"
     )
-    patience: Annotated[int, Field(ge=1)] = Field(2, description="rounds without change before the end")
+    patience: Annotated[int, Field(ge=1)] = Field(2, description="stop after n rounds without change")
     tolerance: Annotated[float, Field(ge=0.0)] = Field(
-        0.01, description="relative change that counts as change"
+        0.01, description="smallest relative change of a validation loss that counts as change"
     )
 
     def cnn_epochs_of(self, round_: int) -> int:
@@ -250,21 +266,29 @@ class Alternate(Section):
         return min(round_ + 1, self.cnn_epochs) if self.ramp else self.cnn_epochs
 
     def cnn_epochs_in(self, rounds: int) -> int:
-        """CNN epochs of the first so many rounds together."""
+        """CNN epochs of the first n rounds together."""
         return sum(map(self.cnn_epochs_of, range(rounds)))
 
 
-class Fusion(Phase):
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 5
-    lr: Positive = 1e-3
+class Fusion(Section):
+    """The last stage: train the fusion head on the descriptors of all scales."""
+
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(5, description="epochs of the fusion head")
+    lr: Positive = Field(1e-3, description="learning rate of the fusion head")
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
-    about: str = Field("", description="what the recipe is for, in one sentence")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    quick: bool = Field(False, description="the whole way on a small share of the data with few epochs")
-    baseline: bool = Field(False, description="train the plain backbone too, under the same budget")
+    """All settings of a training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        "run", description="name of the recipe, and of the run's folder in runs/"
+    )
+    about: str = Field("", description="purpose of the recipe in one sentence")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="random seed of the split, the initial weights and the training"
+    )
+    quick: bool = Field(False, description="try every stage with few images and few epochs")
+    baseline: bool = Field(False, description="also train the plain backbone with the same budget")
     onnx: bool = Field(False, description="export the trained network at the end of `racnn train`")
     data: Data = Data()
     model: Model
@@ -275,28 +299,32 @@ class Recipe(Section):
     fusion: Fusion = Fusion()
 
     @model_validator(mode="after")
-    def _learnable(self) -> Recipe:
+    def _trainable(self) -> Recipe:
         if self.model.scales > 1 and self.alternate.apn_epochs and self.alternate.apn_gradient == "backprop":
             if self.model.gradient == "none":
                 raise ValueError(
-                    "model.gradient = none leaves the APNs nothing to learn from; alternate.apn_epochs = 0, or "
+                    "model.gradient = none gives the APNs no gradient to learn from; set alternate.apn_epochs = 0 or "
                     "alternate.apn_gradient = perturb"
                 )
             if self.model.gradient == "boxcar" and self.model.k == float("inf"):
                 raise ValueError(
-                    "model.gradient = boxcar needs a finite model.k: the mask is all that it learns from"
+                    "model.gradient = boxcar needs a finite model.k: the APNs learn through the mask's edge"
                 )
         return self
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
-        """A copy with dotted keys replaced, validated as a whole."""
-        tree = to_tree(self)
+        """A copy with dotted keys replaced, validated as a whole.
+
+        Raises:
+            RecipeError: an unknown key or an invalid value.
+        """
+        tree = _to_tree(self)
         for key, value in changes.items():
             _assign(tree, key, value)
         return _validate(tree, "the recipe")
 
     def as_used(self) -> Recipe:
-        """The recipe as it will run: `quick` is spelt out in the values that it stands for."""
+        """The recipe with the values that `quick` stands for."""
         if not self.quick:
             return self
         return self.override(
@@ -312,74 +340,101 @@ class Recipe(Section):
         )
 
 
+class KeyInfo(NamedTuple):
+    """A recipe key: its dotted name, default as TOML (empty if required), allowed values, and description."""
+
+    key: str
+    default: str
+    allowed: str
+    description: str
+
+
 def names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(p.stem for p in RECIPES.glob("*.toml"))
+    """Names of the built-in recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def find(name: str) -> Path:
-    """The file of a recipe: a path to a TOML file, or the name of one in `recipes/`.
+    """The file of a recipe: a path to a TOML file, or the name of a built-in recipe.
 
     Raises:
-        RacnnError: there is no such recipe.
+        RecipeError: no such recipe.
     """
     path = Path(name)
     if path.suffix == ".toml":
         if path.is_file():
             return path
-        raise RacnnError(
-            f"there is no recipe file: {describe_missing(path)}",
-            "`racnn recipes ls` lists the recipes that come along",
+        raise RecipeError(
+            f"recipe not found: {describe_missing(path)}", "`racnn recipes ls` lists the built-in recipes"
         )
-    shipped = RECIPES / f"{name}.toml"
-    if "/" not in name and "\\" not in name and shipped.is_file():
-        return shipped
-    raise RacnnError(
-        f"there is no recipe {name!r}{did_you_mean(name, names())}",
-        f"one of {', '.join(names())}, or the path of a file that ends in .toml",
+    built_in = RECIPES / f"{name}.toml"
+    if "/" not in name and "\\" not in name and built_in.is_file():
+        return built_in
+    raise RecipeError(
+        f"unknown recipe {name!r}{did_you_mean(name, names())}",
+        f"one of {', '.join(names())}, or the path of a .toml file",
     )
 
 
-def load(name: str, sets: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe by name or path, then apply `key=value` texts and already typed changes.
+def load(
+    name: str | None = None, sets: Iterable[str] = (), changes: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Load a recipe and override some of its values.
+
+    Args:
+        name: a built-in recipe, or the path of a TOML file; None: the defaults of the schema, named after the data.
+        sets: overrides as `key=value`.
+        changes: overrides as dotted keys to values; they take precedence over `sets`.
 
     Raises:
-        RacnnError: no such recipe, not TOML, an unknown key or a value out of its range; all errors at once.
+        RecipeError: no such recipe, invalid TOML, unknown keys or invalid values; the message lists all of them.
     """
-    path = find(name)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RacnnError(f"{path}: not a TOML file: {error}", "fix the line that is named") from None
-    except OSError as error:
-        raise RacnnError(
-            f"{path} cannot be read: {error.strerror}", "check the path and its rights"
-        ) from None
-    tree.setdefault("name", path.stem)
     changes = {**parse_sets(sets), **(changes or {})}
+    tree: dict[str, Any] = {"name": _name_after(str(changes.get("data.path", ""))), "model": {}}
+    where = "the default recipe"
+    if name is not None:
+        path = find(name)
+        tree, where = _read(path), str(path)
+        tree.setdefault("name", path.stem)
     for key, value in changes.items():
         _assign(tree, key, value)
     sizes = tree["model"].get("sizes") if isinstance(tree.get("model"), dict) else None
-    if (
-        "model.scales" in changes
-        and "model.sizes" not in changes
-        and isinstance(sizes, list)
-        and sizes
-        and isinstance(changes["model.scales"], int)
-    ):
-        # Fewer scales drop the finest ones; more see what the finest one sees.
-        wanted = max(changes["model.scales"], 1)
-        tree["model"]["sizes"] = [*sizes, *[sizes[-1]] * wanted][:wanted]
-    return _validate(tree, str(path))
+    scales = changes.get("model.scales")
+    if isinstance(scales, int) and "model.sizes" not in changes and isinstance(sizes, list) and sizes:
+        # Fewer scales drop the finest sizes; more scales repeat the finest one.
+        scales = max(scales, 1)
+        tree["model"]["sizes"] = [*sizes, *[sizes[-1]] * scales][:scales]
+    return _validate(tree, where)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}", "fix that line") from None
+    except OSError as error:
+        raise RecipeError(
+            f"{path} cannot be read: {error.strerror}", "check the path and its permissions"
+        ) from None
+
+
+def _name_after(data: str) -> str:
+    """A run name made from the last part of a data path."""
+    stem = os.path.splitext(os.path.basename(os.path.abspath(data)))[0] if data else ""
+    return re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-")[:64] or "run"
 
 
 def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
-    """`["train.lr=1e-3", "data.path=birds"]` to typed values: TOML where it parses, else a plain string."""
+    """Parse `key=value` strings, such as `train.lr=1e-3`. A value that is not TOML is a plain string.
+
+    Raises:
+        RecipeError: no key or no equals sign.
+    """
     changes: dict[str, Any] = {}
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise RacnnError(f"--set {text}: not of the form key=value", "--set train.batch=8")
+            raise RecipeError(f"--set {text}: expected key=value", "--set train.batch=8")
         try:
             changes[key.strip()] = tomllib.loads(f"v = {value}")["v"]
         except tomllib.TOMLDecodeError:
@@ -387,49 +442,83 @@ def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
     return changes
 
 
-def to_tree(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested dicts of TOML values."""
+def _to_tree(recipe: Recipe) -> dict[str, Any]:
     tree = recipe.model_dump()
     tree["model"]["sizes"] = list(tree["model"]["sizes"])
     return tree
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as TOML text with every value as used."""
-    return tomli_w.dumps(to_tree(recipe))
+    """The recipe as TOML with every value."""
+    return tomli_w.dumps(_to_tree(recipe))
 
 
-def key_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, in its order."""
-    found: list[str] = []
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found += key_names(kind, f"{prefix}{name}.")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
         else:
-            found.append(prefix + name)
-    return found
+            yield prefix + name, field
 
 
-def suggest(key: str) -> str:
-    """`did you mean …?` for a key that does not exist; empty when nothing is near."""
+def key_names() -> list[str]:
+    """Every dotted key of the schema, in order."""
+    return [key for key, _ in _fields(Recipe)]
+
+
+def describe_keys(pattern: str = "") -> list[KeyInfo]:
+    """Default, allowed values and description of recipe keys.
+
+    Args:
+        pattern: part of a key, such as `lr`, or a shell pattern, such as `model.*`; empty: all keys.
+    """
+    pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    return [
+        KeyInfo(key, _default(field), _allowed(field), field.description or "")
+        for key, field in _fields(Recipe)
+        if fnmatchcase(key, pattern)
+    ]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return ""
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
+
+
+def _allowed(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(get_args(field.annotation))
+    if field.annotation is bool:
+        return "true, false"
+    kinds: dict[object, str] = {int: "integer", float: "number", str: "text"}
+    kind = kinds.get(field.annotation, "list of integers")
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
+    bounds = [
+        f"{sign} {getattr(constraint, name):.12g}"
+        for constraint in field.metadata
+        for name, sign in signs.items()
+        if getattr(constraint, name, None) is not None
+    ]
+    return ", ".join([kind, *bounds])
+
+
+def _suggest(key: str) -> str:
     known = key_names()
-    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = same_leaf or difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(near[:4])}?" if near else ""
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return f"; did you mean {' or '.join(same_leaf[:4])}?" if same_leaf else did_you_mean(key, known)
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     if key not in key_names():
-        raise RacnnError(
-            f"there is no recipe key {key!r}{suggest(key)}", "`racnn recipes show NAME` prints all keys"
-        )
+        raise RecipeError(f"unknown recipe key {key!r}{_suggest(key)}", "`racnn recipes keys` lists all keys")
     *path, leaf = key.split(".")
     for part in path:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise RacnnError(
-                f"the recipe's {part!r} must be a table, found {tree!r}", f"write [{part}] in the recipe"
+            raise RecipeError(
+                f"{part!r} in the recipe must be a table, found {tree!r}", f"write [{part}] in the recipe"
             )
     tree[leaf] = value
 
@@ -438,30 +527,22 @@ def _validate(tree: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(error) for error in error.errors(include_url=False)]
-        hint = "fix the recipe, or give the value with --set KEY=VALUE"
-        if any("model.weights" in line for line in lines):
+        lines = [_explain(detail) for detail in error.errors(include_url=False)]
+        hint = "fix the recipe, or override the value with --set KEY=VALUE"
+        if any(line.startswith("model.weights: missing") for line in lines):
             hint = (
-                "--weights none to start from random weights, --pretrained for timm's hub, or --weights FILE"
+                "--pretrained for ImageNet weights from timm's hub, --weights FILE or package:NAME, or --weights none "
+                "for random weights. The recipe `own` is a small network with weights that also trains on a CPU"
             )
-        raise RacnnError(f"{where} has {len(lines)} error(s):\n  " + "\n  ".join(lines), hint) from None
+        raise RecipeError(f"{where} has {len(lines)} error(s):\n  " + "\n  ".join(lines), hint) from None
 
 
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{key}: no such key{suggest(key)}"
-    if error["type"] == "missing":
-        return f"{key}: missing; {_describe(key)}"
-    found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
-    return f"{key or 'recipe'}: {error['msg'].removeprefix('Value error, ')}{found}"
-
-
-def _describe(key: str) -> str:
-    section: type[BaseModel] = Recipe
-    *path, leaf = key.split(".")
-    for part in path:
-        kind = section.model_fields[part].annotation
-        assert isinstance(kind, type)
-        section = kind
-    return section.model_fields[leaf].description or "this table is needed"
+def _explain(detail: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggest(key)}"
+    if detail["type"] == "missing":
+        description = dict(_fields(Recipe))[key].description if key in key_names() else "a required table"
+        return f"{key}: missing; {description}"
+    value = "" if isinstance(detail["input"], dict) else f" (found {detail['input']!r})"
+    return f"{key or 'recipe'}: {detail['msg'].removeprefix('Value error, ')}{value}"

@@ -1,4 +1,4 @@
-"""The run folder: the names of its files, and writes that never leave half a file."""
+"""The run folder: its files, its lock, and atomic writes."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ LATEST = "latest"
 
 
 def printable(name: str) -> str:
-    """A class name as it is, or a ValueError: control characters could do things to a terminal or split a line."""
-    if any(unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") for sign in name):
-        raise ValueError(f"the class name {name!r} holds control characters")
+    """Return a class name unchanged.
+
+    Raises:
+        ValueError: it contains control characters, which could control a terminal or split a line.
+    """
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+        raise ValueError(f"the class name {name!r} contains control characters")
     return name
 
 
 ClassNames = Annotated[list[Annotated[str, AfterValidator(printable)]], Field(min_length=1)]
-"""In index order, and safe to print."""
+"""Class names in index order, safe to print."""
 
-
-HALF = ".racnn-"  # how the name of a half-written file starts
+PARTIAL = ".racnn-"  # prefix of files and folders that are being written
 
 
 @contextmanager
 def _translate_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says about a write into an error that names the file."""
+    """Raise a RunError that names the file when a write fails."""
     try:
         yield
     except OSError as error:
@@ -57,19 +60,25 @@ def _unwritable(path: Path, error: OSError) -> RunError:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary)` make the file, then put it instead of `path` in one step."""
+    """Write a file through `write(temporary)`, then replace `path` with it in one step.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
     temporary = None
     try:
         with _translate_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{HALF}{path.name}.", suffix=path.suffix)
+            handle, name = tempfile.mkstemp(
+                dir=path.parent, prefix=f"{PARTIAL}{path.name}.", suffix=path.suffix
+            )
             os.close(handle)
             temporary = Path(name)
             write(temporary)
             temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)  # the name, too, outlives a power cut
+            _sync(path.parent)  # so that the name survives a power failure
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -82,9 +91,9 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    """Let the system put a file, or the names in a folder, on the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return  # no such thing on this system
+        return  # folders cannot be opened on this system
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -96,13 +105,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in one step.
 
     Raises:
-        RunError: it cannot be written, or holds the name of a file that is no text in UTF-8.
+        RunError: it cannot be written, or the text contains a file name that is not UTF-8.
     """
     try:
         content = text.encode()
     except UnicodeEncodeError as error:
         raise RunError(
-            f"{path} would hold a name that is not UTF-8: {text[error.start - 20 : error.end]!r}",
+            f"{path} would contain a name that is not UTF-8: {text[error.start - 20 : error.end]!r}",
             "rename that file or folder",
         ) from None
     write_atomic(path, lambda temporary: temporary.write_bytes(content))
@@ -114,17 +123,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise a RunError if training would write to what a link points to."""
+    """Raise a RunError if `path` is a link: training must not write to the link's target."""
     if path.is_symlink():
         raise RunError(
-            f"{path} is a link, and training would write to what it points to",
-            "put the file or folder itself there; a whole run folder may be a link",
+            f"{path} is a link, and training would write to its target",
+            "replace it with the file or folder itself; only the run folder as a whole may be a link",
         )
 
 
 @dataclass(frozen=True)
 class Run:
-    """One folder that holds everything that a training made."""
+    """The folder of one training run."""
 
     folder: Path
 
@@ -146,7 +155,7 @@ class Run:
 
     @property
     def data(self) -> Path:
-        """Fingerprint of the data and their split."""
+        """Fingerprint of the data and the split."""
         return self.state / "data.txt"
 
     @property
@@ -175,38 +184,37 @@ class Run:
         fingerprint: str = "",
         latest: bool = True,
     ) -> Run:
-        """Make the folder of a new run (`out`, or the next free `runs/NAME`) and point `runs/latest` at it.
-
-        The folder is there with all that it needs, or not at all.
+        """Create a run folder in one step, complete with its recipe and class names.
 
         Args:
-            recipe, classes: of the run.
-            out: the folder; it may be there if it is empty.
-            fingerprint: of the data and their split.
-            latest: point `runs/latest` at it.
+            recipe: the resolved recipe.
+            classes: class names in index order.
+            out: the folder, new or empty; None: the next free `runs/NAME`.
+            fingerprint: of the data and the split.
+            latest: point `runs/latest` to the folder.
 
         Raises:
-            RunError: `out` holds something already.
+            RunError: `out` is not empty, or the folder cannot be written.
         """
         if out and out.is_dir():
             out = out.resolve() if out.is_symlink() else out
             if out.resolve() in (Path.cwd(), *Path.cwd().parents):
                 raise RunError(
-                    f"--out {out} is the folder where you stand, or lies above it", "--out NAME, a new folder"
+                    f"--out {out} is the current folder or one of its parents", "--out with a new folder"
                 )
         while True:
             folder = out or _next_free(RUNS / recipe.name)
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise RunError(
-                    f"{folder} is there already and not empty; nothing was overwritten",
-                    f"another --out, or `racnn train --resume --run {folder}` to continue with that run",
+                    f"{folder} already exists and is not empty; nothing was overwritten",
+                    f"another --out, or `racnn train --resume --run {folder}` to continue that run",
                 )
             with _translate_errors(folder):
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                half = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{HALF}{folder.name}."))
+                partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{PARTIAL}{folder.name}."))
                 try:
-                    half.chmod(0o777 & ~_umask())
-                    run = cls(half)
+                    partial.chmod(0o777 & ~_umask())
+                    run = cls(partial)
                     write_text(run.recipe_file, recipes.dump(recipe))
                     write_json(run.classes_file, classes)
                     run.state.mkdir()
@@ -215,58 +223,65 @@ class Run:
                     if folder.is_dir():
                         folder.rmdir()
                     try:
-                        half.rename(folder)
+                        partial.rename(folder)
                     except OSError:
-                        if folder.exists():  # another process was faster
+                        if folder.exists():  # another process created it first
                             continue
                         raise
                     _sync(folder.parent)
                 finally:
-                    shutil.rmtree(half, ignore_errors=True)
+                    shutil.rmtree(partial, ignore_errors=True)
             if latest:
                 _point_latest(folder)
             return cls(folder)
 
     @classmethod
     def open(cls, folder: Path | None) -> Run:
-        """The run in `folder`, or the newest one.
+        """Open the run in `folder`, or the newest run if `folder` is None.
 
         Raises:
-            RunError: there is none.
+            RunError: there is no such run.
         """
         if folder is None:
             link = RUNS / LATEST
             if link.is_symlink() and not link.exists():
-                there = sorted(path.parent.name for path in RUNS.glob("*/recipe.toml"))
+                runs = sorted(str(path.parent) for path in RUNS.glob("*/recipe.toml"))
                 raise RunError(
-                    f"{link} points to {os.readlink(link)}, which is not there any more",
-                    "--run DIR"
-                    + (f" with one of {', '.join(f'{RUNS}/{name}' for name in there)}" if there else ""),
+                    f"{link} points to {os.readlink(link)}, which no longer exists",
+                    "--run DIR" + (f" with one of {', '.join(runs)}" if runs else ""),
                 )
             if not link.exists():
                 raise RunError(
-                    f"there is no run yet in {RUNS}/",
+                    f"no run yet in {RUNS}/",
                     "`racnn train demo` or `racnn pretrain-cnn RECIPE --data FOLDER` starts one; "
-                    "--run DIR names one elsewhere",
+                    "--run DIR opens a run in another folder",
                 )
             folder = link.resolve() if link.is_dir() else RUNS / _pointed_at(link)
         if not (folder / "recipe.toml").is_file():
             raise RunError(
                 f"{folder} is not a run folder: it has no recipe.toml",
-                "--run DIR with a folder that `racnn train` made",
+                "--run DIR with a folder that `racnn train` wrote",
             )
         return cls(folder)
 
     def recipe(self) -> Recipe:
-        """The resolved recipe of this run."""
+        """The run's recipe, resolved.
+
+        Raises:
+            RecipeError: recipe.toml is damaged.
+        """
         return recipes.load(str(self.recipe_file))
 
     def classes(self) -> list[str]:
-        """Class names in index order."""
-        hint = "the run folder is damaged; take it from a backup"
+        """Class names in index order.
+
+        Raises:
+            RunError: classes.json is missing or damaged.
+        """
+        hint = "the run folder is damaged; restore it from a backup"
         try:
             if self.classes_file.exists() and not self.classes_file.is_file():
-                raise ValueError("a device or a pipe, which may have no end")
+                raise ValueError("a device or a pipe, which may be endless")
             return TypeAdapter(ClassNames).validate_json(self.classes_file.read_bytes())
         except OSError as error:
             raise RunError(f"{self.classes_file} cannot be read: {error}", hint, failure=True) from None
@@ -274,29 +289,30 @@ class Run:
             raise RunError(f"{self.classes_file} is not a list of class names", hint, failure=True) from None
 
     def check_data(self, fingerprint: str) -> None:
-        """Raise a RunError if the data, or what is in which split, are not what the run was started with."""
+        """Raise a RunError if the images or their split have changed since the run was started."""
         if not self.data.is_file():
             return
         if self.data.read_text(encoding="utf-8", errors="replace").strip() != fingerprint:
             raise RunError(
-                f"the images of {self.folder} have changed since it was started: files came, went or were renamed, "
-                "and the split with them, so that test images may be ones that it was trained on",
-                "put the data back as they were, or `racnn eval --data FOLDER` with images that it has never seen",
+                f"the images of {self.folder} have changed since the run was started: files were added, removed or "
+                "renamed. The split has changed with them, so the test split may contain training images",
+                "restore the data, or use `racnn eval --data FOLDER` with images that the run was not trained on",
             )
 
     def lock(self) -> FileLock:
-        """Hold the folder for this process, until the lock is released or the process ends, however it ends.
+        """Lock the folder until the lock is released or the process ends.
 
         Raises:
-            RunError: another process holds it, or a file in it that training writes to is a link or a pipe: what a
-                run folder that somebody else packed points to is not for us to change.
+            RunError: another process has locked it, or training would write through a link or to a pipe. A run folder
+                from someone else must not make training write elsewhere.
         """
         for path in (self.state, self.log, self.state / "lock"):
             refuse_link(path)
             if path.exists() and not (path.is_dir() if path == self.state else path.is_file()):
+                kind = "folder" if path == self.state else "regular file"
                 raise RunError(
-                    f"{path} is no {'folder' if path == self.state else 'regular file'}, and training writes there",
-                    "move it away, or take the run folder from a backup",
+                    f"{path} is not a {kind}, and training writes there",
+                    "move it away, or restore the run folder from a backup",
                 )
         lock = FileLock(self.state / "lock", timeout=0, is_singleton=True)
         try:
@@ -305,19 +321,19 @@ class Run:
         except Timeout:
             raise RunError(
                 f"another process is training in {self.folder}",
-                "wait for it or stop it, or start a run of its own with --out DIR",
+                "wait for it, stop it, or start another run with --out DIR",
             ) from None
         except OSError as error:
             raise _unwritable(self.state, error) from error
         return lock
 
     def append_log(self, event: Event) -> None:
-        """Add one line to log.jsonl."""
+        """Append an event to log.jsonl."""
         with _translate_errors(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event.to_json()) + "\n")
 
     def sync_log(self) -> int:
-        """Put log.jsonl on the disk; returns its bytes."""
+        """Flush log.jsonl to disk and return its size in bytes."""
         if not self.log.is_file():
             return 0
         with _translate_errors(self.log):
@@ -325,31 +341,31 @@ class Run:
         return self.log.stat().st_size
 
     def cut_log(self, size: int) -> None:
-        """Forget all events after the first `size` bytes: they are of steps that will be made again."""
+        """Truncate log.jsonl to `size` bytes: the steps after that will be repeated."""
         if self.log.is_file() and self.log.stat().st_size > size:
             with _translate_errors(self.log):
                 os.truncate(self.log, size)
 
     def sweep(self) -> None:
-        """Delete half-written files that a killed process left."""
+        """Delete partial files that a killed process left behind."""
         for folder in (self.folder, self.state):
-            for file in folder.glob(f"{HALF}*"):
+            for file in folder.glob(f"{PARTIAL}*"):
                 if file.is_file():
                     file.unlink(missing_ok=True)
 
     def read_log(self) -> list[AnyEvent]:
-        """All events so far; a line that is damaged, such as one cut short by a crash, is left out."""
+        """All events so far, without damaged lines, such as one cut short by a crash."""
         if not self.log.is_file():
             return []
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return [event for line in lines if (event := read_line(line)) is not None]
 
     def epochs(self) -> list[EpochEvent]:
-        """The epochs that the log tells of."""
+        """All epoch events so far."""
         return [event for event in self.read_log() if isinstance(event, EpochEvent)]
 
     def read_eval(self) -> EvalResult:
-        """eval.json.
+        """The contents of eval.json.
 
         Raises:
             RunError: it is missing or damaged.
@@ -363,8 +379,8 @@ class Run:
             raise RunError(f"{self.eval} does not exist", hint) from None
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "it"
-            problem = escape_control(f"{where}: {first['msg']}")
+            key = ".".join(map(str, first["loc"]))
+            problem = escape_control(f"{key}: {first['msg']}" if key else first["msg"])
             raise RunError(f"{self.eval} is damaged: {problem}", hint) from None
         except (ValueError, RecursionError) as error:
             raise RunError(f"{self.eval} is damaged: {error}", hint) from None
@@ -379,17 +395,17 @@ def _next_free(folder: Path) -> Path:
 
 
 def _pointed_at(file: Path) -> str:
-    """What `runs/latest` says where it is no link."""
+    """The run that `runs/latest` names as a text file."""
     try:
         if not file.is_file() or file.stat().st_size > 4096:
             raise ValueError("not a short text file")
         return file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise RunError(f"{file} does not name a run: {error}", "name the run with --run DIR") from None
+        raise RunError(f"{file} does not name a run: {error}", "--run DIR") from None
 
 
 def _point_latest(folder: Path) -> None:
-    """`runs/latest` becomes a link to the newest run (a text file where links are not allowed)."""
+    """Make `runs/latest` a link to the newest run, or a text file where links are not allowed."""
     target = os.path.relpath(folder, RUNS)
     temporary = RUNS / f".{LATEST}.{os.getpid()}"
     with _translate_errors(RUNS / LATEST):

@@ -44,7 +44,7 @@ def test_the_wheel_holds_everything_and_nothing_else(built) -> None:
         (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = archive.read(about).decode()
         (entry,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert "racnn = racnn_cli.cli:main" in archive.read(entry).decode()
+        assert "racnn = racnn_cli.__main__:main" in archive.read(entry).decode()
     assert set(NEEDED) <= set(names)
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"racnn_cli", "backbones", "recipes"}

@@ -26,7 +26,7 @@ from racnn_cli.bench.compute import Compute, at_size, equal_compute
 from racnn_cli.core.model import resolve
 from racnn_cli.data.datasets import clutter
 from racnn_cli.data.index import build_index
-from racnn_cli.data.source import FileSource, Source
+from racnn_cli.data.source import DataSource, FileSource
 from racnn_cli.errors import Interrupted, RacnnError
 from racnn_cli.events import EpochEvent, TestEvent
 from racnn_cli.recipe import Recipe
@@ -105,7 +105,7 @@ class SeedExperiment:
         self.console = Console(stderr=True, highlight=False)
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> DataSource:
         """The images; where they must, with true boxes for the test split at least."""
         data = self.recipe.data
         if self.items is not None:

@@ -148,7 +148,7 @@ class RACNN(nn.Module):
     def fuse(self, descriptors: Sequence[Tensor]) -> Tensor:
         """Descriptors S × (B, D), each normalised on its own, to the fused logits (B, N)."""
         assert self.fusion is not None
-        return self.fusion(torch.cat([F.normalize(d, dim=1) for d in descriptors], dim=1))
+        return self.fusion(join_descriptors(descriptors))
 
     def forward(self, images: Tensor, given: Sequence[Tensor] | None = None) -> Output:
         """Images (B, 3, H, H) in [0, 1] (or uint8) through all scales.
@@ -197,6 +197,11 @@ class RACNN(nn.Module):
             tuple(views),
             tuple(descriptors),
         )
+
+
+def join_descriptors(descriptors: Sequence[Tensor]) -> Tensor:
+    """Descriptors S × (B, D), each normalised on its own, side by side: the input (B, S * D) of the fusion head."""
+    return torch.cat([F.normalize(descriptor, dim=1) for descriptor in descriptors], dim=1)
 
 
 def sizes_of(model: recipe.Model) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from racnn_cli.data.images import ImageDataset
 from racnn_cli.data.index import Index
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """What training asks for: which images there are, and one split of them as tensors."""
 
     @property

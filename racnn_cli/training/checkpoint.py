@@ -1,7 +1,7 @@
-"""What resume needs, in files of tensors and primitives: weights, averaged weights, optimizer, position.
+"""What a resume needs, in files of tensors and primitives: weights, averaged weights, optimizer state, position.
 
-`state/checkpoint-NUMBER.safetensors`: the newest is where the run stands, the ones before it are kept in case that it
-is damaged. A file gets its name only when all of it is on the disk, and carries a checksum of its contents.
+`state/checkpoint-NUMBER.safetensors`: the newest is where the run stands, the ones before it are kept in case it is
+damaged. A file gets its name only when all of it is on the disk, and holds a checksum of its contents.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from racnn_cli.core.model import RACNN
 from racnn_cli.core.store import fill, read_tensors, save_tensors
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RunError
 from racnn_cli.run import Run
 
 NAME = "checkpoint-{:08d}.safetensors"
@@ -38,17 +38,18 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass
 class Progress:
-    """Where a run stands. Randomness is a function of this and the seed, so that no generator need be kept.
+    """Where a run stands. Randomness is a function of this and the seed, so no generator's state has to be kept.
 
     Attributes:
         done: stages that are finished.
         stage: the stage under way; empty between stages.
-        round, phase: of `alternate`: rounds that are finished, and what comes next in this one.
-        epoch, step: position in the present call of the loop; `step` counts batches.
-        batch: images of such a step, over all processes.
-        views: epochs since the start of the run: every epoch sees its own augmentations.
+        round, phase: of `alternate`: rounds that are finished, and what comes next in this one. `judge`: measure the
+            round and decide whether it was the last one.
+        epoch, step: position in the present phase; `step` counts batches.
+        batch: images per step, over all processes.
+        views: epochs since the start of the run: every epoch has its own augmentations.
         sums: every loss of the present epoch, added up over its steps so far.
-        best, stall: of the present call of the loop: lowest validation loss, and epochs since.
+        best, stall: of the present phase: lowest validation loss, and epochs since.
         best_round, best_round_loss: of `alternate`: the round that will be restored.
         smoothed, still: of `alternate`: the smoothed losses, and rounds since one of them changed.
         number: of the checkpoint; each has the next one.
@@ -77,106 +78,137 @@ class Progress:
 _PROGRESS = TypeAdapter(Progress)
 
 
-def save(
-    run: Run,
-    model: RACNN,
-    progress: Progress,
-    optimizer: torch.optim.Optimizer | None = None,
-    averaged: dict[str, Tensor] | None = None,
-    *,
-    keep: int,
-) -> None:
-    """Write where the run stands, and delete all but the newest `keep` checkpoints before it."""
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    tensors |= {f"averaged.{key}": value for key, value in (averaged or {}).items()}
-    if optimizer is not None:
-        for number, entries in optimizer.state_dict()["state"].items():
-            tensors |= {
-                f"optimizer.{number}.{key}": value for key, value in entries.items() if value is not None
-            }
-    progress.number += 1
-    progress.logged = run.sync_log()
-    _write(run.state / NAME.format(progress.number), tensors, progress)
-    for path in saved(run)[keep + 1 :]:
-        path.unlink(missing_ok=True)
-
-
-def saved(run: Run) -> list[Path]:
-    """The checkpoints of a run, the newest first."""
-    return sorted(run.state.glob(PATTERN), reverse=True)
-
-
-def save_snapshot(run: Run, name: str, model: RACNN, progress: Progress) -> None:
-    """Keep the weights as they are under a name, such as `best`, to be restored by `restore`."""
-    _write(
-        run.state / f"{name}.safetensors",
-        {f"model.{key}": value for key, value in model.state_dict().items()},
-        progress,
-    )
-
-
-def restore(run: Run, name: str, model: RACNN) -> None:
-    """Read the weights that `save_snapshot` wrote into the network.
-
-    Raises:
-        RacnnError: the file is missing or damaged.
-    """
-    _read(run.state / f"{name}.safetensors", model)
-
-
-def remove(run: Run, name: str) -> None:
-    """Delete what `save_snapshot` wrote."""
-    (run.state / f"{name}.safetensors").unlink(missing_ok=True)
-
-
 @dataclass
-class Saved:
+class Checkpoint:
     """A checkpoint that was read.
 
     Attributes:
         progress: where the run stood.
-        optimizer: parameter's number to the entries of its state.
-        averaged: of the weights that move.
-        errors: what was wrong with newer checkpoints, which were passed over.
+        optimizer: number of a parameter to the entries of its state.
+        averages: averaged weights and buffers by name.
+        problems: what was wrong with newer checkpoints, which were skipped.
     """
 
     progress: Progress
     optimizer: dict[int, dict[str, Tensor]]
-    averaged: dict[str, Tensor]
-    errors: list[str] = field(default_factory=list)
+    averages: dict[str, Tensor]
+    problems: list[str] = field(default_factory=list)
 
 
-def load(run: Run, model: RACNN) -> Saved | None:
-    """Read the newest checkpoint that is whole into the network; None where there is none at all.
+def save(
+    run: Run,
+    model: RACNN,
+    progress: Progress,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    averages: dict[str, Tensor] | None = None,
+    keep: int,
+) -> None:
+    """Write where the run stands, and delete all but the newest `keep` checkpoints before it."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"averaged.{name}": value for name, value in (averages or {}).items()}
+    if optimizer is not None:
+        for number, entries in optimizer.state_dict()["state"].items():
+            tensors |= {
+                f"optimizer.{number}.{name}": value for name, value in entries.items() if value is not None
+            }
+    progress.number += 1
+    progress.logged = run.sync_log()
+    _write(run.state / NAME.format(progress.number), tensors, progress)
+    for path in list_checkpoints(run)[keep + 1 :]:
+        path.unlink(missing_ok=True)
+
+
+def list_checkpoints(run: Run) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted(run.state.glob(PATTERN), reverse=True)
+
+
+def load(run: Run, model: RACNN) -> Checkpoint | None:
+    """Read the newest undamaged checkpoint into the network; None where there is none at all.
 
     Raises:
-        RacnnError: every one of them is damaged, or of another network.
+        RunError: every one of them is damaged, or of another network.
     """
-    errors: list[str] = []
-    for path in saved(run):
+    problems: list[str] = []
+    for path in list_checkpoints(run):
         try:
-            found = _read(path, model)
-        except RacnnError as error:
-            errors.append(error.message)
+            saved = _read(path, model)
+        except RunError as error:
+            problems.append(error.message)
         else:
-            found.errors = errors
-            return found
-    if errors:
-        raise RacnnError("\n  ".join(["no checkpoint can be read:", *errors]), HINT, failure=True)
+            saved.problems = problems
+            return saved
+    if problems:
+        raise RunError("\n  ".join(["no checkpoint can be read:", *problems]), HINT, failure=True)
     return None
 
 
+def save_snapshot(run: Run, name: str, model: RACNN, progress: Progress) -> None:
+    """Keep the weights as they are under a name, such as `best`, for `restore_snapshot`."""
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    _write(run.state / f"{name}.safetensors", tensors, progress)
+
+
+def restore_snapshot(run: Run, name: str, model: RACNN) -> None:
+    """Read the weights that `save_snapshot` wrote into the network.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    _read(run.state / f"{name}.safetensors", model)
+
+
+def remove_snapshot(run: Run, name: str) -> None:
+    """Delete what `save_snapshot` wrote."""
+    (run.state / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def restore_training_state(
+    *, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor], saved: Checkpoint, folder: Path
+) -> None:
+    """Give a fresh optimizer, and the averages of what is trained, the state that was saved.
+
+    Raises:
+        RunError: it is that of other parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # Shapes of the entries of each parameter's state; None: the parameter's own.
+    shapes: dict[str, torch.Size | None] = {"momentum_buffer": None}
+    if isinstance(optimizer, torch.optim.AdamW):
+        shapes = {"step": torch.Size(), "exp_avg": None, "exp_avg_sq": None}
+    fits = all(
+        number < len(parameters)
+        and {name: entry.shape for name, entry in entries.items()}
+        == {name: parameters[number].shape if shape is None else shape for name, shape in shapes.items()}
+        for number, entries in saved.optimizer.items()
+    ) and {name: value.shape for name, value in saved.averages.items()} == {
+        name: value.shape for name, value in averages.items()
+    }
+    if not fits:
+        raise RunError(
+            f"the checkpoint in {folder} is of other parameters than those that {saved.progress.stage} trains",
+            HINT,
+            failure=True,
+        )
+    if saved.optimizer:
+        groups: Any = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
+    for name, value in saved.averages.items():
+        averages[name].copy_(value)
+
+
 def _write(path: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-    told = json.dumps(asdict(progress))
+    position = json.dumps(asdict(progress))
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_tensors(path, flat, {"progress": told, "sha256": _checksum(flat, told)})
+    save_tensors(path, flat, {"progress": position, "sha256": _checksum(flat, position)})
 
 
-def _read(path: Path, model: RACNN) -> Saved:
+def _read(path: Path, model: RACNN) -> Checkpoint:
     tensors, metadata = read_tensors(path)
     progress = _progress(metadata, path)
     if metadata.get("sha256") != _checksum(tensors, metadata["progress"]):
-        raise RacnnError(f"{path} is damaged: its contents do not match their checksum", HINT, failure=True)
+        raise RunError(f"{path} is damaged: its contents do not match their checksum", HINT, failure=True)
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}}
     optimizer: dict[int, dict[str, Tensor]] = {}
     try:
@@ -187,54 +219,21 @@ def _read(path: Path, model: RACNN) -> Saved:
             number, _, rest = key.partition(".")
             optimizer.setdefault(int(number), {})[rest] = value
     except (KeyError, ValueError):
-        raise RacnnError(
+        raise RunError(
             f"{path} holds {key!r}, which no checkpoint of racnn does", HINT, failure=True
         ) from None
     fill(model, groups["model"], path)
-    return Saved(progress, optimizer, groups["averaged"])
+    return Checkpoint(progress=progress, optimizer=optimizer, averages=groups["averaged"])
 
 
-def _checksum(tensors: Mapping[str, Tensor], told: str) -> str:
-    """Of every tensor's name, kind, shape and bytes, and of the position."""
-    found = hashlib.sha256(told.encode())
+def _checksum(tensors: Mapping[str, Tensor], position: str) -> str:
+    """SHA-256 over the position and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(position.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def restore_moving(
-    optimizer: torch.optim.Optimizer, averaged: Mapping[str, Tensor], saved: Saved, folder: Path
-) -> None:
-    """Give a fresh optimizer, and the averages of the weights that move, the state that was saved.
-
-    Raises:
-        RacnnError: it is that of other parameters.
-    """
-    moving = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scalar = torch.Size()
-    kept = {"step": scalar, "exp_avg": None, "exp_avg_sq": None}  # None: of the parameter's shape
-    wanted = kept if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer": None}
-    fits = all(
-        number < len(moving)
-        and {name: entry.shape for name, entry in entries.items()}
-        == {name: moving[number].shape if shape is None else shape for name, shape in wanted.items()}
-        for number, entries in saved.optimizer.items()
-    ) and {name: value.shape for name, value in saved.averaged.items()} == {
-        name: value.shape for name, value in averaged.items()
-    }
-    if not fits:
-        raise RacnnError(
-            f"the checkpoint in {folder} is of other parameters than those that {saved.progress.stage} trains",
-            HINT,
-            failure=True,
-        )
-    if saved.optimizer:
-        groups: Any = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
-    for name, value in saved.averaged.items():
-        averaged[name].copy_(value)
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _progress(metadata: dict[str, str], path: Path) -> Progress:
@@ -242,7 +241,7 @@ def _progress(metadata: dict[str, str], path: Path) -> Progress:
         values = json.loads(metadata["progress"])
         return _PROGRESS.validate_python({f.name: values[f.name] for f in fields(Progress)})
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise RacnnError(
+        raise RunError(
             f"{path} does not say where the run stood ({error}); it was written by racnn "
             f"{metadata.get('racnn', 'of an unknown version')}",
             HINT,

@@ -1,21 +1,28 @@
-"""What a person sees while a network trains: a moving bar on a terminal, one plain line an epoch everywhere."""
+"""What a person sees while a network trains: a moving bar on a terminal, plain lines everywhere."""
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 from racnn_cli.errors import escape_control
 from racnn_cli.events import EpochEvent
+from racnn_cli.training.checkpoint import Progress
+
+INTERVAL = 30.0  # seconds after which a line is printed where no bar moves
 
 
 class Console:
-    """Messages and progress; silent where it must be (other processes, tests)."""
+    """Messages and progress on standard error; silent in other processes and where `quiet`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.out = RichConsole(stderr=True, quiet=quiet, highlight=False)
-        self.bar = Progress(
+        self.moving = self.out.is_terminal and not quiet
+        self.bar = ProgressBar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -23,32 +30,53 @@ class Console:
             TextColumn("{task.fields[figures]}"),
             console=self.out,
             transient=True,
-            disable=quiet or not self.out.is_terminal,
+            disable=not self.moving,
         )
+        self._said_at = time.monotonic()
+        self._name, self._steps, self._step, self._epoch = "", 0, 0, ""
 
     def say(self, text: str) -> None:
-        """One line for a person; what looks like markup in it is printed as it is."""
+        """Print one line; what looks like markup in it is printed as it is."""
+        self._said_at = time.monotonic()
         self.out.print(escape(escape_control(text)), soft_wrap=True)
 
     def title(self, text: str) -> None:
+        """Print one line in bold."""
         self.out.print(f"[bold]{escape(text)}[/bold]")
 
-    def begin(self, name: str, epochs: int, steps: int, done: int) -> None:
-        """A stage starts: a bar over all of its steps."""
+    def begin(self, name: str, *, epochs: int, steps: int, done: int) -> None:
+        """Start a phase of `epochs` times `steps` steps, `done` of which were run before."""
+        self._name, self._steps, self._step = name, steps, done
+        self._said_at = time.monotonic()
         self.bar.start()
         self.task = self.bar.add_task(escape(name), total=epochs * steps, completed=done, figures="")
 
-    def step(self, epoch: int, epochs: int, figures: dict[str, float], rate: float) -> None:
-        shown = "  ".join(f"{escape(key)} {value:.3f}" for key, value in figures.items())
-        self.bar.update(
-            self.task, advance=1, figures=f"epoch {epoch + 1}/{epochs}  {shown}  {rate:.0f} img/s"
-        )
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Start an epoch, counted from 0."""
+        self._epoch = f"epoch {epoch + 1}/{epochs}"
+        self._began, self._images = time.monotonic(), 0
+
+    def step(self, losses: dict[str, float], *, images: int) -> None:
+        """Count a step and this process's images."""
+        self._step += 1
+        self._images += images
+        rate = self._images / max(time.monotonic() - self._began, 1e-9)
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        text = f"{self._epoch}  {figures}  {rate:.0f} img/s"
+        self.bar.update(self.task, advance=1, figures=escape(text))
+        self.still_busy(f"step {(self._step - 1) % max(self._steps, 1) + 1} of {self._steps}, {text}")
+
+    def still_busy(self, text: str) -> None:
+        """Where no bar moves, print a line if the last one was printed some time ago."""
+        if not self.moving and time.monotonic() - self._said_at >= INTERVAL:
+            self.say(f"  {self._name}: {text}")
 
     def epoch(self, event: EpochEvent) -> None:
-        """The line that stays."""
+        """Print the line of an epoch, which stays."""
         self.say("  " + describe(event))
 
     def end(self) -> None:
+        """End a phase."""
         self.bar.stop()
         for task in list(self.bar.task_ids):
             self.bar.remove_task(task)
@@ -69,3 +97,17 @@ def describe(event: EpochEvent) -> str:
             parts.append(f"at a bound {bounds:.0%}")
     parts.append(f"{event.images_per_second:.0f} img/s")
     return "  ".join(parts)
+
+
+def describe_position(progress: Progress) -> str:
+    """Where a run stands, in words: stage, round, epoch and step."""
+    if not progress.stage:
+        return f"after {progress.done[-1]}" if progress.done else "from the start"
+    parts = [f"in {progress.stage}"]
+    if progress.stage == "alternate":
+        phase = {"cnn": "CNN phase", "apn": "APN phase", "judge": "end of the round", "fusion": "fusion head"}
+        parts.append(
+            f"round {progress.round + (progress.phase in ('cnn', 'apn', 'judge'))}, {phase[progress.phase]}"
+        )
+    parts.append(f"after epoch {progress.epoch}, step {progress.step} of the next one")
+    return ", ".join(parts)

@@ -1,256 +1,232 @@
-"""The stages as data: what moves, on which loss, for how long. The one loop in `loop.py` runs them all.
+"""The stages and their order. A stage is one function here: phases run by `fit`, and what happens between them.
 
-A stage's losses are a generator: it yields one loss a scale, and the loop propagates each back before it asks
-for the next. Where the boxes carry no gradient, the scales are independent, and so each scale's graph is freed
-before the next one runs. What is frozen is computed without a graph.
-
-Sources: Fu et al. 2017, section 3.4 (training in three steps) and equations 8 and 9 (losses).
+To add a stage, write its function and its phase (see `phases.py`), and add it to `STAGES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from racnn_cli.core import attention, perturb
-from racnn_cli.core.draws import Draws
-from racnn_cli.core.losses import classification_loss, rank_loss
+from racnn_cli import backbones
+from racnn_cli import recipe as recipes
+from racnn_cli.core import distributed, store
 from racnn_cli.core.model import RACNN
+from racnn_cli.errors import RunError
+from racnn_cli.events import RoundEvent, StageEvent
 from racnn_cli.recipe import Recipe
+from racnn_cli.run import write_text
+from racnn_cli.training import checkpoint, phases
+from racnn_cli.training.checkpoint import Progress
+from racnn_cli.training.interrupts import StopRequested
+from racnn_cli.training.loop import fit
+from racnn_cli.training.phases import Phase
+from racnn_cli.training.trainer import Trainer
 
-NAMES = ("pretrain-cnn", "pretrain-apn", "alternate")
-
-Batch = Mapping[str, Tensor]
-Losses = Callable[[RACNN, Batch], Iterator[tuple[str, Tensor]]]
-Guide = Callable[[Batch], Sequence[Tensor]]
-"""S - 1 proposals (B, 3) for a batch, to use instead of the APNs': true boxes, or any other."""
-Teacher = Callable[[Batch, Tensor, int], Tensor]
-"""(batch, box (B, 3) on the source of what a scale sees, the scale's number from 0) to the proposal (B, 3) that its
-APN is to make: what annotated boxes would teach it."""
+SMOOTHING = 0.5  # weight of the newest round in the smoothed losses that end `alternate`
+NORM_IMAGES = 512  # training images that the lengths of descriptors are measured on
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One call of the loop.
+def pretrain_cnn(trainer: Trainer) -> None:
+    """Train scale 1's CNN, then give every finer scale its weights."""
+    model = trainer.model
+    fit(trainer, phases.pretrain_cnn(trainer.recipe))
+    first = model.scale(0)
+    for number in range(1, len(model.sizes)):
+        backbones.copy_weights(first.backbone, model.scale(number).backbone)
+        model.scale(number).classifier.load_state_dict(first.classifier.state_dict())
 
-    Attributes:
-        name: as a person reads it and as the log names it.
-        part: which half moves; the other is frozen, parameters and buffers.
-        scales: the scales, counted from 0, whose half moves.
-        losses: (network, batch with `image` (B, 3, H, H) and `label` (B,)) to (name, loss) pairs.
-        epochs, lr, lr_key: how long, how fast, and the recipe key that says so.
-        head_lr: learning rate of the classifiers as a multiple of `lr`.
-        keep_best: at the end, go back to the epoch with the lowest validation loss (the start counts too
-            where `from_start`).
-        patience: stop after so many epochs without a better one; 0: never.
+
+def pretrain_apn(trainer: Trainer) -> None:
+    """Teach the APNs the peak of their features."""
+    fit(trainer, phases.pretrain_apn(trainer.recipe, trainer.boxes))
+
+
+def alternate(trainer: Trainer) -> None:
+    """CNN phase and APN phase in turn until neither loss changes; then the best round's weights and the fusion head."""
+    recipe, progress, boxes = trainer.recipe, trainer.progress, trainer.boxes
+    while progress.phase != "fusion":
+        if progress.phase == "cnn":
+            after: Literal["apn", "judge"] = "apn" if recipe.alternate.apn_epochs else "judge"
+            _run_phase(trainer, phases.cnn_phase(recipe, boxes, round_index=progress.round), then=after)
+        if progress.phase == "apn":
+            _run_phase(trainer, phases.apn_phase(recipe, boxes), then="judge")
+        if progress.phase == "judge":
+            progress.phase = "fusion" if end_round(trainer) else "cnn"
+            trainer.save()
+    if not (progress.epoch or progress.step or progress.best is not None):
+        distributed.barrier()
+        checkpoint.restore_snapshot(trainer.run, "best-round", trainer.model)
+        trainer.console.say(f"  round {progress.best_round} had the lowest validation loss and is kept")
+        start_fusion(trainer)
+    fit(trainer, phases.fusion(recipe, boxes))
+
+
+STAGES: dict[str, Callable[[Trainer], None]] = {
+    "pretrain-cnn": pretrain_cnn,
+    "pretrain-apn": pretrain_apn,
+    "alternate": alternate,
+}
+"""All stages, in their order."""
+NAMES = tuple(STAGES)
+
+
+def plan(recipe: Recipe) -> tuple[str, ...]:
+    """The stages of a recipe in their order; a single scale is the plain backbone and needs only the first."""
+    return NAMES if recipe.model.scales > 1 else NAMES[:1]
+
+
+def run_all(trainer: Trainer) -> None:
+    """Run every stage that is not finished."""
+    for name in plan(trainer.recipe):
+        if name not in trainer.progress.done:
+            run_stage(trainer, name)
+    if distributed.rank() == 0 and not trainer.run.weights.exists():  # somebody deleted them
+        store.save_weights(trainer.run.weights, trainer.model)
+
+
+def run_stage(trainer: Trainer, name: str) -> None:
+    """Run one stage from where it stands.
+
+    Raises:
+        RunError: the stage before it is missing, or a later one has begun already.
+        Interrupted: a signal arrived; the state is saved.
     """
-
-    name: str
-    part: Literal["cnn", "apn", "fusion"]
-    scales: range
-    losses: Losses
-    epochs: int
-    lr: float
-    lr_key: str
-    head_lr: float = 1.0
-    keep_best: bool = False
-    from_start: bool = False
-    patience: int = 0
-
-    def moving(self, model: RACNN) -> list[nn.Module]:
-        """The modules whose parameters this stage trains."""
-        chosen = [model.scale(number) for number in self.scales]
-        if self.part == "fusion":
-            assert model.fusion is not None
-            return [model.fusion]
-        if self.part == "apn":
-            return [scale.apn for scale in chosen if scale.apn is not None]
-        return [module for scale in chosen for module in (scale.backbone, scale.dropout, scale.classifier)]
-
-    def heads(self, model: RACNN) -> set[nn.Parameter]:
-        """The classifiers' parameters, which start from nothing and may learn faster."""
-        return {p for number in self.scales for p in model.scale(number).classifier.parameters()}
+    check_order(trainer, name)
+    with trainer.interrupts.caught():
+        try:
+            _run_stage(trainer, name)
+        except StopRequested:
+            raise trainer.interrupted() from None
 
 
-def pretrain_cnn(recipe: Recipe) -> Stage:
-    """Fine-tune scale 1 on the labels."""
-    section = recipe.pretrain_cnn
+def check_order(trainer: Trainer, name: str) -> None:
+    """Check that a stage can run now.
 
-    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        scale = model.scale(0)
-        logits = scale.classify(scale.backbone(model.first_view(model.normalise(batch["image"]))))
-        yield "classification 1", classification_loss(logits, batch["label"], recipe.train.label_smoothing)
-
-    return Stage(
-        "pretrain-cnn",
-        "cnn",
-        range(1),
-        losses,
-        section.epochs,
-        section.lr,
-        "pretrain_cnn.lr",
-        head_lr=section.head_lr,
-        keep_best=section.patience > 0,
-        patience=section.patience,
-    )
-
-
-def pretrain_apn(recipe: Recipe, teacher: Teacher | None = None) -> Stage:
-    """Teach every APN the square around the highest response of its scale's features, or what `teacher` says."""
-    section, scales = recipe.pretrain_apn, range(recipe.model.scales - 1)
-    losses = aim(recipe, teacher)
-    return Stage("pretrain-apn", "apn", scales, losses, section.epochs, section.lr, "pretrain_apn.lr")
-
-
-def aim(recipe: Recipe, teacher: Teacher | None) -> Losses:
-    """The distance of each APN's proposal to what it should be."""
-
-    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        source = model.normalise(batch["image"])
-        view, box = model.first_view(source), attention.whole(source)
-        for number in range(recipe.model.scales - 1):
-            scale = model.scale(number)
-            assert scale.apn is not None
-            with torch.no_grad():
-                features = scale.backbone(view)
-                if teacher is None:
-                    target = attention.peak_target(features, recipe.model.side)
-                else:
-                    target = teacher(batch, box, number)
-            proposal = scale.apn(features)
-            yield f"box {number + 2}", F.smooth_l1_loss(proposal, target, beta=0.05)
-            if number + 2 < recipe.model.scales:
-                with torch.no_grad():
-                    view, box = model.next_view(number + 1, source, view, box, proposal)
-
-    return losses
-
-
-def cnn_phase(recipe: Recipe, guide: Guide | None = None, round_: int = 0) -> Stage:
-    """APNs fixed: train every scale's CNN on its own classification loss.
-
-    Args:
-        recipe: of the run.
-        guide: boxes instead of the APNs'.
-        round_: of `alternate`, counted from 0.
+    Raises:
+        RunError: it cannot.
     """
-    section, bounds = recipe.alternate, (recipe.model.floor, recipe.model.ceiling)
-    left = 1 - round_ / max(section.rounds - 1, 1) if section.settle else 1.0
-    shake, tighten = section.jitter * left, section.tighten * left
-
-    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        source = model.normalise(batch["image"])
-        view, box = model.first_view(source), attention.whole(source)
-        given, draws = guide(batch) if guide else None, Draws.of(batch)
-        for number in range(recipe.model.scales):
-            scale = model.scale(number)
-            features = scale.backbone(view)
-            loss = classification_loss(scale.classify(features), batch["label"], recipe.train.label_smoothing)
-            yield f"classification {number + 1}", loss
-            if scale.apn is not None:
-                with torch.no_grad():
-                    proposal = scale.apn(features.detach()) if given is None else given[number]
-                    if shake > 0 or tighten > 0:
-                        proposal = attention.jitter(proposal, shake, *bounds, tighten, draws.uniform(3))
-                    view, box = model.next_view(number + 1, source, view, box, proposal)
-
-    scales, epochs = range(recipe.model.scales), section.cnn_epochs_of(round_)
-    return Stage("alternate: CNN phase", "cnn", scales, losses, epochs, section.cnn_lr, "alternate.cnn_lr")
+    folder, progress, stages = trainer.run.folder, trainer.progress, plan(trainer.recipe)
+    if name not in stages:
+        raise RunError(
+            f"{folder} has one scale, the plain backbone: it has no APN, so {name} cannot train anything",
+            "start a run with --scales 2 or more",
+        )
+    position = stages.index(name)
+    missing = [stage for stage in stages[:position] if stage not in progress.done]
+    if missing:
+        raise RunError(
+            f"{name} needs {missing[0]}, which has not finished in {folder}",
+            f"`racnn {missing[0]} --run {folder}`",
+        )
+    later = [stage for stage in stages[position + 1 :] if stage in progress.done or stage == progress.stage]
+    if later:
+        raise RunError(
+            f"{folder} is past {name} already ({later[-1]} has begun or finished); nothing was overwritten",
+            "start a new run with --out DIR, or continue with `racnn alternate`",
+        )
 
 
-def apn_phase(recipe: Recipe, teacher: Teacher | None = None) -> Stage:
-    """CNNs fixed: train every APN on the pairwise rank loss between its scale and the next.
+def _run_stage(trainer: Trainer, name: str) -> None:
+    run, progress = trainer.run, trainer.progress
+    if distributed.rank() == 0 and run.recipe() != trainer.recipe:
+        write_text(run.recipe_file, recipes.dump(trainer.recipe))
+    if progress.stage != name:
+        done = [stage for stage in progress.done if stage != name]
+        trainer.progress = Progress(done=done, stage=name, views=progress.views, number=progress.number)
+    trainer.console.title(name)
+    STAGES[name](trainer)
+    val = trainer.validate()
+    if name != NAMES[0]:  # no APN has been trained before
+        trainer.warn(val, finer=name == "alternate")
+    progress = trainer.progress
+    trainer.progress = Progress(done=[*progress.done, name], views=progress.views, number=progress.number)
+    if distributed.rank() == 0:
+        store.save_weights(run.weights, trainer.model)
+    trainer.log(StageEvent(stage=name, views=progress.views, val=val))
+    trainer.after_phase(name, "", 0)  # before it is saved: a resume cuts what is logged after that
+    trainer.save()
+    distributed.barrier()  # another process may still be reading the best weights
+    if distributed.rank() == 0:
+        for snapshot in ("best", "best-round"):
+            checkpoint.remove_snapshot(run, snapshot)
 
-    Args:
-        recipe: of the run.
-        teacher: what they learn instead of the rank loss.
+
+def _run_phase(trainer: Trainer, phase: Phase, *, then: Literal["apn", "judge"]) -> None:
+    progress = trainer.progress
+    trainer.console.say(
+        f"  round {progress.round + 1} of at most {trainer.recipe.alternate.rounds}, {phase.name}"
+    )
+    fit(trainer, phase)
+    progress.phase = then
+    trainer.after_phase(phase.stage, phase.name, progress.round + 1)
+    trainer.save()
+
+
+def end_round(trainer: Trainer) -> bool:
+    """Measure a finished round and keep its weights if it is the best one; True if it was the last one.
+
+    After each round the validation classification loss (mean over the scales) and the validation rank loss are smoothed
+    exponentially. A round in which neither changed by more than `tolerance`, relative to its size, counts as still.
+    `alternate` ends after `patience` still rounds in a row, or after `rounds` rounds.
     """
-    section, scales = recipe.alternate, range(recipe.model.scales - 1)
-    losses = aim(recipe, teacher) if teacher else rank_losses(recipe)
-    return Stage(
-        "alternate: APN phase", "apn", scales, losses, section.apn_epochs, section.apn_lr, "alternate.apn_lr"
+    progress, section = trainer.progress, trainer.recipe.alternate
+    val = trainer.validate()
+    assert val.average is not None
+    assert val.rank is not None
+    progress.round += 1
+    if progress.best_round_loss is None or val.average.nll < progress.best_round_loss:
+        progress.best_round, progress.best_round_loss = progress.round, val.average.nll
+        if distributed.rank() == 0:
+            checkpoint.save_snapshot(trainer.run, "best-round", trainer.model, progress)
+    losses = {"classification": sum(scale.nll for scale in val.scales) / len(val.scales), "rank": val.rank}
+    before = progress.smoothed
+    progress.smoothed = {
+        name: (1 - SMOOTHING) * before.get(name, value) + SMOOTHING * value for name, value in losses.items()
+    }
+    changed = not before or any(
+        abs(value - before[name]) > section.tolerance * abs(before[name])
+        for name, value in progress.smoothed.items()
     )
-
-
-def rank_losses(recipe: Recipe) -> Losses:
-    """The rank loss of each pair of scales, and its slope in the box between them."""
-    section = recipe.alternate
-
-    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        source, draws = model.normalise(batch["image"]), Draws.of(batch)
-        view, box = model.first_view(source), attention.whole(source)
-        with torch.no_grad():
-            features = model.scale(0).backbone(view)
-            coarse = model.scale(0).classify(features)
-        for number in range(1, recipe.model.scales):
-            apn, scale = model.scale(number - 1).apn, model.scale(number)
-            assert apn is not None
-            proposal = apn(features)
-
-            def rank(fine: Tensor, coarse: Tensor = coarse) -> Tensor:
-                return rank_loss(coarse, fine, batch["label"], section.margin, "none")  # (B,)
-
-            if section.apn_gradient == "perturb":
-                with torch.no_grad():
-                    chance = draws.normal(3 * section.boxes // 2)
-                    tried = perturb.neighbours(proposal, section.boxes, section.spread, chance)
-                    seen = (model.next_view(number, source, view, box, one)[0] for one in tried)
-                    ranks = torch.stack([rank(scale.classify(scale.backbone(one))) for one in seen])
-                yield (
-                    f"rank {number}-{number + 1}",
-                    perturb.perturbed_loss(proposal, tried, ranks, section.spread),
-                )
-                if number + 1 == recipe.model.scales:
-                    return
-                proposal = proposal.detach()
-            with torch.set_grad_enabled(proposal.requires_grad):
-                view, box = model.next_view(number, source, view, box, proposal)
-                features = scale.backbone(view)
-                fine = scale.classify(features)
-            if proposal.requires_grad:
-                yield f"rank {number}-{number + 1}", rank(fine).mean()
-            view, box, features, coarse = view.detach(), box.detach(), features.detach(), fine.detach()
-
-    return losses
-
-
-def fusion(recipe: Recipe, guide: Guide | None = None) -> Stage:
-    """Everything fixed but the fully connected layer over the normalised descriptors."""
-    section = recipe.fusion
-
-    def losses(model: RACNN, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        with torch.no_grad():
-            descriptors = model(batch["image"], guide and guide(batch)).descriptors
-        loss = classification_loss(model.fuse(descriptors), batch["label"], recipe.train.label_smoothing)
-        yield "classification fused", loss
-
-    return Stage(
-        "alternate: fusion head",
-        "fusion",
-        range(recipe.model.scales),
-        losses,
-        section.epochs,
-        section.lr,
-        "fusion.lr",
-        keep_best=True,
-        from_start=True,
+    progress.still = 0 if changed else progress.still + 1
+    trainer.log(
+        RoundEvent(
+            stage="alternate", round=progress.round, val=val, smoothed=progress.smoothed, still=progress.still
+        )
     )
+    trainer.warn(val, finer=True)
+    if progress.still >= section.patience:
+        trainer.console.say(f"  neither loss changed for {progress.still} rounds: alternate ends")
+        return True
+    return progress.round >= section.rounds
 
 
 @torch.no_grad()
-def start_fusion(model: RACNN, norms: list[float]) -> None:
+def start_fusion(trainer: Trainer) -> None:
+    """Initialise the fusion head, with the lengths of descriptors on some training images as they are."""
+    model, device, proposals = trainer.model.eval(), trainer.device, trainer.boxes.proposals
+    every = math.ceil(len(trainer.train) / NORM_IMAGES)
+    sums = torch.zeros(len(model.sizes), device=device)
+    for batch in trainer.interruptible(trainer.batches("train", augment=False, every=every)):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        output = model(batch["image"], proposals and proposals(batch))
+        sums += torch.stack([descriptors.float().norm(dim=1).sum() for descriptors in output.descriptors])
+    images = math.ceil(len(trainer.train) / every)
+    initialise_fusion(model, (distributed.total(sums) / images).tolist())
+
+
+@torch.no_grad()
+def initialise_fusion(model: RACNN, norms: list[float]) -> None:
     """Let the fusion head start as the mean of the scales' logits.
 
-    The descriptors are normalised before they are fused, so each classifier's weights are multiplied by the
-    mean length of its descriptors.
+    The descriptors are normalised before they are fused, so each classifier's weights are multiplied by the mean length
+    of its descriptors.
 
     Args:
-        model: the network, more than one scale.
+        model: the network, with more than one scale.
         norms: mean Euclidean length of each scale's descriptors on training images.
     """
     assert model.fusion is not None

@@ -335,7 +335,7 @@ def test_a_csv_that_is_no_text(tmp_path):
         ({"a": 1, "b": 1}, "val has no image"),
         ({"val/a": 2, "val/b": 2, "test/a": 2}, "train has no image"),
         ({"train/a": 2, "train/b": 2, "val/a": 1, "valid/a": 1}, "are both the val split"),
-        ({"a\x1b[31m": 2, "b": 2}, r"class name 'a\x1b[31m' holds control characters"),
+        ({"a\x1b[31m": 2, "b": 2}, r"class name 'a\x1b[31m' contains control characters"),
         ({"": 3}, "there is no labelled image"),
     ],
 )

@@ -192,7 +192,7 @@ def test_a_class_name_that_moves_the_cursor_is_refused(here: Path, said) -> None
     write_recipe(here / "mine.toml", data)
     code, text = said("train", "mine.toml", "--out", "mine")
     assert code == 2
-    assert r"'r\x1b[2Jed' holds control characters" in text
+    assert r"'r\x1b[2Jed' contains control characters" in text
 
 
 @pytest.mark.parametrize(

@@ -878,9 +878,9 @@ def test_data_that_changed_since_the_start_are_not_evaluated_in_silence(here) ->
     run, _ = api.train("tiny", out="run", changes=small, quiet=True)
     first = next(iter((here / "birds").iterdir()))
     (first / "another.png").write_bytes(next(first.glob("*.png")).read_bytes())
-    with pytest.raises(RacnnError, match="have changed since it was started"):
+    with pytest.raises(RacnnError, match="have changed since the run was started"):
         evaluation.evaluate(run)
-    with pytest.raises(RacnnError, match="have changed since it was started"):
+    with pytest.raises(RacnnError, match="have changed since the run was started"):
         api.resume(run, quiet=True)
     assert evaluation.evaluate(run, data="birds").split == "all"
     assert evaluation.evaluate(run, data="birds").images == 49

@@ -1,0 +1,99 @@
+"""What may change when a run continues: keys of its recipe, and the size of a batch in the middle of an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from racnn_cli import recipe as recipes
+from racnn_cli.core import distributed
+from racnn_cli.errors import RecipeError
+from racnn_cli.recipe import Recipe
+from racnn_cli.run import Run
+from racnn_cli.training.checkpoint import Progress
+
+CHANGEABLE = ("data.workers", "data.path", "data.skip_bad", "model.k", "model.gradient")
+"""Keys of the sections `data` and `model` that a run does not depend on."""
+BETWEEN_STAGES = {"train.optimizer", "train.ema", "train.weight_decay", "pretrain_cnn.head_lr"}
+"""The optimizer's state belongs to the parameters as these keys group them."""
+
+
+def flatten(recipe: Recipe) -> dict[str, object]:
+    """Dotted key to value."""
+    flat: dict[str, object] = {}
+    for key in recipes.key_names():
+        value: object = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        flat[key] = value
+    return flat
+
+
+def differences(old: Recipe, new: Recipe) -> dict[str, tuple[object, object]]:
+    """Dotted keys that differ, each with the two values."""
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def check_fixed(run: Run, recipe: Recipe, asked: Recipe) -> None:
+    """Check that the network and the data of `asked` are those of the run.
+
+    Raises:
+        RecipeError: they are not.
+    """
+    fixed = [
+        f"{key} is {old!r} in {run.folder}, asked for {new!r}"
+        for key, (old, new) in differences(recipe, asked).items()
+        if (key.startswith(("model.", "data.")) or key in ("seed", "name", "quick", "baseline"))
+        and key not in CHANGEABLE
+    ]
+    if fixed:
+        raise RecipeError(
+            "a run's network and data cannot change after its start:\n  " + "\n  ".join(fixed),
+            "omit that to continue this run, or start a new one with --out DIR",
+        )
+
+
+def change_recipe(run: Run, recipe: Recipe, changes: Mapping[str, Any], progress: Progress) -> Recipe:
+    """The recipe with changes for what is still to be trained.
+
+    Raises:
+        RecipeError: a key that cannot change at all, or not in the middle of a stage.
+    """
+    new = recipe.override(changes)
+    check_fixed(run, recipe, new)
+    under_way = bool(progress.epoch or progress.step)
+    if under_way and (bound := [key for key in differences(recipe, new) if key in BETWEEN_STAGES]):
+        raise RecipeError(
+            f"{run.folder} stands in the middle of {progress.stage}; {', '.join(bound)} cannot change there",
+            "`racnn train --resume` without that; it can change between two stages",
+        )
+    return new
+
+
+def recount_steps(run: Run, recipe: Recipe, progress: Progress, *, images: int) -> None:
+    """Count an epoch that is under way in steps of the batch that it continues with; the order of images is the same.
+
+    Args:
+        run, recipe: as they continue.
+        progress: where the run stands; changed in place.
+        images: in an epoch.
+
+    Raises:
+        RecipeError: the images seen so far are not a whole number of updates of that size.
+    """
+    if not progress.step:
+        return
+    batch, accumulate = recipe.train.batch * distributed.world(), recipe.train.accumulate
+    seen = min(progress.step * progress.batch, images)
+    steps = math.ceil(seen / batch)
+    if seen < images and (seen % batch or steps % accumulate):
+        raise RecipeError(
+            f"{run.folder} stands in the middle of an epoch, after {seen} images; updates of {batch * accumulate} "
+            f"({distributed.world()} process(es), train.batch = {recipe.train.batch}, "
+            f"train.accumulate = {accumulate}) do not divide that",
+            f"the same number of images per update as before, in batches that divide {progress.batch}",
+        )
+    progress.sums = {name: value * steps / progress.step for name, value in progress.sums.items()}
+    progress.step, progress.batch = steps, batch
