@@ -1,6 +1,6 @@
-"""The command line: one function a command, each a few words around `api`.
+"""The command line: each command parses its arguments, calls `api` and prints the result.
 
-Nothing heavy is imported here at module level: `racnn --help` and shell completion must answer at once.
+Nothing heavy is imported here: `racnn --help` and shell completion must be fast.
 """
 
 from __future__ import annotations
@@ -9,17 +9,30 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer import Argument, Option
 
 import racnn_cli
+from racnn_cli import api
 from racnn_cli import recipe as recipes
-from racnn_cli.errors import RacnnError, escape_control, is_out_of_memory
+from racnn_cli.errors import RacnnError, RecipeError, escape_control, is_out_of_memory
 from racnn_cli.events import EvalResult
-from racnn_cli.recipe import Recipe
+from racnn_cli.options import (
+    NewRunOptions,
+    Quick,
+    RecipeName,
+    RunFolder,
+    RunOptions,
+    Sets,
+    SkipBad,
+    complete_recipe,
+    expand_options,
+    select,
+)
 from racnn_cli.run import Run
 
 app = typer.Typer(
@@ -29,56 +42,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-recipes_app = typer.Typer(help="The recipes that come with racnn.", no_args_is_help=True)
+recipes_app = typer.Typer(help="List and show the built-in recipes and their keys.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
 
-def _complete_recipe(incomplete: str) -> list[str]:
-    return [name for name in recipes.names() if name.startswith(incomplete)]
+# ---- training
 
 
-def _complete_key(incomplete: str) -> list[str]:
-    return [f"{key}=" for key in recipes.key_names() if key.startswith(incomplete)]
-
-
-RecipeName = Annotated[
-    str | None,
-    typer.Argument(
-        help="name of a recipe, or a TOML file", autocompletion=_complete_recipe, show_default=False
-    ),
-]
-RunFolder = Annotated[
-    Path | None, typer.Option("--run", help="run folder; by default runs/latest", show_default=False)
-]
-DataPath = Annotated[
-    str | None, typer.Option("--data", help="folder with a folder a class, CSV, plankton or fieldguide")
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="folder of a new run; by default runs/NAME", show_default=False)
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="any recipe value, as key=value; may be repeated", autocompletion=_complete_key
-    ),
-]
-Scales = Annotated[
-    int | None, typer.Option("--scales", min=1, max=5, help="number of scales; 1: plain backbone")
-]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="seed of everything random, the split too")]
-Weights = Annotated[
-    str | None,
-    typer.Option("--weights", help="none, pretrained, a .safetensors or .pth file, or package:NAME"),
-]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="ImageNet weights from timm's hub (network)")]
-Quick = Annotated[
-    bool, typer.Option("--quick", help="the whole way on a small share of the data, to try it out")
-]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="go on without unreadable files, and count them")]
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"racnn {racnn_cli.__version__}")
         raise typer.Exit()
 
@@ -86,457 +58,317 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+        bool, Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     pass
 
 
-def _changes(
-    data: str | None,
-    scales: int | None,
-    seed: int | None,
-    weights: str | None,
-    pretrained: bool,
-    quick: bool,
-    skip_bad: bool,
-) -> dict[str, Any]:
-    """The recipe keys that the short options stand for."""
-    if weights is not None and pretrained and weights != "pretrained":
-        raise RacnnError("--weights and --pretrained contradict each other", "give one of the two")
-    values = {
-        "data.path": data,
-        "model.scales": scales,
-        "seed": seed,
-        "model.weights": "pretrained" if pretrained else weights,
-        "quick": quick or None,
-        "data.skip_bad": skip_bad or None,
-    }
-    return {key: value for key, value in values.items() if value is not None}
+def _open_run(options: RunOptions) -> tuple[Run, dict[str, Any]]:
+    """The run to continue, and the recipe values to change in it."""
+    changes = options.changes()
+    return api.open_run(options.run, scales=changes.pop("model.scales", None)), changes
 
 
-def _open(folder: Path | None, changes: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    """The run to continue with, and what of the changes is new to it."""
-    run = Run.open(folder)
-    wanted = changes.pop("model.scales", None)
-    has = run.recipe().model.scales
-    if wanted is not None and wanted != has:
-        raise RacnnError(
-            f"{run.folder} has {has} scale(s) and {has - 1} APN(s); --scales {wanted} does not fit",
-            f"leave --scales out, or start a run with `racnn pretrain-cnn RECIPE --scales {wanted}`",
-        )
-    return run, changes
-
-
-def _load(recipe: str | None, sets: list[str] | None, changes: dict[str, Any]) -> Recipe:
-    if recipe is None:
-        raise RacnnError(
-            "which recipe? none was named",
-            f"one of {', '.join(recipes.names())}, or your own .toml file; or --resume",
-        )
-    return recipes.load(recipe, sets or (), changes)
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_result(run: Run, result: EvalResult) -> None:
     from racnn_cli.results.tables import tables
 
+    if not _is_main_process():
+        return
     console = Console(width=None if sys.stdout.isatty() else 100)
     for table in tables(result):
         console.print(table)
-    kinds = {"page": run.report, "figures": run.eval, "ONNX": run.onnx}
-    made = ", ".join(f"{kind} {path}" for kind, path in kinds.items() if path.is_file())
-    console.print(escape(f"look next: {made}"), soft_wrap=True)
-    console.print(escape(f"  racnn predict YOUR-IMAGES --run {run.folder} --save images"), soft_wrap=True)
+    files = {"report": run.report, "metrics": run.eval, "ONNX": run.onnx}
+    written = ", ".join(f"{name} {path}" for name, path in files.items() if path.is_file())
+    console.print(escape(f"files: {written}"), soft_wrap=True)
+    console.print(escape(f"next: racnn predict YOUR-IMAGES --run {run.folder} --save images"), soft_wrap=True)
 
 
 @app.command()
+@expand_options
 def train(
     recipe: RecipeName = None,
-    data: DataPath = None,
-    out: Out = None,
-    sets: Sets = None,
-    scales: Scales = None,
-    seed: Seed = None,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    quick: Quick = False,
-    skip_bad: SkipBad = False,
+    *,
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="continue with a run that was stopped; with RECIPE and --out, or start it"
-        ),
+        bool, Option("--resume", help="continue a stopped run; with RECIPE and --out: continue or start it")
     ] = False,
-    run: RunFolder = None,
+    options: NewRunOptions,
 ) -> None:
-    """Run every stage of a recipe, then evaluate."""
-    changes = _changes(data, scales, seed, weights, pretrained, quick, skip_bad)
-    if resume and recipe is None and out is None:
-        opened, changes = _open(run, {**recipes.parse_sets(sets or ()), **changes})
-        from racnn_cli import api
-
-        result = api.resume(opened, changes)
+    """Run every stage of a recipe, then evaluate. Needs RECIPE, or --data for the default recipe."""
+    starts = recipe is not None or options.starts_run()
+    if resume and recipe is None and options.out is None:
+        run, changes = _open_run(options)
+        result = api.resume(run, changes)
+    elif options.run is not None or (resume and (options.out is None or not starts)):
+        raise RecipeError(
+            "--run, and --resume without --out, continue an existing run; RECIPE and --out are for a new run",
+            "`racnn train --resume --run DIR` continues a run, "
+            "`racnn train RECIPE --out DIR --resume` continues it or starts it",
+        )
+    elif not starts:
+        raise RecipeError(
+            "train needs a RECIPE or --data",
+            f"a recipe ({', '.join(recipes.names())}), a .toml file, or --data FOLDER for the default recipe; "
+            "--resume continues the newest run",
+        )
     else:
-        if run is not None or (resume and (recipe is None or out is None)):
-            raise RacnnError(
-                "--run, and --resume alone, are for a run that exists, a recipe and --out for a new one",
-                "`racnn train --resume --run DIR` continues a run, "
-                "`racnn train RECIPE --out DIR --resume` continues it or starts it",
-            )
-        loaded = _load(recipe, sets, changes)
-        from racnn_cli import api
-
-        opened, result = api.train(loaded, out=out, or_resume=resume)
-    if result:
-        _print_result(opened, result)
+        run, result = api.train(
+            recipes.load(recipe, (), options.changes()), out=options.out, or_resume=resume
+        )
+    _print_result(run, result)
 
 
-def _stage(
-    name: str,
-    recipe: str | None,
-    sets: list[str] | None,
-    changes: dict[str, Any],
-    out: Path | None,
-    run: Path | None,
-    following: str,
-) -> None:
-    if recipe is not None:
-        if run is not None:
-            raise RacnnError(
-                "a recipe starts a new run, --run names one that exists: give one of the two", "--out DIR"
-            )
-        loaded = recipes.load(recipe, sets or (), changes)
-        from racnn_cli import api
-
-        done = api.stage(name, recipe=loaded, out=out)
+def _run_stage(name: str, recipe: str | None, options: RunOptions, *, following: str) -> None:
+    if recipe is not None and options.run is not None:
+        raise RecipeError("RECIPE starts a new run and --run continues one", "omit one, or use --out DIR")
+    if recipe is not None or (isinstance(options, NewRunOptions) and options.starts_run()):
+        run = api.stage(name, recipe=recipes.load(recipe, (), options.changes()), out=options.out)
+    elif options.out is not None:
+        raise RecipeError(
+            "--out is the folder of a new run, and this command continues a run",
+            "`racnn pretrain-cnn RECIPE --out DIR` starts a new run; --run DIR continues one",
+        )
     else:
-        if out is not None:
-            raise RacnnError(
-                "--out names the folder of a new run, and that needs a recipe",
-                f"`racnn {name} RECIPE --out DIR`",
-            )
-        opened, changes = _open(run, {**recipes.parse_sets(sets or ()), **changes})
-        from racnn_cli import api
-
-        done = api.stage(name, run=opened, changes=changes)
-    typer.echo(f"{name} is done in {done.folder}; next: {following}")
+        run, changes = _open_run(options)
+        api.stage(name, run=run, changes=changes)
+    if _is_main_process():
+        typer.echo(f"{name} finished in {run.folder}; next: racnn {following}")
 
 
 @app.command("pretrain-cnn")
-def pretrain_cnn(
-    recipe: RecipeName = None,
-    data: DataPath = None,
-    out: Out = None,
-    sets: Sets = None,
-    scales: Scales = None,
-    seed: Seed = None,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    quick: Quick = False,
-    skip_bad: SkipBad = False,
-    run: RunFolder = None,
-) -> None:
-    """Stage 1: fine-tune scale 1 on the labels and give every scale its weights. A recipe starts a new run."""
-    changes = _changes(data, scales, seed, weights, pretrained, quick, skip_bad)
-    _stage("pretrain-cnn", recipe, sets, changes, out, run, "racnn pretrain-apn")
+@expand_options
+def pretrain_cnn(recipe: RecipeName = None, *, options: NewRunOptions) -> None:
+    """Stage 1: fine-tune scale 1 on the labels and copy its weights to every scale.
+
+    RECIPE, --data, --backbone, --weights or --pretrained starts a new run, unless --run is given.
+    Without any of them, the newest run continues.
+    """
+    _run_stage("pretrain-cnn", recipe, options, following="pretrain-apn")
 
 
 @app.command("pretrain-apn")
-def pretrain_apn(
-    recipe: RecipeName = None,
-    data: DataPath = None,
-    out: Out = None,
-    sets: Sets = None,
-    scales: Scales = None,
-    seed: Seed = None,
-    skip_bad: SkipBad = False,
-    run: RunFolder = None,
-) -> None:
-    """Stage 2: teach the APNs the square around the strongest response. Goes on with the newest run."""
-    _stage(
-        "pretrain-apn",
-        recipe,
-        sets,
-        _changes(data, scales, seed, None, False, False, skip_bad),
-        out,
-        run,
-        "racnn alternate",
-    )
+@expand_options
+def pretrain_apn(recipe: RecipeName = None, *, options: RunOptions) -> None:
+    """Stage 2: train the APNs to propose the square around the strongest response.
+
+    Continues the newest run, or the one of --run.
+    """
+    _run_stage("pretrain-apn", recipe, options, following="alternate")
 
 
 @app.command()
-def alternate(
-    recipe: RecipeName = None,
-    data: DataPath = None,
-    out: Out = None,
-    sets: Sets = None,
-    scales: Scales = None,
-    seed: Seed = None,
-    skip_bad: SkipBad = False,
-    run: RunFolder = None,
-) -> None:
-    """Stage 3: train CNNs and APNs in turn until neither loss changes, then the fusion head."""
-    _stage(
-        "alternate",
-        recipe,
-        sets,
-        _changes(data, scales, seed, None, False, False, skip_bad),
-        out,
-        run,
-        "racnn eval",
-    )
+@expand_options
+def alternate(recipe: RecipeName = None, *, options: RunOptions) -> None:
+    """Stage 3: train CNNs and APNs in turn until neither loss changes, then the fusion head.
+
+    Continues the newest run, or the one of --run.
+    """
+    _run_stage("alternate", recipe, options, following="eval")
+
+
+# ---- using a trained network
 
 
 @app.command("eval")
 def evaluate(
     run: RunFolder = None,
-    split: Annotated[
-        str | None, typer.Option(help="train, val or test; by default test", show_default=False)
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="measure on all images of this folder or CSV file instead")
-    ] = None,
+    split: Annotated[str | None, Option(help="train, val or test; default: test")] = None,
+    data: Annotated[str | None, Option(help="use all images of this folder or CSV file instead")] = None,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Accuracy, calibration and boxes of a run, as a table and as eval.json."""
-    opened = Run.open(run)
-    from racnn_cli.evaluation import evaluate as measure
-
-    _print_result(opened, measure(opened, split=split, data=data, skip_bad=skip_bad))
+    """Measure accuracy, calibration and boxes of a run; print tables and write eval.json."""
+    opened = api.open_run(run)
+    _print_result(opened, api.evaluate(opened, split=split, data=data, skip_bad=skip_bad))
 
 
 @app.command()
 def export(
     run: RunFolder = None,
-    onnx: Annotated[
-        bool, typer.Option("--onnx", help="one ONNX file, checked against PyTorch before it gets its name")
-    ] = False,
-    safetensors: Annotated[
-        bool, typer.Option("--safetensors", help="a folder that racnn_cli.load() reads")
-    ] = False,
-    program: Annotated[
-        bool, typer.Option("--torch", help="a .pt2 file that torch.export.load() reads, without racnn")
-    ] = False,
+    format: Annotated[api.ExportFormat | None, Option(help="format to write")] = None,
+    onnx: Annotated[bool, Option("--onnx", help="ONNX file, checked against PyTorch")] = False,
+    torch: Annotated[bool, Option("--torch", help=".pt2 file for torch.export.load()")] = False,
+    safetensors: Annotated[bool, Option("--safetensors", help="folder for racnn_cli.load()")] = False,
+    precision: Annotated[api.Precision | None, Option(help="ONNX: precision; default: float32")] = None,
+    half: Annotated[bool, Option("--half", help="ONNX: 16-bit floats")] = False,
+    int8: Annotated[bool, Option("--int8", help="ONNX: 8-bit integers, calibrated on images")] = False,
     check: Annotated[
-        Path | None,
-        typer.Option(
-            "--check", help="write nothing: hold the ONNX file against its run on this folder's images"
-        ),
+        Path | None, Option(help="only compare the ONNX file with its run on the images of a folder")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="file or folder to write, or to check", show_default=False)
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="ONNX: takes images as decoded, (B, H, W, 3) uint8")
-    ] = False,
-    crops: Annotated[
-        bool, typer.Option("--crops", help="ONNX: gives what the finer scales saw, too")
-    ] = False,
-    top: Annotated[int, typer.Option("--top", min=1, help="ONNX: how many labels it names")] = 5,
-    opset: Annotated[int, typer.Option("--opset", help="ONNX: version of the operators, 18 or 20")] = 20,
-    half: Annotated[bool, typer.Option("--half", help="ONNX: the backbones in 16-bit floats")] = False,
-    int8: Annotated[
-        bool,
-        typer.Option("--int8", help="ONNX: the backbones in 8-bit integers, calibrated on training images"),
-    ] = False,
-    exits: Annotated[
-        bool,
-        typer.Option("--early-exit", help="ONNX: finer scales only for images that scale 1 is unsure of"),
+    out: Annotated[Path | None, Option(help="file or folder to write or check")] = None,
+    raw: Annotated[bool, Option("--raw", help="ONNX, torch: input as decoded, (B, H, W, 3) uint8")] = False,
+    crops: Annotated[bool, Option("--crops", help="ONNX, torch: also output the crops")] = False,
+    top: Annotated[int, Option(min=1, help="ONNX, torch: number of labels in the output")] = 5,
+    opset: Annotated[int, Option(help="ONNX: operator set version, 18 or 20")] = 20,
+    early_exit: Annotated[
+        bool, Option("--early-exit", help="ONNX: skip the finer scales when scale 1 is sure")
     ] = False,
     max_drop: Annotated[
-        float,
-        typer.Option(
-            "--max-drop", min=0, help="points of accuracy that --half, --int8 or --early-exit may cost"
-        ),
+        float, Option(min=0, help="accuracy that --precision or --early-exit may cost, in points")
     ] = 0.5,
 ) -> None:
-    """Write the trained network for use elsewhere."""
-    if [onnx, program, safetensors, check is not None].count(True) != 1:
-        raise RacnnError(
-            "export to what? name one format", "--onnx, --torch or --safetensors, or --check FOLDER"
-        )
-    if not (onnx or program) and (raw or crops or top != 5):
-        raise RacnnError("--raw, --crops and --top are for --onnx and --torch", "leave them away")
-    if not onnx and (half or int8 or exits or opset != 20):
-        raise RacnnError(
-            "--half, --int8, --early-exit and --opset are for --onnx", "add --onnx, or leave them away"
-        )
-    if half and int8:
-        raise RacnnError("--half and --int8 are two precisions", "name one of them")
-    if opset not in (18, 20):
-        raise RacnnError(f"--opset {opset}: exports are written and tried in 18 and 20", "--opset 18 or 20")
-    opened = Run.open(run)
-    from racnn_cli.export import onnx as exporter
-    from racnn_cli.export.graph import Form
-
-    if onnx:
-        report = exporter.export_onnx(
-            opened,
-            out,
-            form=Form(raw, top, crops),
+    """Write the trained network for use elsewhere, e.g. `racnn export --onnx` or `--format onnx --precision int8`."""
+    chosen = select("--format", format, {"onnx": onnx, "torch": torch, "safetensors": safetensors})
+    number_format = select("--precision", precision, {"half": half, "int8": int8}) or "float32"
+    if check is not None:
+        if any((chosen, number_format != "float32", raw, crops, top != 5, opset != 20, early_exit)):
+            raise RecipeError(
+                "--check writes nothing and takes only --run and --out", "omit the other options"
+            )
+        report = api.check_export(api.open_run(run), check, path=out)
+    elif chosen is None:
+        raise RecipeError("export needs a format", "--onnx, --torch or --safetensors; or --check FOLDER")
+    else:
+        report = api.export(
+            api.open_run(run),
+            chosen,
+            out=out,
+            precision=number_format,
+            raw=raw,
+            crops=crops,
+            top=top,
             opset=opset,
-            precision="half" if half else "int8" if int8 else "float32",
-            exits=exits,
+            early_exit=early_exit,
             max_drop=max_drop,
         )
-        typer.echo(exporter.describe(report))
-    elif program:
-        report = exporter.export_program(opened, out, form=Form(raw, top, crops))
-        worst = max(report["max_difference"].values())
-        typer.echo(
-            f"wrote {report['path']}: {report['bytes'] / 2**20:.1f} MiB, largest difference {worst:.1e}"
-        )
-    elif check is not None:
-        typer.echo(exporter.describe(exporter.check(opened, out, check)))
-    else:
-        typer.echo(f"wrote {exporter.export_safetensors(opened, out or opened.folder / 'export')}")
+    typer.echo(api.describe_export(report))
 
 
 @app.command()
 def predict(
     images: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="[MODEL.onnx|RUN] IMAGES...",
-            help="image and video files, folders, patterns, camera:0, - for a list on standard input; "
-            "first of all, if it is not the newest run, what answers: a run folder or an ONNX file, which needs "
-            "no torch",
-            show_default=False,
+            help="images, videos, folders, patterns, camera:0, or - for a list on standard input. A run folder or an "
+            "ONNX file before them is the network to use; default: the newest run. An ONNX file needs no torch.",
         ),
     ],
     run: RunFolder = None,
-    rows: Annotated[
-        Literal["table", "jsonl", "csv"], typer.Option("--format", help="how the rows are written")
-    ] = "table",
-    save: Annotated[
-        Path | None, typer.Option("--save", help="folder for images with the boxes drawn")
-    ] = None,
+    rows: Annotated[api.RowFormat, Option("--format", help="format of the rows")] = "table",
+    save: Annotated[Path | None, Option(help="folder for images with the boxes drawn")] = None,
     source: Annotated[
-        int | None,
-        typer.Option(
-            "--source",
-            min=16,
-            max=16384,
-            help="side in pixels of the square that all boxes are cut from; default as trained",
-            show_default=False,
-        ),
+        int | None, Option(min=16, max=16384, help="side of the square source in pixels; default: as trained")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="images at a time")] = 16,
-    every: Annotated[int, typer.Option("--every", min=1, help="of a video, every so many-th frame")] = 1,
+    batch: Annotated[int, Option(min=1, help="images per step")] = 16,
+    every: Annotated[int, Option(min=1, help="use every n-th frame of a video")] = 1,
 ) -> None:
-    """Class, probability and where the network looked: one row an image, as it comes."""
-    first = Path(images[0])
-    trained = run
+    """Print class, probability and attended region of each image, one row per image."""
+    first, network = Path(images[0]), run
     if first.suffix == ".onnx" or (first / "recipe.toml").is_file():
         if run is not None:
-            raise RacnnError(f"{first} and --run {run} are two networks", "name one of them")
-        trained, images = first, images[1:]
+            raise RecipeError(f"{first} and --run {run} both name a network", "give one of them")
+        network, images = first, images[1:]
         if not images:
-            raise RacnnError(f"{first} answers for which images?", f"`racnn predict {first} my-images`")
-    if trained is None or trained.suffix != ".onnx":
-        trained = Run.open(trained).folder
-    from racnn_cli.export.prediction import load
-    from racnn_cli.results import predict as predictor
-
-    sources = predictor.gather(images)
-    code = predictor.predict_command(
-        load(trained, source=source), sources, rows=rows, save=save, batch=batch, every=every
+            raise RecipeError(
+                f"{first} is a network; no images were given", f"`racnn predict {first} my-images`"
+            )
+    if network is None or network.suffix != ".onnx":
+        network = api.open_run(network).folder
+    raise typer.Exit(
+        api.predict_files(images, network, rows=rows, save=save, source=source, batch=batch, every=every)
     )
-    if code:
-        raise typer.Exit(code)
 
 
 @app.command()
 def report(run: RunFolder = None) -> None:
-    """Write report.html, one page with curves, figures and images."""
-    opened = Run.open(run)
-    from racnn_cli.results.report import write_report
+    """Write report.html: curves, metrics and example images on one page."""
+    typer.echo(f"wrote {api.report(api.open_run(run))}")
 
-    typer.echo(f"wrote {write_report(opened)}")
+
+# ---- benchmarks, data sets, backbones, recipes
 
 
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="seeds, attention, ablation, gradient, backbones, export, crop or growth")
+        str, Argument(help="seeds, attention, ablation, gradient, backbones, export, crop or growth")
     ],
-    json: Annotated[Path | None, typer.Option("--json", help="write the figures to this file too")] = None,
+    json: Annotated[Path | None, Option(help="also write the figures to this file")] = None,
     seeds: Annotated[
-        str | None,
-        typer.Option(
-            "--seeds",
-            help="not for backbones, export, crop and growth: such as 0-4 or 0,3,7; default 0-4",
-            show_default=False,
-        ),
+        str | None, Option(help="benchmarks that take seeds: such as 0-4 or 0,3,7; default: 0-4")
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe",
-            help="for seeds, attention, ablation and growth; default demo, clutter, clutter and own",
-            autocompletion=_complete_recipe,
-            show_default=False,
+        Option(
+            help="seeds, attention, ablation, growth; default: demo, clutter, clutter, own",
+            autocompletion=complete_recipe,
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="for seeds, attention and ablation: a small share of the data")
+        bool, Option("--quick", help="seeds, attention, ablation: few images and epochs")
     ] = False,
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data",
-            help="for attention (with true boxes) and ablation: other data than the recipe's; "
-            "of clutter, the folder of the four Fashion-MNIST files",
+        Option(
+            help="attention, ablation: use other data, for attention with ground-truth boxes; "
+            "for clutter, the folder of the four Fashion-MNIST files"
         ),
     ] = None,
     arm: Annotated[
-        list[str] | None,
-        typer.Option("--arm", help="for ablation: only this arm and the default; may be given several times"),
+        list[str] | None, Option(help="ablation: only this arm and the default; repeatable")
     ] = None,
 ) -> None:
-    """Print the figures that README quotes."""
-    from racnn_cli.bench import run_bench
-
-    run_bench(name, json, seeds, recipe, quick, data, arm or ())
+    """Run a benchmark and print its figures."""
+    api.bench(name, json_path=json, seeds=seeds, recipe=recipe, quick=quick, data=data, arms=arm or ())
 
 
 @app.command()
 def samples(
-    name: Annotated[str, typer.Argument(help="plankton or fieldguide")],
-    out: Annotated[Path, typer.Option("--out", help="folder to write, new or empty")],
-    images: Annotated[int, typer.Option(min=24, max=100_000, help="fieldguide: number of images")] = 480,
-    size: Annotated[int, typer.Option(min=64, max=4096, help="fieldguide: side in pixels")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="fieldguide: seed of the drawings")] = 0,
+    name: Annotated[str, Argument(help="plankton or fieldguide")],
+    out: Annotated[Path, Option(help="folder to write, new or empty")],
+    images: Annotated[int, Option(min=24, max=100_000, help="fieldguide: number of images")] = 480,
+    size: Annotated[int, Option(min=64, max=4096, help="fieldguide: side in pixels")] = 256,
+    seed: Annotated[int, Option(min=0, help="fieldguide: seed of the drawings")] = 0,
 ) -> None:
-    """Write a built-in data set to a folder, to look at it or to train on it as your own."""
-    from racnn_cli.data.datasets import write
+    """Write a built-in data set to a folder, to look at it or to use it as your own data."""
+    typer.echo(f"wrote {api.write_samples(name, out, images=images, size=size, seed=seed)}")
 
-    typer.echo(f"wrote {write(name, out, recipes.Sample(images=images, size=size), seed)}")
+
+@app.command()
+def backbones(
+    pattern: Annotated[str, Argument(help="part of a name, or a pattern such as 'resnet*'")] = "",
+) -> None:
+    """List the models that --backbone takes, with their native input size."""
+    for model in api.list_backbones(pattern):
+        typer.echo(f"{model.name:48} {model.size:4} px{', fixed' if model.fixed else ''}")
 
 
 @recipes_app.command("ls")
 def recipes_ls() -> None:
     """List the recipes."""
-    for name in recipes.names():
-        typer.echo(f"{name:12} {recipes.load(name).about}")
+    for name, about in api.list_recipes().items():
+        typer.echo(f"{name:12} {about}")
 
 
 @recipes_app.command("show")
 def recipes_show(
-    name: Annotated[str, typer.Argument(autocompletion=_complete_recipe)],
-    sets: Sets = None,
-    quick: Quick = False,
+    name: Annotated[str, Argument(autocompletion=complete_recipe)], sets: Sets = None, quick: Quick = False
 ) -> None:
-    """Print a recipe with every value as used."""
-    typer.echo(
-        recipes.dump(recipes.load(name, sets or (), {"quick": True} if quick else {}).as_used()), nl=False
-    )
+    """Print a recipe with every value."""
+    changes = recipes.parse_sets(sets or ()) | ({"quick": True} if quick else {})
+    typer.echo(api.show_recipe(name, changes), nl=False)
+
+
+@recipes_app.command("keys")
+def recipes_keys(
+    pattern: Annotated[str, Argument(help="part of a key, or a pattern such as 'model.*'")] = "",
+) -> None:
+    """List the recipe keys with default, allowed values and description."""
+    for info in api.list_keys(pattern):
+        typer.echo(f"{info.key} = {info.default or '(required)'}  [{info.allowed}]\n    {info.description}")
+
+
+# ---- entry point
 
 
 def main() -> None:
-    """Entry of the command `racnn`: a error that a user can fix is two lines, never a traceback."""
+    """Run the command line. Errors that a user can fix are printed as `error:` and `try:`, without a traceback."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     try:
         try:
@@ -544,34 +376,38 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except RacnnError as error:
-        _stop(error)
-    except BrokenPipeError:  # who reads has seen enough
-        _silence()
+        _fail(error.message, error.hint, error.exit_code)
+    except SystemExit as end:
+        if end.code == 130:  # Typer exits silently on Ctrl-C
+            _fail("stopped by SIGINT", "", 130)
+        raise
+    except BrokenPipeError:  # the reader has closed the pipe
+        _discard_output()
         sys.exit(1)
-    except OSError as error:  # whatever the system refuses where nothing else explains it
-        what = escape_control(str(error.filename)) if error.filename else "the output"
-        if len(what) > 200:
-            what = f"{what[:200]}…"
-        _silence()
-        hint = "check the name, its rights and the space on the disk"
-        _stop(RacnnError(f"{what}: {error.strerror or error}", hint, failure=True))
+    except OSError as error:
+        name = escape_control(str(error.filename)) if error.filename else "the output"
+        if len(name) > 200:
+            name = f"{name[:200]}…"
+        _discard_output()
+        hint = "check the path, its permissions and the free disk space"
+        _fail(f"{name}: {error.strerror or error}", hint, 1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        said = (str(error).strip() or "no more memory").splitlines()[0]
-        hint = "smaller model.sizes, data.source, model.apn_hidden or train.batch, or fewer data.workers"
-        _stop(RacnnError(f"the memory is not enough: {said}", hint, failure=True))
+        detail = (str(error).strip() or "no more memory").splitlines()[0]
+        hint = "reduce model.sizes, data.source, model.apn_hidden, train.batch or data.workers"
+        _fail(f"out of memory: {detail}", hint, 1)
 
 
-def _silence() -> None:
-    """What could not be written to standard output is not tried again at the end."""
+def _discard_output() -> None:
+    """Redirect standard output, so that Python does not fail again when it flushes at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _stop(error: RacnnError) -> NoReturn:
-    out = Console(stderr=True, highlight=False, soft_wrap=True)
-    out.print(f"[bold red]error:[/] {escape(escape_control(error.message))}")
-    if error.hint:
-        out.print(f"[bold]try:[/] {escape(escape_control(error.hint))}")
-    sys.exit(error.exit_code)
+def _fail(message: str, hint: str, code: int) -> NoReturn:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(escape_control(message))}")
+    if hint:
+        console.print(f"[bold]try:[/] {escape(escape_control(hint))}")
+    sys.exit(code)
