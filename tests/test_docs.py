@@ -41,6 +41,7 @@ PAGES = {
 CURRENT = [name for name in PAGES if name != "CHANGELOG.md"]
 """Pages that describe the present state; the changelog also mentions old names."""
 SMALL = ["--quick", "--set", "model.sizes=[64,64,64]", "--set", "data.source=96", "--set", "data.workers=0"]
+COMMAND = typer.main.get_command(app)
 CODE = re.compile(r"(?:<!-- ([\w-]+) -->\n)?```(\w*)\n(.*?)```", flags=re.S)
 INLINE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 INSTALL = ("main-job", "tests")
@@ -48,8 +49,8 @@ INSTALL = ("main-job", "tests")
 
 def blocks(page: str, *languages: str) -> list[str]:
     """The code blocks of a page in these languages, without the marked commands that install."""
-    found = CODE.findall(PAGES[page])
-    return [text for marker, language, text in found if language in languages and marker not in INSTALL]
+    code = CODE.findall(PAGES[page])
+    return [text for marker, language, text in code if language in languages and marker not in INSTALL]
 
 
 def marked(page: str, marker: str) -> str:
@@ -144,10 +145,10 @@ def check_script(file: Path, images: Path, bare: Path) -> None:
 
 def test_the_two_commands_are_marked_for_ci() -> None:
     for marker, word in (("tests", "pytest"), ("main-job", "racnn train demo")):
-        found = re.search(rf"<!-- {marker} -->\n```sh\n(.*?)\n```", README)
-        assert found, marker
-        assert word in found[1]
-        assert "pip install -c constraints.txt" in found[1]
+        command = re.search(rf"<!-- {marker} -->\n```sh\n(.*?)\n```", README)
+        assert command, marker
+        assert word in command[1]
+        assert "pip install -c constraints.txt" in command[1]
     assert [marker for marker, *_ in CODE.findall(README)][:2] == ["main-job", "tests"]
 
 
@@ -164,7 +165,7 @@ def test_commands_parse(page) -> None:
 
 def parse(arguments: list[str]) -> None:
     """Parse a command without running it: its options, choices, recipes and recipe keys must exist."""
-    command: Any = typer.main.get_command(app)
+    command: Any = COMMAND
     shown, name = shlex.join(["racnn", *arguments]), "racnn"
     while arguments and hasattr(command, "commands"):
         name, *arguments = arguments
@@ -210,7 +211,7 @@ def test_names_and_paths_exist(page) -> None:
         if re.fullmatch(r"racnn_cli(\.\w+)+(\(.*\))?", text):
             assert resolves(text.partition("(")[0]), f"{page}: {text}"
         elif (key := re.fullmatch(r"(\w+)\.(\w+)( = .*)?", text)) and key[1] in sections:
-            known = key[2] in ("toml", "jsonl") or text.partition(" ")[0] in recipes.key_names()
+            known = key[2] == "onnx" or text.partition(" ")[0] in recipes.key_names()
             assert known or key[2] in recipe_tables(), f"{page}: {text}"
         elif re.fullmatch(r"(racnn_cli|backbones|tests|docs|recipes|\.ci)/[\w./-]*", text):
             assert (ROOT / text).exists() or "NOTES" in text, f"{page}: {text}"
