@@ -45,6 +45,7 @@ COMMAND = typer.main.get_command(app)
 CODE = re.compile(r"(?:<!-- ([\w-]+) -->\n)?```(\w*)\n(.*?)```", flags=re.S)
 INLINE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 INSTALL = ("main-job", "tests")
+IMAGES = 32
 
 
 def blocks(page: str, *languages: str) -> list[str]:
@@ -86,7 +87,7 @@ def run(words: list[str], monkeypatch, capsys) -> str:
 
 
 def test_readme_commands_and_python_run_as_typed(here, monkeypatch, capsys) -> None:
-    write("fieldguide", here / "drawn", recipes.Sample(images=64, size=96), seed=0)
+    write("fieldguide", here / "drawn", recipes.Sample(images=IMAGES, size=96), seed=0)
     # One folder per class, as users have them, instead of the drawn set's splits and boxes.
     for image in sorted((here / "drawn").glob("*/*/*.png")):
         target = here / "my-images" / image.parent.name / f"{image.parent.parent.name}-{image.name}"
@@ -103,19 +104,19 @@ def test_readme_commands_and_python_run_as_typed(here, monkeypatch, capsys) -> N
     assert (here / "runs" / "latest" / "eval.json").is_file()
     for name in ("report.html", "model.onnx"):
         assert list((here / "runs").glob(f"*/{name}")), name
-    assert len(list((here / "attended").glob("*.jpg"))) == 64
+    assert len(list((here / "attended").glob("*.jpg"))) == IMAGES
     check_script(next((here / "runs").glob("*/model.onnx")), here / "my-images", here / "bare")
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), {})
     out = capsys.readouterr().out
-    assert len([line for line in out.splitlines() if line.startswith("my-images")]) == 64
+    assert len([line for line in out.splitlines() if line.startswith("my-images")]) == IMAGES
 
 
 def check_script(file: Path, images: Path, bare: Path) -> None:
     """Run the standalone script in a new environment `bare` that has onnxruntime, numpy and Pillow only."""
     text = marked("docs/export.md", "alone")
     assert len(text.splitlines()) <= 20
-    venv.create(bare, with_pip=True)
+    venv.create(bare)
     python = bare / "bin" / "python"
     script = bare / "answer.py"
     script.write_text(text, encoding="utf-8")
@@ -128,8 +129,15 @@ def check_script(file: Path, images: Path, bare: Path) -> None:
         return process.stdout
 
     pins = ROOT / "constraints.txt"
-    run(python, "-m", "pip", "install", "--quiet", "-c", pins, "onnxruntime", "numpy", "pillow")
-    listed = json.loads(run(python, "-m", "pip", "list", "--format", "json"))
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+    ]  # this environment's pip, so that none is installed
+    run(*pip, "install", "--quiet", "-c", pins, "onnxruntime", "numpy", "pillow")
+    listed = json.loads(run(*pip, "list", "--format", "json"))
     packages = {entry["name"] for entry in listed}
     assert {"onnxruntime", "numpy", "pillow"} <= packages
     assert not packages & {"torch", "timm", "racnn", "onnx", "rich", "scipy", "opencv-python-headless"}

@@ -28,6 +28,7 @@ FILES = sorted(
 ONE = r"(?:CNN|row|folder|size|seed|process|image|file|wrapper|line|function|vector|number|loss|box|crop|map)"
 MANY = r"(?:images|epochs|boxes|cores|losses|batches|rows|crops|updates|vectors|files)"
 PER = r"(?:scale|row|class|image|seed|split|process|step|update|round|epoch|batch|command|file|GPU|data set)"
+COMPARED = "(?:such|longer|more|less|fewer|larger|smaller|better|worse|faster)"
 
 WORDS = {
     rf"\b(?:an?|one) {ONE} an? {PER}\b": "one … per …",
@@ -56,8 +57,7 @@ WORDS = {
     r"\bwhole way\b": "every stage",
     r"\bwhat comes\b": "rephrase",
     r"\bthere (?:is|was) nothing to\b": "rephrase",
-    r"(?<!there)\s(?:is|are|was) no (?!such\b|longer\b|more\b|less\b|fewer\b|larger\b|smaller\b|better\b|worse\b|faster\b)"
-    r"[a-z]+": "is not a",
+    rf"(?<!there)\s(?:is|are|was) no (?!{COMPARED}\b)[a-z]+": "is not a",
     r"\bbesides\b": "in addition, also",
     r"\b(?:leave|leaves|left|leaving) (?:\S+ )?away\b": "omit",
     r"\bmay know whom\b": "may import",
