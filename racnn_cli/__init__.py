@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from racnn_cli.api import predict, train
     from racnn_cli.core.model import RACNN
     from racnn_cli.errors import RacnnError
-    from racnn_cli.export.prediction import Model, Prediction, load
+    from racnn_cli.export.loading import load
+    from racnn_cli.export.prediction import Model, Prediction
 
 __all__ = ["RACNN", "Model", "Prediction", "RacnnError", "load", "predict", "train"]
 
@@ -41,7 +42,7 @@ _MODULES = {
     "Model": "racnn_cli.export.prediction",
     "Prediction": "racnn_cli.export.prediction",
     "RacnnError": "racnn_cli.errors",
-    "load": "racnn_cli.export.prediction",
+    "load": "racnn_cli.export.loading",
     "predict": "racnn_cli.api",
     "train": "racnn_cli.api",
 }

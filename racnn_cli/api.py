@@ -291,16 +291,23 @@ def export(
         )
     if opset not in (18, 20):
         raise RecipeError(f"--opset {opset} is not supported", "--opset 18 or 20")
-    from racnn_cli.export.graph import Form
-    from racnn_cli.export.onnx import export_onnx, export_program, export_safetensors
+    from racnn_cli.export.graph import ExportOptions
+    from racnn_cli.export.onnx import export_onnx
+    from racnn_cli.export.torch_formats import export_program, export_safetensors
 
     if format == "safetensors":
         return {"path": str(export_safetensors(run, out or run.folder / "export"))}
-    form = Form(raw, top, crops)
+    options = ExportOptions(raw, top, crops)
     if format == "torch":
-        return export_program(run, out, form=form)
+        return export_program(run, out, options=options)
     return export_onnx(
-        run, out, form=form, opset=opset, precision=precision, exits=early_exit, max_drop=max_drop
+        run,
+        out,
+        options=options,
+        opset=opset,
+        precision=precision,
+        early_exit=early_exit,
+        max_drop=max_drop,
     )
 
 
@@ -315,7 +322,7 @@ def check_export(run: Run, images: Path, *, path: Path | None = None) -> dict[st
     Raises:
         ExportError: the file is missing, belongs to another run, or gives other outputs.
     """
-    from racnn_cli.export.onnx import check
+    from racnn_cli.export.check import check
 
     return check(run, path, images)
 
@@ -335,7 +342,7 @@ def describe_export(report: Mapping[str, Any]) -> str:
 
 def predict(run: str | Path | Run, images: ImageInput | Iterable[ImageInput]) -> list[Prediction]:
     """Predict images, given as paths, PIL images or arrays, with a run, an exported folder or an ONNX file."""
-    from racnn_cli.export.prediction import load
+    from racnn_cli.export.loading import load
 
     return load(run).predict(images)
 
@@ -368,7 +375,7 @@ def predict_files(
         DataError: a name that does not exist.
         RunError: no weights.
     """
-    from racnn_cli.export.prediction import load
+    from racnn_cli.export.loading import load
     from racnn_cli.results.predict import gather, predict_command
 
     sources = gather(names)

@@ -212,9 +212,11 @@ def export(
 ) -> None:
     """Write the trained network for use elsewhere, e.g. `racnn export --onnx` or `--format onnx --precision int8`."""
     chosen = select("--format", format, {"onnx": onnx, "torch": torch, "safetensors": safetensors})
-    number_format = select("--precision", precision, {"half": half, "int8": int8}) or "float32"
+    backbone_precision: api.Precision = (
+        select("--precision", precision, {"half": half, "int8": int8}) or "float32"
+    )
     if check is not None:
-        if any((chosen, number_format != "float32", raw, crops, top != 5, opset != 20, early_exit)):
+        if any((chosen, backbone_precision != "float32", raw, crops, top != 5, opset != 20, early_exit)):
             raise RecipeError(
                 "--check writes nothing and takes only --run and --out", "omit the other options"
             )
@@ -226,7 +228,7 @@ def export(
             api.open_run(run),
             chosen,
             out=out,
-            precision=number_format,
+            precision=backbone_precision,
             raw=raw,
             crops=crops,
             top=top,
@@ -284,19 +286,14 @@ def report(run: RunFolder = None) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[
-        str, Argument(help="seeds, attention, ablation, gradient, backbones, export, crop or growth")
-    ],
+    name: Annotated[str, Argument(help="seeds, attention, ablation, gradient, backbones or export")],
     json: Annotated[Path | None, Option(help="also write the figures to this file")] = None,
     seeds: Annotated[
         str | None, Option(help="benchmarks that take seeds: such as 0-4 or 0,3,7; default: 0-4")
     ] = None,
     recipe: Annotated[
         str | None,
-        Option(
-            help="seeds, attention, ablation, growth; default: demo, clutter, clutter, own",
-            autocompletion=complete_recipe,
-        ),
+        Option(help="benchmarks that train; default: demo or clutter", autocompletion=complete_recipe),
     ] = None,
     quick: Annotated[
         bool, Option("--quick", help="seeds, attention, ablation: few images and epochs")
@@ -324,7 +321,7 @@ def samples(
     size: Annotated[int, Option(min=64, max=4096, help="fieldguide: side in pixels")] = 256,
     seed: Annotated[int, Option(min=0, help="fieldguide: seed of the drawings")] = 0,
 ) -> None:
-    """Write a built-in data set to a folder, to look at it or to use it as your own data."""
+    """Write a built-in data set to a folder, to inspect it or to train on it as your own data."""
     typer.echo(f"wrote {api.write_samples(name, out, images=images, size=size, seed=seed)}")
 
 

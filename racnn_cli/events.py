@@ -1,8 +1,10 @@
-"""What `log.jsonl` and `eval.json` hold: one definition that is written, read and documented.
+"""The contents of `log.jsonl` and `eval.json` as types.
 
-Keys are stable: later versions add some and rename none. Keys that a version does not know are kept when a file is
-read. Shares (`top1`, `hit_rate`, …) lie in [0, 1], `nll` is in nats, a box's `side` is a share of the side of the
-scale before it, `iou_mean`, `hit_rate` and `coverage_mean` compare with ground-truth boxes and exist only with them.
+Keys are stable: later versions may add keys but do not rename any. Unknown keys are kept when a file is read.
+
+Shares (`top1`, `hit_rate`, …) are in [0, 1] and `nll` is in nats. The `side` of a box is a share of the previous
+scale's side. `iou_mean`, `hit_rate` and `coverage_mean` compare boxes with ground-truth boxes and are missing without
+them.
 """
 
 from __future__ import annotations
@@ -18,36 +20,36 @@ EVAL_VERSION = 1
 
 def _plausible(number: float) -> float:
     if abs(number) > 1e12 and math.isfinite(number):
-        raise ValueError("a number that no training ends at")
+        raise ValueError("not a plausible result of training")
     return number
 
 
 Number = Annotated[float, AfterValidator(_plausible)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
-Truth = {"iou_mean", "hit_rate", "coverage_mean"}
-"""Figures that need ground-truth boxes: all of them are there, or none."""
+TRUTH_METRICS = {"iou_mean", "hit_rate", "coverage_mean"}
+"""Metrics that need ground-truth boxes: a record has all of them or none."""
 
 
 class Record(BaseModel):
-    """A JSON object. Keys that are not set are not written."""
+    """A JSON object. Unset keys are not written."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     def to_json(self) -> dict[str, Any]:
-        """The object as it is written, in the order of the fields."""
+        """The object as a dict, in the order of the fields."""
         return self.model_dump(exclude_unset=True)
 
 
 class Answer(Record):
-    """Validation figures of one answer: a scale's, their average's or the fusion head's."""
+    """Validation metrics of one classifier: a scale, the average of the scales, or the fusion head."""
 
     top1: Share
     nll: Number
 
 
 class Boxes(Record):
-    """Validation figures of the boxes of one scale, on the scale before it."""
+    """Validation metrics of the boxes of one scale, relative to the previous scale."""
 
     side_mean: Number
     side_std: Number = 0.0
@@ -60,11 +62,14 @@ class Boxes(Record):
 
 
 class Validation(Record):
-    """Validation figures of the network as it stood; `average`, `fused`, `rank` and `boxes` with more than one scale.
+    """Validation metrics of the network. A network with one scale has only `scales`.
 
     Attributes:
         scales: coarse to fine.
-        rank: mean rank loss over the pairs of neighbouring scales.
+        average: mean probability of the scales.
+        fused: the fusion head.
+        rank: mean rank loss over the pairs of adjacent scales.
+        boxes: of scales 2, 3, …
     """
 
     scales: Annotated[list[Answer], Field(min_length=1)]
@@ -87,12 +92,15 @@ class EpochEvent(Event):
     """The end of an epoch.
 
     Attributes:
-        stage, phase, round: `phase` and `round` (from 1) of `alternate`; empty and 0 elsewhere.
-        epoch, epochs: of this stage or phase, from 1.
+        stage: name of the stage.
+        phase: `cnn` or `apn` in `alternate`, else empty.
+        round: from 1 in `alternate`, else 0.
+        epoch: from 1, within the stage or phase.
+        epochs: number of epochs of the stage or phase.
         views: epochs since the start of the run.
         lr: largest learning rate of the last update.
-        train_loss: name to mean over the epoch.
-        seconds: of training, without validation.
+        train_loss: each loss by name, averaged over the epoch.
+        seconds: training time without validation.
     """
 
     event: Literal["epoch"] = "epoch"
@@ -113,8 +121,8 @@ class RoundEvent(Event):
     """The end of a round of `alternate`.
 
     Attributes:
-        smoothed: exponentially smoothed validation losses, `classification` and `rank`.
-        still: rounds in a row in which neither of them changed.
+        smoothed: exponential moving averages of the validation losses `classification` and `rank`.
+        still: number of consecutive rounds in which neither changed.
     """
 
     event: Literal["round"] = "round"
@@ -135,7 +143,7 @@ class StageEvent(Event):
 
 
 class WarningEvent(Event):
-    """Something that the validation figures give cause to worry about; each `kind` is logged once."""
+    """A problem that the validation metrics point to. Each `kind` is logged once."""
 
     event: Literal["warning"] = "warning"
     stage: str = ""
@@ -145,9 +153,9 @@ class WarningEvent(Event):
 
 
 class TestEvent(Event):
-    """Test figures after a stage or phase: only `racnn bench` measures these during training."""
+    """Test metrics after a stage or phase; only `racnn bench` measures them during training."""
 
-    __test__ = False  # not a test case of pytest
+    __test__ = False  # not a pytest test case
 
     event: Literal["test"] = "test"
     moment: str
@@ -159,7 +167,7 @@ _EVENT: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discrimina
 
 
 def read_line(line: str) -> AnyEvent | None:
-    """A line of log.jsonl; None for one that is damaged or of a kind that this version does not know."""
+    """Parse a line of log.jsonl; None if it is damaged or an unknown kind of event."""
     try:
         return _EVENT.validate_python(json.loads(line))
     except (ValueError, RecursionError):
@@ -167,7 +175,7 @@ def read_line(line: str) -> AnyEvent | None:
 
 
 class EvalAnswer(Record):
-    """Figures of one answer; `top5` is of min(5, classes), `ece` has 15 equal bins."""
+    """Metrics of one classifier. `top5` is top-min(5, classes); `ece` uses 15 equal bins."""
 
     top1: Share
     top5: FiniteFloat
@@ -176,20 +184,20 @@ class EvalAnswer(Record):
 
 
 class Baseline(EvalAnswer):
-    """The plain backbone under the same budget, on the same split; `size`: its input side in pixels."""
+    """Metrics of the plain backbone with the same budget on the same split. `size` is its input side in pixels."""
 
     size: int
 
 
 class ClassResult(Record):
-    """`top1` is None for a class without images."""
+    """Top-1 accuracy and number of images of a class. `top1` is None without images."""
 
     top1: Share | None
     n: int
 
 
 class EvalBoxes(Record):
-    """Boxes of one scale; `at_floor`, `at_ceiling`: the share of boxes within 2 % of that bound."""
+    """Boxes of one scale. `at_floor` and `at_ceiling` are the shares of boxes within 2 % of that bound."""
 
     side_mean: FiniteFloat
     side_min: FiniteFloat
@@ -202,19 +210,22 @@ class EvalBoxes(Record):
 
 
 class EvalResult(Record):
-    """eval.json.
+    """The contents of eval.json.
 
     Attributes:
         version: of this format.
-        split: `all` for a folder or CSV file that is not the run's own.
-        data: its path.
-        images, classes: two counts.
-        scales, average, fused: coarse to fine; mean probability of the scales; the fusion head, the final answer.
-        interval: 95 % of fused top-1 (Wilson).
+        split: `all` for a folder or CSV file other than the run's data.
+        data: path of the data.
+        images: number of images.
+        classes: number of classes.
+        scales: coarse to fine.
+        average: mean probability of the scales.
+        fused: the fusion head, which is the network's prediction.
+        interval: 95 % Wilson interval of fused top-1.
         boxes: of scales 2, 3, …
-        confusion: [class, answer, images], with classes as positions in `per_class`.
-        seconds: of the measurement, reading included.
-        per_class: by name, in the order of the classes.
+        confusion: [class, predicted class, images], with classes as positions in `per_class`.
+        seconds: duration of the measurement, including loading.
+        per_class: by class name, in index order.
     """
 
     version: int = 0
@@ -236,17 +247,19 @@ class EvalResult(Record):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         count = len(self.per_class)
-        if any(max(truth, answer) >= count or images < 1 for truth, answer, images in self.confusion):
-            raise ValueError(f"confusion names a class beyond the {count} of per_class, or no image")
+        if any(max(truth, predicted) >= count or images < 1 for truth, predicted, images in self.confusion):
+            raise ValueError(
+                f"confusion has a class beyond the {count} of per_class, or an entry without images"
+            )
         if sum(images for *_, images in self.confusion) != self.images:
             raise ValueError(f"confusion does not add up to {self.images} images")
-        compared = [{key for key in Truth if getattr(box, key) is not None} for box in self.boxes]
+        compared = [{key for key in TRUTH_METRICS if getattr(box, key) is not None} for box in self.boxes]
         if any(len(keys) not in (0, 3) or keys != compared[0] for keys in compared):
-            raise ValueError("some boxes have figures against ground-truth boxes, and some have not")
+            raise ValueError("only some boxes have metrics against ground-truth boxes")
         return self
 
     def answers(self) -> list[tuple[str, EvalAnswer]]:
-        """Name and figures of the baseline (if there is one), each scale, the average and the fusion head."""
-        lines: list[tuple[str, EvalAnswer]] = [("baseline", self.baseline)] if self.baseline else []
-        lines += [(f"scale {number}", figures) for number, figures in enumerate(self.scales, start=1)]
-        return [*lines, ("average", self.average), ("fused", self.fused)]
+        """Name and metrics of the baseline (if any), each scale, the average and the fusion head."""
+        answers: list[tuple[str, EvalAnswer]] = [("baseline", self.baseline)] if self.baseline else []
+        answers += [(f"scale {number}", metrics) for number, metrics in enumerate(self.scales, start=1)]
+        return [*answers, ("average", self.average), ("fused", self.fused)]

@@ -507,7 +507,9 @@ def _allowed(field: FieldInfo) -> str:
 def _suggest(key: str) -> str:
     known = key_names()
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    return f"; did you mean {' or '.join(same_leaf[:4])}?" if same_leaf else did_you_mean(key, known)
+    return (
+        f"; did you mean {' or '.join(same_leaf[:4])}?" if same_leaf else did_you_mean(key, known, cutoff=0.7)
+    )
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:

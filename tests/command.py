@@ -1,12 +1,12 @@
-"""What a command said: shared by the tests that type commands."""
+"""The result of a command, shared by the tests that run commands."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 
-class Said(NamedTuple):
-    """Exit code of a command, and what it wrote."""
+class CommandResult(NamedTuple):
+    """Exit code, standard output and standard error of a command."""
 
     code: int
     out: str

@@ -1,10 +1,10 @@
-"""What all tests share."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
 import os
 
-# Small tensors gain nothing from threads, and shared machines lose by them.
+# Small tensors gain nothing from threads, and on a shared machine threads slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from command import Said
+from command import CommandResult
 
 from racnn_cli.cli import main
 
@@ -21,22 +21,22 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A new, empty working folder, so that runs/ is the test's own."""
+    """A new, empty current folder, so that each test has its own runs/."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def racnn(monkeypatch, capsys) -> Callable[..., Said]:
-    """The command `racnn` with words as typed, in this process."""
+def racnn(monkeypatch, capsys) -> Callable[..., CommandResult]:
+    """Run the command `racnn` with arguments, in this process."""
 
-    def call(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["racnn", *map(str, words)])
+    def call(*arguments: object) -> CommandResult:
+        monkeypatch.setattr(sys, "argv", ["racnn", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) as exit_info:
             main()
         out, err = capsys.readouterr()
-        code = end.value.code
-        return Said(code if isinstance(code, int) else int(bool(code)), out, err)
+        code = exit_info.value.code
+        return CommandResult(code if isinstance(code, int) else int(bool(code)), out, err)
 
     return call

@@ -1,4 +1,4 @@
-"""The run folder: nothing half written, nothing overwritten, and clear words where it is damaged."""
+"""Run folders: atomic writes, nothing overwritten, clear errors for damaged files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 
 from racnn_cli import recipe as recipes
 from racnn_cli.core.store import save_tensors
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import RecipeError, RunError
+from racnn_cli.events import StageEvent, TestEvent
 from racnn_cli.run import Run, write_atomic, write_json, write_text
 
 RECIPE = recipes.load("tiny")
 CLASSES = ["<b>", "wren & co", "Zaunkönig"]
 
 
-def error(call, *args: object, code: int = 2, **keys: object) -> RacnnError:
-    with pytest.raises(RacnnError) as caught:
+def error(call, *args: object, code: int = 2, **keys: object) -> RunError:
+    with pytest.raises(RunError) as caught:
         call(*args, **keys)
     assert caught.value.exit_code == code
     assert caught.value.hint
@@ -30,7 +31,7 @@ def error(call, *args: object, code: int = 2, **keys: object) -> RacnnError:
 # ---- writes
 
 
-def test_a_write_replaces_the_old_file_and_makes_its_folders(tmp_path) -> None:
+def test_a_write_replaces_the_old_file_and_creates_its_folders(tmp_path) -> None:
     file = tmp_path / "a" / "b" / "x.json"
     write_json(file, {"one": 1})
     write_json(file, {"two": "ü"})
@@ -39,7 +40,7 @@ def test_a_write_replaces_the_old_file_and_makes_its_folders(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), MemoryError()])
-def test_a_writer_that_fails_leaves_the_old_file_alone(tmp_path, error) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path, error) -> None:
     file = tmp_path / "x.txt"
     write_text(file, "old")
 
@@ -62,14 +63,14 @@ def test_a_full_disk_is_a_failure_in_two_lines(tmp_path) -> None:
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
 
-    wrong = error(write_atomic, file, write, code=1)
-    assert str(file) in wrong.message
-    assert "No space left on device" in wrong.message
+    caught = error(write_atomic, file, write, code=1)
+    assert str(file) in caught.message
+    assert "No space left on device" in caught.message
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["x.txt"]
 
 
-def test_weights_that_do_not_fit_the_disk_are_a_failure_too(tmp_path) -> None:
+def test_weights_larger_than_the_disk_are_a_failure(tmp_path) -> None:
     resource = pytest.importorskip("resource")
     file = tmp_path / "w.safetensors"
     save_tensors(file, {"x": torch.ones(4)}, {})
@@ -77,18 +78,18 @@ def test_weights_that_do_not_fit_the_disk_are_a_failure_too(tmp_path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, hard))
     try:
-        wrong = error(save_tensors, file, {"x": torch.ones(100_000)}, {}, code=1)
+        caught = error(save_tensors, file, {"x": torch.ones(100_000)}, {}, code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(file) in wrong.message
+    assert str(file) in caught.message
     assert file.read_bytes() == old
     assert os.listdir(tmp_path) == ["w.safetensors"]
 
 
-def test_a_folder_that_cannot_be_made_is_a_failure(tmp_path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_failure(tmp_path) -> None:
     (tmp_path / "file").write_text("x")
-    wrong = error(write_text, tmp_path / "file" / "sub" / "x.txt", "new", code=1)
-    assert "x.txt could not be written" in wrong.message
+    caught = error(write_text, tmp_path / "file" / "sub" / "x.txt", "new", code=1)
+    assert "x.txt could not be written" in caught.message
 
 
 def test_a_written_file_has_the_permissions_of_any_other(tmp_path) -> None:
@@ -115,7 +116,7 @@ def test_a_new_run_holds_its_recipe_and_classes_and_is_the_latest(here) -> None:
     assert os.readlink("runs/latest") == "tiny"
 
 
-def test_runs_are_numbered_and_latest_moves_on(here) -> None:
+def test_runs_are_numbered_and_latest_is_the_newest(here) -> None:
     folders = [Run.create(RECIPE, CLASSES, None).folder.name for _ in range(3)]
     assert folders == ["tiny", "tiny-2", "tiny-3"]
     assert Run.open(None).folder.name == "tiny-3"
@@ -125,7 +126,7 @@ def test_runs_are_numbered_and_latest_moves_on(here) -> None:
     assert Run.open(None).folder == here / "elsewhere" / "mine"
 
 
-def test_a_recipe_that_is_called_latest_does_not_take_the_link(here) -> None:
+def test_a_recipe_named_latest_does_not_replace_the_link(here) -> None:
     run = Run.create(RECIPE.override({"name": "latest"}), CLASSES, None)
     assert run.folder == Path("runs/latest-2")
     assert Run.open(None).folder.name == "latest-2"
@@ -134,10 +135,10 @@ def test_a_recipe_that_is_called_latest_does_not_take_the_link(here) -> None:
 def test_out_in_use_is_refused_and_nothing_changes(here) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("precious")
-    wrong = error(Run.create, RECIPE, CLASSES, here / "mine")
-    assert "nothing was overwritten" in wrong.message
-    assert "--resume" in wrong.hint
-    assert "--out" in wrong.hint
+    caught = error(Run.create, RECIPE, CLASSES, here / "mine")
+    assert "nothing was overwritten" in caught.message
+    assert "--resume" in caught.hint
+    assert "--out" in caught.hint
     assert os.listdir(here / "mine") == ["thesis.txt"]
     assert not (here / "runs").exists()
     (here / "file").write_text("x")
@@ -145,15 +146,15 @@ def test_out_in_use_is_refused_and_nothing_changes(here) -> None:
     assert (here / "file").read_text() == "x"
 
 
-def test_an_empty_out_folder_is_welcome(here) -> None:
+def test_an_empty_out_folder_is_used(here) -> None:
     (here / "mine").mkdir()
     assert Run.create(RECIPE, CLASSES, here / "mine").classes() == CLASSES
 
 
 def test_out_below_a_file_is_a_failure_and_not_a_traceback(here) -> None:
     (here / "file").write_text("x")
-    wrong = error(Run.create, RECIPE, CLASSES, here / "file" / "run", code=1)
-    assert "another folder" in wrong.hint
+    caught = error(Run.create, RECIPE, CLASSES, here / "file" / "run", code=1)
+    assert "another folder" in caught.hint
 
 
 def test_latest_is_a_text_file_where_links_are_not_allowed(here, monkeypatch) -> None:
@@ -172,25 +173,25 @@ def test_latest_is_a_text_file_where_links_are_not_allowed(here, monkeypatch) ->
 
 
 def test_no_run_yet_says_how_to_start_one(here) -> None:
-    wrong = error(Run.open, None)
-    assert "no run yet" in wrong.message
-    assert "racnn train demo" in wrong.hint
-    assert "--run" in wrong.hint
+    caught = error(Run.open, None)
+    assert "no run yet" in caught.message
+    assert "racnn train demo" in caught.hint
+    assert "--run" in caught.hint
 
 
-def test_latest_that_points_nowhere_is_no_run(here) -> None:
+def test_latest_that_points_nowhere(here) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     run.folder.rename(here / "away")
-    wrong = error(Run.open, None)
-    assert "points to tiny, which is not there any more" in wrong.message
-    assert "runs/" not in wrong.hint
+    caught = error(Run.open, None)
+    assert "points to tiny, which no longer exists" in caught.message
+    assert "runs/" not in caught.hint
     (here / "away").rename(here / "runs" / "birds")
     assert "runs/birds" in error(Run.open, None).hint
     os.unlink("runs/latest")
     assert "no run yet" in error(Run.open, None).message
 
 
-def test_latest_may_be_a_text_and_nothing_worse(here) -> None:
+def test_latest_may_be_a_text_file_but_not_a_pipe(here) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     latest = here / "runs" / "latest"
     latest.unlink()
@@ -203,8 +204,8 @@ def test_latest_may_be_a_text_and_nothing_worse(here) -> None:
     assert "does not name a run" in error(Run.open, None).message
 
 
-def test_a_run_in_the_folder_where_one_stands_is_refused_and_in_a_link_is_made_behind_it(here) -> None:
-    assert "where you stand" in error(Run.create, RECIPE, CLASSES, Path()).message
+def test_out_may_be_a_link_but_not_the_current_folder(here) -> None:
+    assert "current folder" in error(Run.create, RECIPE, CLASSES, Path()).message
     assert not list(here.iterdir())
     (here / "empty").mkdir()
     (here / "link").symlink_to("empty")
@@ -213,10 +214,10 @@ def test_a_run_in_the_folder_where_one_stands_is_refused_and_in_a_link_is_made_b
     assert (here / "empty" / "recipe.toml").is_file()
 
 
-def test_a_folder_that_is_no_run(here) -> None:
-    wrong = error(Run.open, here)
-    assert "recipe.toml" in wrong.message
-    assert str(here) in wrong.message
+def test_a_folder_that_is_not_a_run(here) -> None:
+    caught = error(Run.open, here)
+    assert "recipe.toml" in caught.message
+    assert str(here) in caught.message
     error(Run.open, here / "none")
 
 
@@ -224,8 +225,8 @@ def test_a_folder_that_is_no_run(here) -> None:
 def test_damaged_classes_are_a_failure_that_names_the_file(here, text) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     run.classes_file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    wrong = error(run.classes, code=1)
-    assert "classes.json" in wrong.message
+    caught = error(run.classes, code=1)
+    assert "classes.json" in caught.message
     run.classes_file.unlink()
     error(run.classes, code=1)
 
@@ -233,13 +234,17 @@ def test_damaged_classes_are_a_failure_that_names_the_file(here, text) -> None:
 def test_a_damaged_recipe_names_the_file(here) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     run.recipe_file.write_text("name = ")
-    assert "recipe.toml" in error(run.recipe).message
+    with pytest.raises(RecipeError, match=r"recipe\.toml"):
+        run.recipe()
 
 
-def test_the_log_is_appended_to_and_what_is_no_event_is_left_out(here) -> None:
+def test_the_log_skips_damaged_lines(here) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     assert run.read_log() == []
-    events = [{"event": "stage", "stage": "pretrain-cnn"}, {"event": "test", "of": "a bench"}]
+    events = [
+        StageEvent(stage="pretrain-cnn"),
+        TestEvent(moment="pretrain-cnn", test={"top1": 0.5}),
+    ]
     for event in events:
         run.append_log(event)
     with run.log.open("a") as file:

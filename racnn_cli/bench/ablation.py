@@ -1,43 +1,37 @@
-"""`racnn bench ablation`: what each ingredient of the training is worth: the recipe with one thing changed.
+"""`racnn bench ablation`: the effect of each ingredient of the training, measured by changing one thing in the recipe.
 
-All arms of a seed start from one state after `pretrain-cnn`, which they share with `racnn bench attention`, and so
-does the arm `default`, which is trained once for both. The data need no true boxes: without them there are only no
-figures of the boxes.
+All arms of a seed start from one state after `pretrain-cnn`. That state and the arm `default` are shared with
+`racnn bench attention`. Without ground-truth boxes in the data, only accuracies are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from racnn_cli.bench import Figures, Options
+from racnn_cli.bench import BenchResult, Options, summary
 from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment
-from racnn_cli.bench.attention import BOX, Claim, answer, shown, shown_pair, spread, table_of
-from racnn_cli.bench.seeds import paired
-from racnn_cli.errors import RacnnError, did_you_mean
+from racnn_cli.bench.records import SeedResult
+from racnn_cli.bench.summary import Claim, format_spread, paired, spread
+from racnn_cli.errors import RecipeError, did_you_mean
 
-# At the default's 5e-3 the gradient through the crop ruins the boxes; this is the best of 5e-3, 1e-3 and 1e-4.
-BACKPROP_LR = 1e-4
-DEFAULT = replace(LEARNED, name="default", folder=LEARNED.place)
-CENTRE = Arm("start from the centre", "no peak pre-training of the boxes", {"pretrain_apn.epochs": 0})
+# At the default of 5e-3 the gradient through the crop ruins the boxes; this is the best of 5e-3, 1e-3 and 1e-4.
+BACKPROP = {"alternate.apn_gradient": "backprop", "alternate.apn_lr": 1e-4}
+DEFAULT = replace(LEARNED, name="default", folder=LEARNED.folder_name)
+CENTER = Arm("start from the centre", "the APNs are not pre-trained on peaks", {"pretrain_apn.epochs": 0})
 ARMS = (
     DEFAULT,
-    Arm("no tighter boxes", "boxes in the CNN phase are not drawn smaller", {"alternate.tighten": 0.0}),
+    Arm("no tighter boxes", "boxes in the CNN phase are not made smaller", {"alternate.tighten": 0.0}),
     Arm("no jitter", "boxes in the CNN phase are not moved", {"alternate.jitter": 0.0}),
     Arm("no ramp", "every round has as many CNN epochs as the last one", {"alternate.ramp": False}),
-    Arm("no settling", "jitter and tightening stay as they are to the end", {"alternate.settle": False}),
-    Arm(
-        "no perturbation",
-        "the boxes learn by the gradient through the crop",
-        {"alternate.apn_gradient": "backprop", "alternate.apn_lr": BACKPROP_LR},
-    ),
+    Arm("no settling", "jitter and tightening stay the same to the end", {"alternate.settle": False}),
+    Arm("no perturbation", "the boxes learn from the gradient through the crop", BACKPROP),
     Arm(
         "paper",
-        "the paper's own way: gradient of the mask through nested crops, nothing drawn at random",
+        "as in the paper: gradient of the mask through nested crops, no random boxes",
         {
-            "alternate.apn_gradient": "backprop",
-            "alternate.apn_lr": BACKPROP_LR,
+            **BACKPROP,
             "model.gradient": "boxcar",
             "model.zoom": "nested",
             "alternate.jitter": 0.0,
@@ -47,89 +41,82 @@ ARMS = (
         },
     ),
     Arm("boxes never trained", "the boxes stay as pretrain-apn left them", {"alternate.apn_epochs": 0}),
-    CENTRE,
+    CENTER,
 )
 RECOVERY = Claim(
     "fused, start from the centre - default",
     "≥ -0.02",
-    lambda arms: (answer(arms, CENTRE.name), answer(arms, DEFAULT.name)),
-    -0.02,
+    lambda arms: (arms[CENTER.name].final, arms[DEFAULT.name].final),
+    margin=-0.02,
 )
 
 
-def run(options: Options) -> Figures:
-    """Train what is not trained yet, and put the arms side by side.
+def run(options: Options) -> BenchResult:
+    """Train what is not finished, and compare the arms over the seeds.
 
     Raises:
-        RacnnError: an arm that does not exist, a folder with a run of another recipe, or training fails.
+        RecipeError: an unknown arm.
+        RunError: a folder holds a run of another recipe, or training fails.
     """
-    found, name, chosen = [], "", choose(options.arms)
+    arms, seeds = select_arms(options.arms), []
     for number in options.seeds:
-        seed = SeedExperiment(options, number, boxed=False)
-        name = seed.recipe.name
-        arms = {arm.name: seed.figures(arm) for arm in chosen}
-        found.append({"seed": number, "folder": str(seed.folder), "arms": arms})
-    return summary(name, found)
+        experiment = SeedExperiment(options, number, needs_boxes=False)
+        seeds.append(experiment.run_arms(arms))
+    return summarize(experiment.recipe.name, arms, seeds)
 
 
-def choose(names: Sequence[str]) -> list[Arm]:
-    """The default and the arms of these names, in the order of `ARMS`; all where there are none.
+def select_arms(names: Sequence[str]) -> list[Arm]:
+    """Return the default and the named arms, in the order of `ARMS`; all of them if `names` is empty.
 
     Raises:
-        RacnnError: there is no such arm.
+        RecipeError: an unknown arm.
     """
     known = [arm.name for arm in ARMS]
     for name in names:
         if name not in known:
-            raise RacnnError(
-                f"the ablation has no arm {name!r}{did_you_mean(name, known)}",
-                f"one of: {', '.join(known)}",
-            )
+            message = f"the ablation has no arm {name!r}{did_you_mean(name, known)}"
+            raise RecipeError(message, f"one of: {', '.join(known)}")
     return [arm for arm in ARMS if not names or arm is DEFAULT or arm.name in names]
 
 
-def summary(name: str, found: Sequence[Mapping[str, Any]]) -> Figures:
-    """The table of `run`.
-
-    Args:
-        name: of the recipe.
-        found: one entry a seed: `seed`, `folder`, and `arms`, name to what `SeedExperiment.figures` gives.
-    """
-    first = found[0]["arms"][DEFAULT.name]
-    finest = f"scale {len(first['boxes']) + 1}"
-    shares = [key for key in ("iou_mean", "hit_rate", "coverage_mean") if key in first["boxes"][-1]]
-    chosen = [arm for arm in ARMS if arm.name in found[0]["arms"]]
-    base = [answer(entry["arms"], DEFAULT.name) for entry in found]
-    arms: dict[str, dict[str, Any]] = {}
-    for arm in chosen:
-        each = [entry["arms"][arm.name] for entry in found]
-        arms[arm.name] = {
+def summarize(name: str, arms: Sequence[Arm], seeds: Sequence[SeedResult]) -> BenchResult:
+    """Summarize the results of recipe `name` as a table and values."""
+    first = seeds[0].arms[DEFAULT.name]
+    finest = f"scale {len(first.boxes) + 1}"
+    has_truth = first.boxes[-1].iou_mean is not None
+    box_keys = ["iou_mean", "hit_rate", "coverage_mean"] if has_truth else []
+    default = [seed.arms[DEFAULT.name].top1["fused"] for seed in seeds]
+    rows: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        results = [seed.arms[arm.name] for seed in seeds]
+        fused = [result.top1["fused"] for result in results]
+        rows[arm.name] = {
             "about": arm.about,
             "changes": dict(arm.changes),
-            finest: spread([one["top1"][finest] for one in each]),
-            "fused": spread([one["top1"]["fused"] for one in each]),
-            **{key: spread([one["boxes"][-1][key] for one in each]) for key in shares},
-            "fused_minus_default": paired([one["top1"]["fused"] for one in each], base),
+            finest: spread([result.top1[finest] for result in results]),
+            "fused": spread(fused),
+            **{key: spread([getattr(result.boxes[-1], key) for result in results]) for key in box_keys},
+            "fused_minus_default": paired(fused, default),
         }
-    values = {
-        "recipe": name,
-        "images": first["images"],
-        "runs": [dict(entry) for entry in found],
-        "arms": arms,
-    }
-    what = "top-1 and finest box" if shares else "top-1"
-    title = f"Recipe {name} with one thing changed: {what} on {first['images']} test images"
-    figures = [finest, "fused", *shares]
-    heads = [BOX.get(key, key) for key in figures]
-    table = table_of(title, ["arm"], [*heads, "fused - default [95 % t interval]"])
-    for arm_name, row in arms.items():
-        difference = "" if arm_name == DEFAULT.name else shown_pair(row["fused_minus_default"])
-        table.add_row(arm_name, *(shown(row[key]) for key in figures), difference)
-    notes = [f"{arm.name}: {arm.about}" for arm in chosen]
-    if CENTRE in chosen:
-        values["recovered"] = recovered = RECOVERY.measure(found)
-        notes.append(
-            "{} of {} seeds that start from the centre come within 2 points".format(*recovered["count"])
-        )
-    table.caption = "\n".join(["mean ± standard deviation over the seeds", *notes])
-    return Figures([table], values)
+    runs = [seed.to_json() for seed in seeds]
+    values: dict[str, Any] = {"recipe": name, "images": first.images, "runs": runs, "arms": rows}
+    notes = [summary.SPREAD_NOTE, *(f"{arm.name}: {arm.about}" for arm in arms)]
+    if CENTER in arms:
+        values["recovered"] = recovered = RECOVERY.measure([seed.arms for seed in seeds])
+        count = "{} of {}".format(*recovered["count"])
+        notes.append(f"{count} seeds that start from the centre come within 2 points")
+    content = "top-1 and finest box" if has_truth else "top-1"
+    columns = [finest, "fused", *box_keys]
+    table = summary.new_table(
+        f"Recipe {name} with one thing changed: {content} on {first.images} test images",
+        text=["arm"],
+        numbers=[
+            *(summary.BOX_HEADINGS.get(key, key) for key in columns),
+            "fused - default [95 % t interval]",
+        ],
+        notes=notes,
+    )
+    for arm_name, row in rows.items():
+        difference = "" if arm_name == DEFAULT.name else summary.format_paired(row["fused_minus_default"])
+        table.add_row(arm_name, *(format_spread(row[key]) for key in columns), difference)
+    return BenchResult([table], values)

@@ -1,15 +1,15 @@
-"""Networks to compare, trained seed by seed: each an arm, in `runs/bench-attention-RECIPE/seed-N/ARM`.
+"""The networks that are compared: each is an arm, trained per seed in `runs/bench-attention-RECIPE/seed-N/ARM`.
 
-An arm that is finished has a `bench.json` and is not trained again; an interrupted one goes on. Arms that differ
-only after `pretrain-cnn` start from one copy of the run as it was then, `seed-N/pretrained`.
+A finished arm has a `bench.json` and is not trained again; an interrupted one continues. Arms that differ only after
+`pretrain-cnn` start from a copy of the run at that point, `seed-N/pretrained`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,54 +18,53 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from racnn_cli import api, evaluation
+from racnn_cli import api
 from racnn_cli import recipe as recipes
-from racnn_cli.bench import Options, boxes
-from racnn_cli.bench.annotated import AnnotatedFileSource
-from racnn_cli.bench.compute import Compute, at_size, equal_compute
+from racnn_cli.bench import Options
+from racnn_cli.bench.boxes import AnnotatedFileSource, BoxKind, box_source
+from racnn_cli.bench.compute import Compute, equal_compute, plain_multiply_adds
+from racnn_cli.bench.records import ArmResult, SeedResult, read_milestones
 from racnn_cli.core.model import resolve
 from racnn_cli.data.datasets import clutter
 from racnn_cli.data.index import build_index
 from racnn_cli.data.source import DataSource, FileSource
-from racnn_cli.errors import Interrupted, RacnnError
-from racnn_cli.events import EpochEvent, TestEvent
+from racnn_cli.errors import DataError, Interrupted, RecipeError, RunError
+from racnn_cli.events import TestEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import RUNS, Run, write_json, write_text
-from racnn_cli.training.loop import loader
-from racnn_cli.training.stages import Guide, Teacher
-from racnn_cli.training.trainer import Trainer, baseline_recipe, rounds_run
+from racnn_cli.training import stages
+from racnn_cli.training.baseline import baseline_recipe, rounds_run
+from racnn_cli.training.phases import BoxSource
+from racnn_cli.training.trainer import Trainer
 
-QUICK = 240  # images of `clutter` with --quick
+QUICK_IMAGES = 240  # images of `clutter` with --quick
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One network to train.
+    """A network to train.
 
     Attributes:
-        name: as the table names it.
-        about: what it is, in a sentence.
+        name: as the tables show it.
+        about: a short description.
         changes: dotted keys of the recipe to values.
-        guide: whose boxes its CNNs see, while training and in the test: the APNs', or others.
-        taught: its APNs learn the true boxes; its CNNs see, and it is tested on, what they then propose.
+        boxes: where boxes come from, in training and in the test.
         pretrained: start from the learned arm's state after `pretrain-cnn`.
-        plain: one scale, at the first view's size or at the size that costs as much as all scales.
-        folder: its run's; empty: `name` with dashes.
+        plain: one scale, at the size of the first view or at the size that costs as much as all scales.
+        folder: name of the run folder; empty: `name` with dashes.
     """
 
     name: str
     about: str
     changes: Mapping[str, object] = field(default_factory=dict)
-    guide: Literal["", "true", "random"] = ""
-    taught: bool = False
+    boxes: BoxKind = "apn"
     pretrained: bool = True
     plain: Literal["", "first view", "equal compute"] = ""
     folder: str = ""
 
     @property
-    def place(self) -> str:
-        """Name of the run folder."""
-        words = "".join(sign if sign.isalnum() else " " for sign in self.name).split()
+    def folder_name(self) -> str:
+        words = "".join(character if character.isalnum() else " " for character in self.name).split()
         return self.folder or "-".join(words)
 
 
@@ -73,213 +72,165 @@ LEARNED = Arm("learned", "the recipe as it is", pretrained=False)
 
 
 class SeedExperiment:
-    """The arms of one seed.
+    """All arms of one seed.
 
     Args:
-        options: of the bench: `recipe`, `data`, `quick`.
-        seed: of everything random.
-        boxed: the images must have true boxes.
+        options: `recipe`, `data` and `quick` of the bench.
+        seed: seed of the split and of training.
+        needs_boxes: the test images must have ground-truth boxes.
 
     Raises:
-        RacnnError: there is no such recipe, or it has one scale.
+        RecipeError: the recipe does not exist or has one scale.
     """
 
-    def __init__(self, options: Options, seed: int, *, boxed: bool = True) -> None:
+    def __init__(self, options: Options, seed: int, *, needs_boxes: bool = True) -> None:
         changes: dict[str, Any] = {"seed": seed, "quick": options.quick, "baseline": False, "onnx": False}
         recipe = recipes.load(options.recipe, (), changes).as_used()
         if recipe.model.scales < 2:
-            raise RacnnError(
-                f"recipe {recipe.name} has one scale: there is no attention to measure", "--recipe"
+            raise RecipeError(
+                f"recipe {recipe.name} has one scale, so it has no attention to measure",
+                "--recipe with model.scales of at least 2",
             )
-        self.items: Path | None = None
+        self.clutter_folder: Path | None = None
         if recipe.data.path == "clutter":
-            self.items = Path(options.data or clutter.FOLDER)
+            self.clutter_folder = Path(options.data or clutter.FOLDER)
             if options.quick:
-                recipe = recipe.override({"data.sample.images": min(recipe.data.sample.images, QUICK)})
+                images = min(recipe.data.sample.images, QUICK_IMAGES)
+                recipe = recipe.override({"data.sample.images": images})
         elif options.data:
             recipe = recipe.override({"data.path": options.data})
-        self.seed, self.recipe, self.boxed = seed, resolve(recipe), boxed
-        self.folder = (
-            RUNS / f"bench-attention-{recipe.name}{'-quick' if options.quick else ''}" / f"seed-{seed}"
-        )
+        self.seed, self.recipe, self.needs_boxes = seed, resolve(recipe), needs_boxes
+        suffix = "-quick" if options.quick else ""
+        self.folder = RUNS / f"bench-attention-{recipe.name}{suffix}" / f"seed-{seed}"
+        self.learned = Run(self.folder / LEARNED.folder_name)
+        self.pretrained = Run(self.folder / "pretrained")
         self.console = Console(stderr=True, highlight=False)
 
     @cached_property
     def source(self) -> DataSource:
-        """The images; where they must, with true boxes for the test split at least."""
+        """The images.
+
+        Raises:
+            DataError: the test images need ground-truth boxes and have none.
+        """
         data = self.recipe.data
-        if self.items is not None:
-            return clutter.Clutter(self.items, data.sample.images, data, self.seed)
+        if self.clutter_folder is not None:
+            return clutter.Clutter(self.clutter_folder, data.sample.images, data=data, seed=self.seed)
         index = build_index(data, seed=self.seed)
-        if self.boxed and all(item.box is None for item in index.splits["test"]):
-            raise RacnnError(
-                f"{data.path} has no true boxes in its test split: there is nothing to measure attention against",
+        if self.needs_boxes and all(item.box is None for item in index.splits["test"]):
+            raise DataError(
+                f"{data.path} has no ground-truth boxes in its test split to compare with",
                 "the data clutter or fieldguide, or a CSV file with boxes",
             )
         return FileSource(index, data, self.seed)
 
-    @property
-    def learned(self) -> Run:
-        return Run(self.folder / LEARNED.place)
-
-    @property
-    def pretrained(self) -> Run:
-        return Run(self.folder / "pretrained")
-
     @cached_property
     def compute(self) -> Compute:
-        """What all scales cost, and the plain backbone that costs as much; the learned arm has been started."""
+        """Cost of all scales, and the plain backbone of equal cost; needs the learned arm's run folder."""
         return equal_compute(self.recipe.override({"seed": 0}), len(self.learned.classes()))
 
     def recipe_of(self, arm: Arm) -> Recipe:
-        """The recipe of an arm; that of a plain one depends on the rounds that the learned arm ran."""
+        """Build the recipe of an arm; that of a plain one depends on the number of rounds of the learned arm."""
         if not arm.plain:
-            return resolve(self.recipe.override(self._as_long(arm.changes)))
+            return resolve(self.recipe.override(self._with_equal_epochs(arm.changes)))
         rounds = rounds_run(self.learned)
         if arm.plain == "equal compute":
-            return resolve(baseline_recipe(self.recipe, rounds, self.compute.size))
-        alone = baseline_recipe(self.recipe, rounds, self.recipe.model.sizes[0])
+            return resolve(baseline_recipe(self.recipe, rounds=rounds, size=self.compute.size))
+        plain = baseline_recipe(self.recipe, rounds=rounds, size=self.recipe.model.sizes[0])
         epochs = self.recipe.pretrain_cnn.epochs + self.recipe.alternate.cnn_epochs_in(rounds)
-        return resolve(alone.override({"pretrain_cnn.epochs": epochs, "pretrain_cnn.patience": epochs}))
+        return resolve(plain.override({"pretrain_cnn.epochs": epochs, "pretrain_cnn.patience": epochs}))
 
-    def _as_long(self, changes: Mapping[str, object]) -> Mapping[str, object]:
-        """An arm without the ramp has rounds of one length, and fewer of them, for as many CNN epochs in all."""
+    def _with_equal_epochs(self, changes: Mapping[str, object]) -> Mapping[str, object]:
+        """Without the ramp, run fewer rounds, so that the total of CNN epochs stays the same."""
         section = self.recipe.alternate
         if not section.ramp or changes.get("alternate.ramp", True):
             return changes
         rounds = round(section.cnn_epochs_in(section.rounds) / section.cnn_epochs)
         return {"alternate.rounds": max(rounds, 1), **changes}
 
-    def guide(self, kind: str) -> Guide | None:
-        """Boxes instead of the APNs'; None: the APNs' own."""
-        model = self.recipe.model
-        if kind == "true":
-            return boxes.true_boxes(model.scales, model.floor, model.ceiling)
-        if kind == "random":
-            return boxes.random_boxes(model.scales, model.floor, model.ceiling, self.seed)
-        return None
+    def run_arms(self, arms: Iterable[Arm]) -> SeedResult:
+        """Train and test several arms, in this order; see `run_arm`."""
+        results = {arm.name: self.run_arm(arm) for arm in arms}
+        return SeedResult(seed=self.seed, folder=str(self.folder), arms=results)
 
-    @property
-    def teacher(self) -> Teacher:
-        """The true boxes, as an APN could propose them."""
-        model = self.recipe.model
-        return boxes.item_within(model.scales, model.floor, model.ceiling)
-
-    def figures(self, arm: Arm) -> dict[str, Any]:
-        """What is in the arm's bench.json; it is trained first where it is not finished.
-
-        Returns:
-            `top1` (`scale 1` ... `average`, `fused` to share), `boxes` (a list, one entry a zoom, as `validate`
-            gives), `rank`, `images` (of the test split), `seconds` of training (a shared pretrain-cnn
-            included); of the learned arm `moments` and, where there are true boxes, `true_boxes`; of a plain
-            one `size` and `multiply_adds`.
+    def run_arm(self, arm: Arm) -> ArmResult:
+        """Return the results of an arm; an arm that is not finished is trained first.
 
         Raises:
-            RacnnError: the folder holds a run of another recipe, or training fails.
+            RunError: the folder holds a run of another recipe, `bench.json` is damaged, or training fails.
         """
-        recipe, run = self.recipe_of(arm), Run(self.folder / arm.place)
-        there, marker = api.same_recipe(run.folder, recipe), run.folder / "bench.json"
-        if there and marker.is_file():
-            return json.loads(marker.read_text(encoding="utf-8"))
-        how = "goes on" if there else "trains"
-        self.console.print(escape(f"seed {self.seed}, {arm.name}: {how}, {run.folder}"), soft_wrap=True)
+        recipe, run = self.recipe_of(arm), Run(self.folder / arm.folder_name)
+        begun, file = api.same_recipe(run.folder, recipe), run.folder / "bench.json"
+        if begun and file.is_file():
+            try:
+                return ArmResult.model_validate_json(file.read_bytes())
+            except ValueError:
+                hint = "delete it, and the same command measures the arm again"
+                raise RunError(f"{file} is damaged", hint) from None
+        status = "continues" if begun else "trains"
+        self.console.print(escape(f"seed {self.seed}, {arm.name}: {status}, {run.folder}"), soft_wrap=True)
         try:
-            found = self._train(arm, recipe, run, there)
+            with closing(self._open_trainer(arm, recipe, run)) as trainer:
+                result = self._train(arm, trainer)
         except Interrupted as error:
-            error.hint = "the same `racnn bench` command goes on"
+            error.hint = "the same `racnn bench` command continues"
             raise
-        write_json(marker, found)
-        return found
+        write_json(file, result.to_json())
+        return result
 
-    def _train(self, arm: Arm, recipe: Recipe, run: Run, there: bool) -> dict[str, Any]:
-        guide = self.guide(arm.guide)
+    def _open_trainer(self, arm: Arm, recipe: Recipe, run: Run) -> Trainer:
         source = self.source
-        teacher = self.teacher if arm.taught else None
-        if (guide or teacher) and isinstance(source, FileSource):  # the boxes of varied files take time
+        if arm.boxes != "apn" and isinstance(source, FileSource):  # slower, so only where it is needed
             source = AnnotatedFileSource(source.index, source.data, source.seed)
-        if arm.pretrained and not arm.plain and not there:
+        boxes = box_source(arm.boxes, recipe)
+        if arm.pretrained and not arm.plain and not run.recipe_file.is_file():
             self._copy(self.pretrained, run, recipe)
+        options: dict[str, Any] = {"parent_run": run.folder, "quiet": True, "source": source, "boxes": boxes}
         if run.recipe_file.is_file():
-            trainer = Trainer.proceed(
-                run, owner=run.folder, quiet=True, source=source, guide=guide, teacher=teacher
-            )
-        else:
-            trainer = Trainer.start(
-                recipe, run.folder, owner=run.folder, quiet=True, source=source, guide=guide, teacher=teacher
-            )
-        if arm.place == LEARNED.place:
-            trainer.watch = lambda moment: run.append_log(
-                {"event": "test", "moment": moment, "test": self._test(trainer)}
-            )
-        for stage in trainer.plan:
-            if stage not in trainer.context.progress.done:
-                trainer.run_stage(stage)
-            if arm.place == LEARNED.place and stage == trainer.plan[0]:
-                self._keep_pretrained(trainer)
-        trainer.close()
-        found = self._test(trainer, guide) | {"seconds": sum(event.seconds for event in run.epochs())}
-        if arm.place == LEARNED.place:
-            found["moments"] = list(moments(run))
-            if "iou_mean" in found["boxes"][-1]:
-                found["true_boxes"] = self._test(trainer, self.guide("true"))
+            return Trainer.resume(run, **options)
+        return Trainer.start(recipe, out=run.folder, **options)
+
+    def _train(self, arm: Arm, trainer: Trainer) -> ArmResult:
+        run, recipe, is_learned = trainer.run, trainer.recipe, arm.folder_name == LEARNED.folder_name
+
+        def log_test(stage: str, phase: str, round_: int) -> None:
+            name = f"{stage}: {phase}, round {round_}" if phase else stage
+            trainer.log(TestEvent(moment=name, test=_test(trainer).to_json()))
+
+        if is_learned:
+            trainer.after_phase = log_test
+        for stage in stages.plan(recipe):
+            if stage not in trainer.progress.done:
+                stages.run_stage(trainer, stage)
+            only_first = trainer.progress.done == [stages.NAMES[0]] and not trainer.progress.stage
+            if is_learned and only_first and not self.pretrained.recipe_file.is_file():
+                self._copy(self.learned, self.pretrained, recipe)
+        result = _test(trainer)
+        result.seconds = sum(event.seconds for event in run.epochs())
+        if is_learned:
+            result.milestones = read_milestones(run)
+            if result.boxes[-1].iou_mean is not None:
+                result.true_boxes = _test(trainer, box_source("true", recipe))
         if arm.plain:
-            size, classes = recipe.model.sizes[0], len(run.classes())
-            found |= {"size": size, "multiply_adds": at_size(self.recipe, classes, size)}
-        return found
+            result.size = recipe.model.sizes[0]
+            result.multiply_adds = plain_multiply_adds(self.recipe, len(run.classes()), result.size)
+        return result
 
-    def _keep_pretrained(self, trainer: Trainer) -> None:
-        progress = trainer.context.progress
-        if self.pretrained.recipe_file.is_file() or progress.stage or progress.done != [trainer.plan[0]]:
-            return
-        self._copy(trainer.context.run, self.pretrained, trainer.context.recipe)
-
-    def _copy(self, old: Run, new: Run, recipe: Recipe) -> None:
-        """A run folder again, for another recipe; in one step."""
-        if not old.recipe_file.is_file():
-            raise RacnnError(
-                f"{old.folder} is missing, from which {new.folder} starts",
-                f"move {self.folder} out of the way, and its arms are trained anew",
+    def _copy(self, source: Run, target: Run, recipe: Recipe) -> None:
+        """Copy a run folder in one step, with another recipe."""
+        if not source.recipe_file.is_file():
+            raise RunError(
+                f"{source.folder} is missing, from which {target.folder} starts",
+                f"move {self.folder} out of the way to train all of its arms again",
             )
-        half = Run(new.folder.with_name(f".{new.folder.name}.{os.getpid()}"))
+        half = Run(target.folder.with_name(f".{target.folder.name}.{os.getpid()}"))
         shutil.rmtree(half.folder, ignore_errors=True)
-        shutil.copytree(old.folder, half.folder)
+        shutil.copytree(source.folder, half.folder)
         write_text(half.recipe_file, recipes.dump(recipe))
-        half.folder.rename(new.folder)
-
-    def _test(self, trainer: Trainer, guide: Guide | None = None) -> dict[str, Any]:
-        """The figures on the test split as the network stands."""
-        context = trainer.context
-        images = self.source.dataset("test", context.model.source, augment=False)
-        found = evaluation.measure(
-            context.model,
-            loader(context, images, shuffle=False),
-            context.device,
-            scales=context.recipe.model.scales,
-            margin=context.recipe.alternate.margin,
-            proposals=guide,
-        )
-        return flat(found.validation().to_json()) | {"images": len(images)}
+        half.folder.rename(target.folder)
 
 
-def flat(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What `validate` gives, with top-1 by name: `top1`, and with more than one scale `boxes` and `rank`."""
-    scales = {f"scale {number}": scale for number, scale in enumerate(found["scales"], start=1)}
-    answers = scales | {name: found[name] for name in ("average", "fused") if name in found}
-    top1 = {name: answer["top1"] for name, answer in answers.items()}
-    return {"top1": top1} | {name: found[name] for name in ("boxes", "rank") if name in found}
-
-
-def moments(run: Run) -> Iterator[dict[str, Any]]:
-    """The end of every stage and phase: `moment`, `epochs` since the start, `val` and `test` if measured."""
-    epochs, found = 0, dict[str, dict[str, Any]]()
-    for event in run.read_log():
-        if isinstance(event, TestEvent):
-            found.setdefault(event.moment, {"epochs": epochs})["test"] = event.test
-        elif isinstance(event, EpochEvent):
-            epochs += 1
-            name = event.stage + (f": {event.phase}, round {event.round}" if event.phase else "")
-            if event.phase == "fusion head":  # the stage ends with it
-                name = event.stage
-            found.setdefault(name, {}).update(epochs=epochs, val=flat(event.val.to_json()))
-    for name, entry in found.items():
-        yield {"moment": name} | entry
+def _test(trainer: Trainer, boxes: BoxSource | None = None) -> ArmResult:
+    """Measure the network as it stands on the test split; without `boxes`, with those of training."""
+    measurement = trainer.measure("test", boxes=boxes)
+    return ArmResult.from_validation(measurement.validation(), images=measurement.images)

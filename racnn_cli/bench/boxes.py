@@ -1,74 +1,161 @@
-"""Boxes instead of the APNs': the true ones, and others of the same size anywhere."""
+"""Boxes that do not come from an APN: ground-truth boxes, and boxes of the same size at random positions."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from racnn_cli.core import attention
-from racnn_cli.training.stages import Batch, Guide, Teacher
+from racnn_cli.data.decode import read_image
+from racnn_cli.data.geometry import fit_square
+from racnn_cli.data.images import ImageDataset, Key
+from racnn_cli.data.index import Item
+from racnn_cli.data.source import FileSource
+from racnn_cli.data.square import load_source
+from racnn_cli.recipe import Recipe
+from racnn_cli.training.phases import LEARNED, Batch, BoxSource
+
+Proposals = Callable[[Batch], list[Tensor]]
+Targets = Callable[[Batch, Tensor, int], Tensor]
+BoxKind = Literal["apn", "true", "random", "taught"]
+"""Where boxes come from; `taught`: from APNs that are trained on ground-truth boxes."""
 
 
-def true_boxes(scales: int, floor: float, ceiling: float) -> Guide:
-    """What box annotation would give: the last box is the item's square, those before are around it.
+def box_source(kind: BoxKind, recipe: Recipe) -> BoxSource:
+    """Return the boxes of this kind for a recipe."""
+    bounds = (recipe.model.scales, recipe.model.floor, recipe.model.ceiling)
+    sources = {
+        "apn": LEARNED,
+        "true": BoxSource(proposals=true_boxes(*bounds)),
+        "random": BoxSource(proposals=random_boxes(true_boxes(*bounds), seed=recipe.seed)),
+        "taught": BoxSource(targets=true_targets(*bounds)),
+    }
+    return sources[kind]
 
-    A coarse box is centred on the item and as tight as the bounds allow, with the item inside it. An image
-    without a true box gets boxes as large as they may be.
+
+def true_boxes(scales: int, floor: float, ceiling: float) -> Proposals:
+    """Propose the square around the ground-truth box to the last scale, and squares that contain it to those before.
+
+    A coarser box is centered on the ground-truth box and as small as the bounds allow. Images without a ground-truth
+    box get boxes of the largest size.
 
     Args:
-        scales: of the network, S.
-        floor, ceiling: bounds of a box's side, as a share of the scale's before.
+        scales: number of scales S.
+        floor, ceiling: bounds of a box's side, as a share of the side of the scale before.
     """
-    teacher = item_within(scales, floor, ceiling)
+    target = true_targets(scales, floor, ceiling)
 
-    def guide(batch: Batch) -> list[Tensor]:
-        box, proposals = attention.whole(batch["box"]), []
+    def propose(batch: Batch) -> list[Tensor]:
+        box, boxes = attention.whole(batch["box"]), []
         for number in range(scales - 1):
-            proposals.append(teacher(batch, box, number))
-            box = attention.compose(box, proposals[-1])
-        return proposals
+            boxes.append(target(batch, box, number))
+            box = attention.compose(box, boxes[-1])
+        return boxes
 
-    return guide
+    return propose
 
 
-def item_within(scales: int, floor: float, ceiling: float) -> Teacher:
-    """The true box as an APN could propose it, wherever the views before it have ended up.
+def true_targets(scales: int, floor: float, ceiling: float) -> Targets:
+    """Target the ground-truth box relative to what a scale sees, wherever that is; arguments as in `true_boxes`.
 
-    It leaves the finer zooms no more to do than their ceiling lets them, and is else as small as it may be.
+    A target is no smaller than needed: the zooms after it can reach the ground-truth box at their ceiling.
     """
 
-    def teacher(batch: Batch, parent: Tensor, number: int) -> Tensor:
-        here = attention.relative(parent, squares(batch["box"]))
-        finer = scales - 2 - number
-        return attention.bound(torch.cat([here[:, :2], here[:, 2:] / ceiling**finer], dim=1), floor, ceiling)
+    def target(batch: Batch, parent: Tensor, number: int) -> Tensor:
+        box = attention.relative(parent, enclosing_squares(batch["box"]))
+        finer_zooms = scales - 2 - number
+        side = box[:, 2:] / ceiling**finer_zooms
+        return attention.bound(torch.cat([box[:, :2], side], dim=1), floor, ceiling)
 
-    return teacher
+    return target
 
 
-def random_boxes(scales: int, floor: float, ceiling: float, seed: int) -> Guide:
-    """Boxes with the sides of the true ones, each at a uniformly random place on the view that it is cut from.
+def random_boxes(true: Proposals, *, seed: int) -> Proposals:
+    """Propose boxes with the sides of `true`, at uniformly random positions on the view that they are cut from.
 
-    A place is a function of the seed and of the image's `index`: it never changes during a training.
+    A position depends on the seed and the image's `index` only, so it is the same in every epoch.
     """
 
-    true = true_boxes(scales, floor, ceiling)
-
-    def guide(batch: Batch) -> list[Tensor]:
-        drawn = [np.random.default_rng((seed, int(n))).random((scales - 1, 2)) for n in batch["index"]]
-        places = torch.from_numpy(np.stack(drawn)).to(batch["box"])  # (B, S - 1, 2)
-        halves = [proposal[:, 2:] for proposal in true(batch)]
+    def propose(batch: Batch) -> list[Tensor]:
+        halves = [box[:, 2:] for box in true(batch)]
+        draws = [np.random.default_rng((seed, int(n))).random((len(halves), 2)) for n in batch["index"]]
+        positions = torch.from_numpy(np.stack(draws)).to(batch["box"])  # (B, S - 1, 2)
         return [
-            torch.cat([half + (1 - 2 * half) * places[:, number], half], dim=1)
+            torch.cat([half + (1 - 2 * half) * positions[:, number], half], dim=1)
             for number, half in enumerate(halves)
         ]
 
-    return guide
+    return propose
 
 
-def squares(boxes: Tensor) -> Tensor:
-    """The smallest square (B, 3) around each box (B, 4); where there is no box (NaN) it is the whole image."""
+def enclosing_squares(boxes: Tensor) -> Tensor:
+    """Return the smallest squares (B, 3) around boxes (B, 4); the whole image where there is no box (NaN)."""
     missing = boxes.isnan().any(dim=1, keepdim=True)
     boxes = torch.where(missing, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), boxes)
     side = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
     return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, side / 2], dim=1)
+
+
+@dataclass(frozen=True)
+class AnnotatedFileSource(FileSource):
+    """A `FileSource` that knows the ground-truth boxes of augmented images, too."""
+
+    def dataset(self, split: str, side: int, *, augment: bool) -> AnnotatedDataset:
+        return AnnotatedDataset(self.index.splits[split], self.data, side, seed=self.seed, augment=augment)
+
+
+class AnnotatedDataset(ImageDataset):
+    """An `ImageDataset` that augments the ground-truth box along with the image.
+
+    A mask of the box goes through the same augmentation. The result is the upright box around what remains of it,
+    NaN where a random crop left nothing.
+    """
+
+    def __init__(self, *args: Any, augment: bool, **kwargs: Any) -> None:
+        super().__init__(*args, augment=augment, **kwargs)
+        self._augment_mask = None
+        if augment:
+            from racnn_cli.data.transforms import Augmentation
+
+            # The mask keeps its gray values, and a rotation pads it with gray instead of a reflection.
+            geometry_only = self.data.augment.model_copy(update={"color": 0.0})
+            data = self.data.model_copy(update={"augment": geometry_only, "fit": "pad"})
+            self._augment_mask = Augmentation(data, self.side)
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        sample, item = super().__getitem__(key), self.items[key[1]]
+        if self._augment_mask is not None and item.box is not None:
+            mask = self._augment_mask(self._mask(item), seed=self.seed, epoch=key[0], position=key[1])
+            sample["box"] = torch.tensor(bounding_box(mask[:, :, 0] > 192), dtype=torch.float32)
+        return sample
+
+    def _mask(self, item: Item) -> np.ndarray:
+        """White box on black, of the size of the image that is augmented: (H, W, 3) uint8."""
+        assert item.box is not None
+        share = math.sqrt(self.data.augment.scale)
+        side = math.ceil(self.side / share)
+        if share == 1.0 or self.data.fit != "crop":
+            pixels, geometry = load_source(item.path, self.data.fit, side)
+        else:
+            image = read_image(item.path, least=side)
+            pixels, geometry = image.pixels, fit_square(image.stored_size, image.orientation, "squash", 0)
+        height, width = pixels.shape[:2]
+        x0, y0, x1, y1 = geometry.from_file(item.box)
+        mask = np.zeros_like(pixels)
+        mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 255
+        return mask
+
+
+def bounding_box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """Return the box x0, y0, x1, y1 in [0, 1] around the True pixels of (H, W); NaN if there are none."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return (math.nan,) * 4
+    height, width = mask.shape
+    return columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height

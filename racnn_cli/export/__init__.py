@@ -1,1 +1,1 @@
-"""A trained network as files that run elsewhere: ONNX, torch.export programs, safetensors; and reading them back."""
+"""Export trained networks to ONNX, torch.export programs and safetensors, and load what was exported."""

@@ -1,13 +1,16 @@
-"""One graph that looks closer only where it must: images that scale 1 is sure of skip the finer scales.
+"""Early exit: images that scale 1 classifies with confidence skip the finer scales.
 
-The package is one ONNX file: the coarse graph, and inside an `If` the fine one, which runs on the unsure images of
-a batch alone, and not at all where there are none. How sure is sure, a probability, is the graph's input
-`threshold`, whose default was chosen on validation images.
+The result is one ONNX file: the graph of scale 1, and inside an `If` that of the finer scales. The inner graph runs
+only on the uncertain images of a batch, or not at all if there are none. The graph's input `threshold` is the
+probability from which scale 1 counts as confident; its default is chosen on validation images.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,154 +20,215 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from racnn_cli.core.model import RACNN, CoarseOutput
-from racnn_cli.errors import RacnnError
-from racnn_cli.export.graph import Deployed, Form, Inputs
+from racnn_cli.errors import ExportError
+from racnn_cli.export.graph import ExportedGraph, ExportOptions, Inputs
+from racnn_cli.export.images import LabelledImages, input_batches
+from racnn_cli.export.onnx_network import as_input, open_session
+from racnn_cli.run import Run
 
-NEVER = 2.0  # a threshold that no probability reaches: every image goes through all scales
-NEEDED = ("logits", "descriptor", "proposal")  # what the fine graph takes from the coarse one
+NO_EXIT = 2.0  # a threshold that no probability reaches: every image goes through all scales
+COARSE_OUTPUTS = ("logits", "descriptor", "proposal")  # inputs of the fine graph
 
 
-class Coarse(Deployed):
-    """Scale 1 alone: an answer for every image, and what the fine graph needs of it."""
+class CoarseGraph(ExportedGraph):
+    """Scale 1 alone: the outputs for images that stop here, and the inputs of the fine graph."""
 
-    @property
-    def names(self) -> list[str]:
-        """Of the outputs, in the order of `forward`."""
-        return [*super().names, "ran", *NEEDED]
+    extra_outputs = ("ran", *COARSE_OUTPUTS)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Images to what `EarlyExit` gives for one that stops here, and to `NEEDED`."""
+        """Images to the outputs of `EarlyExitGraph` for images that stop here, and `COARSE_OUTPUTS`."""
         model = self.model
-        square, _, _ = self._square(self._float(image))
+        square, _, _ = self._to_square(self._to_float(image))
         _, logits, descriptor, proposal = model.coarse(model.normalise(square))
         assert proposal is not None
         probabilities = logits.softmax(dim=1)
         batch, finer = logits.shape[0], len(model.sizes) - 1
-        nothing = probabilities.new_zeros(batch, finer, model.classes)
-        answers = [
+        unused = probabilities.new_zeros(batch, finer, model.classes)
+        outputs = [
             probabilities,
-            self._labels(probabilities),
-            torch.cat([probabilities[:, None], nothing], dim=1),
+            self._top_labels(probabilities),
+            torch.cat([probabilities[:, None], unused], dim=1),
             probabilities.new_zeros(batch, finer, 4),
         ]
-        if self.form.crops:
-            answers += [probabilities.new_zeros(batch, 3, size, size) for size in model.sizes[1:]]
+        if self.options.crops:
+            outputs += [probabilities.new_zeros(batch, 3, size, size) for size in model.sizes[1:]]
         ran = torch.ones(batch, dtype=torch.int64, device=logits.device)
-        return *answers, ran, logits, descriptor, proposal
+        return *outputs, ran, logits, descriptor, proposal
 
 
-class Fine(Deployed):
-    """The other scales, from what scale 1 found."""
+class FineGraph(ExportedGraph):
+    """The finer scales, from the outputs of scale 1."""
 
-    @property
-    def names(self) -> list[str]:
-        """Of the outputs, in the order of `forward`."""
-        return [*super().names, "ran"]
+    extra_outputs = ("ran",)
 
-    def inputs(self) -> Inputs:
-        """As `Deployed.inputs`."""
-        inputs = super().inputs()
+    def example_inputs(self) -> Inputs:
+        inputs = super().example_inputs()
         image, axes = inputs["image"]
         model = self.model
         widths = (model.classes, model.scale(0).classifier.in_features, 3)
-        for name, width in zip(NEEDED, widths, strict=True):
+        for name, width in zip(COARSE_OUTPUTS, widths, strict=True):
             inputs[name] = torch.zeros(len(image), width), {0: axes[0]}
         return inputs
 
     def forward(  # type: ignore[override]
         self, image: Tensor, logits: Tensor, descriptor: Tensor, proposal: Tensor
     ) -> tuple[Tensor, ...]:
-        """Images and what `Coarse` found, to what `EarlyExit` gives for those that go on."""
+        """Images and their `COARSE_OUTPUTS` to the outputs of `EarlyExitGraph`."""
         model = self.model
-        image = self._float(image)
-        square, left, top = self._square(image)
+        image = self._to_float(image)
+        square, left, top = self._to_square(image)
         source = model.normalise(square)
         coarse = CoarseOutput(model.first_view(source), logits, descriptor, proposal)
         output = model.refine(source, coarse)
         ran = torch.full((logits.shape[0],), len(model.sizes), dtype=torch.int64, device=logits.device)
-        return *self._answer(output, image, square, left, top), ran
+        return *self._outputs(output, image, square, left=left, top=top), ran
 
 
-class EarlyExit(Deployed):
-    """`Deployed` whose finer scales see only the images that scale 1 is not sure of; the reference of the graph.
+class EarlyExitGraph(ExportedGraph):
+    """`ExportedGraph` whose finer scales run only on uncertain images: the PyTorch reference of the file.
 
     Args:
-        model, fit, form: as in `Deployed`; the model has two scales or more.
-        threshold: an image stops after scale 1 if the probability of its best class there is not below.
+        model: the network, with at least two scales.
+        fit: as in `ExportedGraph`.
+        options: as in `ExportedGraph`.
+        threshold: an image stops after scale 1 if its highest probability there is at least this.
     """
 
-    def __init__(self, model: RACNN, fit: str, form: Form, threshold: float) -> None:
-        super().__init__(model, fit, form)
-        self.threshold = threshold
-        self.coarse, self.fine = Coarse(model, fit, form), Fine(model, fit, form)
+    extra_outputs = ("ran",)
 
-    @property
-    def names(self) -> list[str]:
-        """Of the outputs, in the order of `forward`."""
-        return self.fine.names
+    def __init__(self, model: RACNN, fit: str, options: ExportOptions, *, threshold: float) -> None:
+        super().__init__(model, fit, options)
+        self.threshold = threshold
+        self.coarse, self.fine = CoarseGraph(model, fit, options), FineGraph(model, fit, options)
 
     def forward(self, image: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, ...]:
-        """As `Deployed.forward`; of an image that stops early, the finer scales' rows, boxes and crops are 0.
+        """Classify images; where an image stops early, the values of the finer scales are 0.
 
         Args:
-            image: as there.
-            threshold: () instead of the one that was chosen.
+            image: as in `ExportedGraph.forward`.
+            threshold: scalar, instead of the one that was chosen.
 
         Returns:
-            what it does there, and ran (B,) int64: how many scales each image went through, 1 or S.
+            as `ExportedGraph.forward`, and ran (B,) int64: the number of scales that ran, 1 or S.
         """
         limit = self.threshold if threshold is None else threshold
-        *answers, logits, descriptor, proposal = self.coarse(image)
-        unsure = (answers[0].amax(dim=1) < limit).nonzero()[:, 0]
-        if len(unsure):
-            closer = self.fine(image[unsure], logits[unsure], descriptor[unsure], proposal[unsure])
-            pairs = zip(answers, closer, strict=True)
-            answers = [one.index_copy(0, unsure, other) for one, other in pairs]
-        return tuple(answers)
+        *outputs, logits, descriptor, proposal = self.coarse(image)
+        rows = (outputs[0].amax(dim=1) < limit).nonzero()[:, 0]
+        if len(rows):
+            refined = self.fine(image[rows], logits[rows], descriptor[rows], proposal[rows])
+            outputs = [
+                coarse.index_copy(0, rows, fine) for coarse, fine in zip(outputs, refined, strict=True)
+            ]
+        return tuple(outputs)
 
-    def extra(self, image: Tensor) -> Iterator[dict[str, Tensor]]:
-        """Thresholds that send none, all, and about half of the images to the finer scales."""
-        sure = self.coarse(image)[0].amax(dim=1).sort().values.double()
-        half = len(sure) // 2
-        # Between two images, not at one: rounding must not decide.
-        middle = (sure[half - 1] + sure[half]) / 2 if half else sure[0] + 0.01
-        for value in (0.0, NEVER, float(middle)):
-            yield {"threshold": torch.tensor(value)}
+    def extra_inputs(self, image: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield thresholds with which none, all, and about half of the images go through the finer scales."""
+        confidence = self.coarse(image)[0].amax(dim=1).sort().values.double()
+        half = len(confidence) // 2
+        # Midway between two images, so that rounding does not decide.
+        middle = (confidence[half - 1] + confidence[half]) / 2 if half else confidence[0] + 0.01
+        for threshold in (0.0, NO_EXIT, float(middle)):
+            yield {"threshold": torch.tensor(threshold)}
+
+    def metadata(self, run: Run) -> dict[str, str]:
+        """As `ExportedGraph.metadata`, and `threshold`."""
+        return super().metadata(run) | {"threshold": str(self.threshold)}
 
 
-def choose(sure: np.ndarray, coarse: np.ndarray, fine: np.ndarray, max_drop: float) -> float:
-    """The threshold that lets the most images stop early at no more than `max_drop`.
-
-    From the surest image down, so long as the accuracy of all of them together stays within `max_drop`.
+def with_early_exit(graph: ExportedGraph, images: LabelledImages, max_drop: float) -> EarlyExitGraph:
+    """Add early exit to a graph, with the threshold that stops the most images.
 
     Args:
-        sure: (n,) the probability of scale 1's best class, of n labelled images.
-        coarse, fine: (n,) bool, whether scale 1 and all scales are right.
-        max_drop: points of accuracy.
+        graph: all scales.
+        images: validation images.
+        max_drop: allowed loss of accuracy on these images, in percentage points.
 
     Raises:
-        RacnnError: not even the surest image may stop.
+        ExportError: no threshold keeps the accuracy.
     """
-    order = np.argsort(-sure, kind="stable")
-    lost = np.cumsum(fine[order].astype(int) - coarse[order].astype(int))  # if the first 1, 2, ... n stop
-    kept = np.flatnonzero(100 * lost / len(sure) > max_drop + 1e-9)
-    stop = int(kept[0]) if len(kept) else len(sure)
-    # ImageDataset that are equally sure stop together or not at all.
-    while 0 < stop < len(sure) and sure[order[stop - 1]] == sure[order[stop]]:
+    with torch.inference_mode():
+        outputs = [
+            graph(torch.from_numpy(batch))[:3] for batch in input_batches(images.squares, graph.options)
+        ]
+    probabilities, _, scales = (torch.cat(values).numpy() for values in zip(*outputs, strict=True))
+    coarse = scales[:, 0]
+    threshold = choose_threshold(
+        coarse.max(axis=1),
+        coarse_correct=coarse.argmax(axis=1) == images.labels,
+        full_correct=probabilities.argmax(axis=1) == images.labels,
+        max_drop=max_drop,
+    )
+    return EarlyExitGraph(graph.model, graph.fit, graph.options, threshold=threshold).eval()
+
+
+def choose_threshold(
+    confidence: np.ndarray, *, coarse_correct: np.ndarray, full_correct: np.ndarray, max_drop: float
+) -> float:
+    """The threshold that stops the most images while the accuracy drops by at most `max_drop`.
+
+    Images stop in order of confidence, as long as the accuracy over all images stays within the limit.
+
+    Args:
+        confidence: (n,) highest probability at scale 1, of n labelled images.
+        coarse_correct: (n,) bool, whether scale 1 is right.
+        full_correct: (n,) bool, whether all scales together are right.
+        max_drop: in percentage points.
+
+    Raises:
+        ExportError: not even the most confident image may stop.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    # Correct answers lost if the first 1, 2, ..., n images stop.
+    lost = np.cumsum(full_correct[order].astype(int) - coarse_correct[order].astype(int))
+    too_many = np.flatnonzero(100 * lost / len(confidence) > max_drop + 1e-9)
+    stop = int(too_many[0]) if len(too_many) else len(confidence)
+    # Images of equal confidence stop together or not at all.
+    while 0 < stop < len(confidence) and confidence[order[stop - 1]] == confidence[order[stop]]:
         stop -= 1
     if not stop:
-        raise RacnnError(
-            f"scale 1 is wrong where it is surest: with --early-exit the accuracy would drop by more than {max_drop:g} "
-            f"points on {len(sure)} validation images; no file was written",
+        raise ExportError(
+            f"--early-exit would cost more than {max_drop:g} points of accuracy on {len(confidence)} validation "
+            "images: scale 1 is wrong even where it is most confident; no file was written",
             "a larger --max-drop, or export without --early-exit",
             failure=True,
         )
-    last = sure[order[stop - 1]]
-    return float((last + (sure[order[stop]] if stop < len(sure) else 0.0)) / 2)
+    last = confidence[order[stop - 1]]
+    return float((last + (confidence[order[stop]] if stop < len(confidence) else 0.0)) / 2)
+
+
+def measure(graph: EarlyExitGraph, file: Path, images: LabelledImages) -> dict[str, Any]:
+    """Measure speed and accuracy of a file with and without early exit, one image at a time.
+
+    Returns:
+        `threshold`, `images`, `stopped` (images that stop after scale 1), `before` and `after` (accuracy without
+        and with early exit), `times_faster`.
+    """
+    session = open_session(file)
+    all_scales = {"threshold": np.array(NO_EXIT, np.float32)}
+    labels: dict[bool, list[int]] = {True: [], False: []}
+    seconds, stopped = {True: 0.0, False: 0.0}, 0
+    for turn, square in enumerate([images.squares[0], *images.squares]):  # the first one warms up
+        image = as_input(square[None], raw=graph.options.raw)
+        for exits in (True, False):
+            start = time.perf_counter()
+            answer, ran = session.run(["labels", "ran"], {"image": image, **({} if exits else all_scales)})
+            if turn:
+                seconds[exits] += time.perf_counter() - start
+                labels[exits].append(int(answer[0, 0]))
+                stopped += exits and int(ran[0]) == 1
+    before, after = (float((np.array(labels[exits]) == images.labels).mean()) for exits in (False, True))
+    return {
+        "threshold": graph.threshold,
+        "images": len(images.labels),
+        "stopped": stopped,
+        "before": before,
+        "after": after,
+        "times_faster": seconds[False] / seconds[True],
+    }
 
 
 def join(coarse: ir.Model, fine: ir.Model, threshold: float) -> ir.Model:
-    """The graphs of `Coarse` and `Fine` as the one of `EarlyExit`; both are used up."""
+    """Merge the ONNX graphs of `CoarseGraph` and `FineGraph` into one; this consumes both."""
     graph, inner = coarse.graph, fine.graph
     for value in [*inner.initializers.values()]:
         del inner.initializers[str(value.name)]
@@ -175,15 +239,15 @@ def join(coarse: ir.Model, fine: ir.Model, threshold: float) -> ir.Model:
         node.name = f"fine/{node.name}"
         for value in node.outputs:
             value.name = f"fine/{value.name}"
-    closer = [*inner.outputs]
+    fine_outputs = [*inner.outputs]
     inner.outputs.clear()
     inner.remove(nodes)
 
-    found = {str(value.name): value for value in graph.outputs}
+    by_name = {str(value.name): value for value in graph.outputs}
     (image,) = graph.inputs
-    answers = [value for name, value in found.items() if name not in NEEDED]
-    names = [str(value.name) for value in answers]
-    for value in found.values():
+    coarse_outputs = [value for name, value in by_name.items() if name not in COARSE_OUTPUTS]
+    names = [str(value.name) for value in coarse_outputs]
+    for value in by_name.values():
         value.name = f"coarse/{value.name}"
 
     limit = ir.Value(
@@ -192,54 +256,51 @@ def join(coarse: ir.Model, fine: ir.Model, threshold: float) -> ir.Model:
         shape=ir.Shape([]),
         const_value=ir.tensor(np.float32(threshold), name="threshold"),
     )
-    graph.inputs.append(limit)  # an input with a value of its own: it may be left out
+    graph.inputs.append(limit)  # with an initializer, which makes the input optional
     graph.register_initializer(limit)
 
-    constants = {
-        name: ir.val(f"early_exit/{name}", const_value=ir.tensor(value, name=f"early_exit/{name}"))
-        for name, value in (
-            ("first", np.array([0], np.int64)),
-            ("second", np.array([1], np.int64)),
-            ("zero", np.array(0, np.int64)),
-        )
-    }
-    for value in constants.values():
-        graph.register_initializer(value)
+    def constant(name: str, value: int | list[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(value, np.int64), name=f"early_exit/{name}")
+        result = ir.val(f"early_exit/{name}", const_value=tensor)
+        graph.register_initializer(result)
+        return result
+
+    first, second, zero = constant("first", [0]), constant("second", [1]), constant("zero", 0)
     outer = Tape()
-    sure = outer.op("ReduceMax", [found["probabilities"], constants["second"]], {"keepdims": 0})
-    where = outer.op("NonZero", [outer.op("Less", [sure, limit])])  # (1, K)
-    rows = outer.op("Squeeze", [where, constants["first"]])  # (K,)
-    any_unsure = outer.op("Greater", [outer.op("Size", [rows]), constants["zero"]])
+    confidence = outer.op("ReduceMax", [by_name["probabilities"], second], {"keepdims": 0})
+    uncertain = outer.op("NonZero", [outer.op("Less", [confidence, limit])])  # (1, K)
+    rows = outer.op("Squeeze", [uncertain, first])  # (K,)
+    any_uncertain = outer.op("Greater", [outer.op("Size", [rows]), zero])
 
     before = Tape()
-    for value, given in zip(inner.inputs, [image, *(found[name] for name in NEEDED)], strict=True):
-        replace_all_uses_with(value, before.op("Gather", [given, rows], {"axis": 0}))
+    inputs = [image, *(by_name[name] for name in COARSE_OUTPUTS)]
+    for inner_input, value in zip(inner.inputs, inputs, strict=True):
+        replace_all_uses_with(inner_input, before.op("Gather", [value, rows], {"axis": 0}))
     after = Tape()
-    index = after.op("Unsqueeze", [rows, constants["second"]])  # (K, 1)
-    merged = [after.op("ScatterND", [one, index, other]) for one, other in zip(answers, closer, strict=True)]
-    kept = Tape()
-    same = [kept.op("Identity", [value]) for value in answers]
-    choice = ir.Node(
+    index = after.op("Unsqueeze", [rows, second])  # (K, 1)
+    merged = [
+        after.op("ScatterND", [value, index, update])
+        for value, update in zip(coarse_outputs, fine_outputs, strict=True)
+    ]
+    otherwise = Tape()
+    unchanged = [otherwise.op("Identity", [value]) for value in coarse_outputs]
+    branches = {
+        "then_branch": ir.Graph([], merged, nodes=[*before.nodes, *nodes, *after.nodes], name="refine"),
+        "else_branch": ir.Graph([], unchanged, nodes=[*otherwise.nodes], name="keep"),
+    }
+    branch = ir.Node(
         "",
         "If",
-        [any_unsure],
-        {
-            "then_branch": ir.AttrGraph(
-                "then_branch",
-                ir.Graph([], merged, nodes=[*before.nodes, *nodes, *after.nodes], name="closer"),
-            ),
-            "else_branch": ir.AttrGraph(
-                "else_branch", ir.Graph([], same, nodes=[*kept.nodes], name="as_it_is")
-            ),
-        },
+        [any_uncertain],
+        {name: ir.AttrGraph(name, body) for name, body in branches.items()},
         outputs=[
             ir.Value(name=name, type=value.type, shape=value.shape)
-            for name, value in zip(names, answers, strict=True)
+            for name, value in zip(names, coarse_outputs, strict=True)
         ],
     )
     graph.outputs.clear()
-    graph.outputs.extend(choice.outputs)
-    graph.extend([*outer.nodes, choice])
-    for number, node in enumerate([*outer.nodes, *before.nodes, *after.nodes, *kept.nodes]):
+    graph.outputs.extend(branch.outputs)
+    graph.extend([*outer.nodes, branch])
+    for number, node in enumerate([*outer.nodes, *before.nodes, *after.nodes, *otherwise.nodes]):
         node.outputs[0].name = f"early_exit/{number}"
     return coarse

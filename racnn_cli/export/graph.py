@@ -1,7 +1,9 @@
-"""The network as it leaves the house: from images of any size to answers, one graph, nothing left to do outside."""
+"""The exported graph: images of any size in; probabilities, labels and boxes out."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor, nn
 
+import racnn_cli
 from racnn_cli.core import metrics
 from racnn_cli.core.model import RACNN, Output
 from racnn_cli.data.geometry import GREY
+from racnn_cli.run import Run
 
 
 @dataclass(frozen=True)
-class Form:
-    """What goes in and what comes out.
+class ExportOptions:
+    """Inputs and outputs of an exported graph.
 
     Attributes:
-        raw: images are (B, H, W, 3) uint8, as a decoder gives them; else (B, 3, H, W) float32 in [0, 1].
-        top: how many labels are named.
-        crops: give what the finer scales saw, too.
+        raw: take images as (B, H, W, 3) uint8, as decoded; otherwise as (B, 3, H, W) float32 in [0, 1].
+        top: number of labels to return.
+        crops: also return the views of the finer scales.
     """
 
     raw: bool = False
@@ -31,86 +35,107 @@ class Form:
 
 
 Inputs = dict[str, tuple[Tensor, dict[int, Any]]]
+"""Input name to an example and its dynamic dimensions."""
 
 
-class Deployed(nn.Module):
-    """RACNN with all that stands before and after it.
+class ExportedGraph(nn.Module):
+    """RACNN with its preprocessing and postprocessing: the PyTorch reference of an exported file.
 
     Args:
         model: the network.
-        fit: `crop`, `pad` or `squash`: how an image that is not square becomes so.
-        form: of input and outputs.
+        fit: how an image becomes square: `crop`, `pad` or `squash`.
+        options: inputs and outputs.
     """
 
-    def __init__(self, model: RACNN, fit: str, form: Form) -> None:
+    extra_outputs: tuple[str, ...] = ()
+
+    def __init__(self, model: RACNN, fit: str, options: ExportOptions) -> None:
         super().__init__()
-        self.model, self.fit, self.form = model, fit, form
+        self.model, self.fit, self.options = model, fit, options
 
     @property
-    def names(self) -> list[str]:
-        """Of the outputs, in the order of `forward`."""
+    def output_names(self) -> list[str]:
+        """Names of the outputs, in the order of `forward`."""
         finer = range(2, len(self.model.sizes) + 1)
         names = ["probabilities", "labels", "scales", *(["boxes"] if finer else [])]
-        return names + [f"crop_{number}" for number in finer if self.form.crops]
+        crops = [f"crop_{number}" for number in finer if self.options.crops]
+        return [*names, *crops, *self.extra_outputs]
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Images of any height H and width W to the answers.
+        """Classify images of any height H and width W.
 
         Args:
-            image: (B, H, W, 3) uint8 or (B, 3, H, W) float32 in [0, 1], as `form` says.
+            image: (B, H, W, 3) uint8 if `options.raw`, else (B, 3, H, W) float32 in [0, 1].
 
         Returns:
             probabilities (B, N); labels (B, top) int64, best first; scales (B, S, N), the probabilities of each
-            scale alone; with more than one scale boxes (B, S - 1, 4), x0, y0, x1, y1 in pixels of `image`, inside
-            it; with `form.crops` what each finer scale saw, (B, 3, s, s) in [0, 1].
+            scale alone. With more than one scale, boxes (B, S - 1, 4): x0, y0, x1, y1 in pixels of `image`,
+            clipped to it. With `options.crops`, the view of each finer scale, (B, 3, s, s) in [0, 1].
         """
-        image = self._float(image)
-        square, left, top = self._square(image)
-        return self._answer(self.model(square), image, square, left, top)
+        image = self._to_float(image)
+        square, left, top = self._to_square(image)
+        return self._outputs(self.model(square), image, square, left=left, top=top)
 
-    def inputs(self) -> Inputs:
-        """Name to an example to trace the network with, and which of its dimensions may be any."""
-        # No two dimensions alike, none the network's own or 1: the exporter would take them for one or for constants.
+    def example_inputs(self) -> Inputs:
+        """Inputs to trace the graph with."""
+        # Dimensions that are equal, 1, or a size of the network would be specialized by the exporter.
         side = self.model.source
         example = torch.zeros(2, 3, side + 10, side + 22)
         batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
-        if self.form.raw:
+        if self.options.raw:
             example = example.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
             return {"image": (example, {0: batch, 1: height, 2: width})}
         return {"image": (example, {0: batch, 2: height, 3: width})}
 
-    def extra(self, image: Tensor) -> Iterator[dict[str, Tensor]]:
-        """The sets of further inputs with which the graph is to be tried on these images."""
+    def extra_inputs(self, image: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield the sets of additional inputs to check the graph with on these images."""
         yield {}
 
-    def _float(self, image: Tensor) -> Tensor:
-        """The images as (B, 3, H, W) in [0, 1]."""
-        return image.permute(0, 3, 1, 2).float() / 255 if self.form.raw else image
+    def metadata(self, run: Run) -> dict[str, str]:
+        """The metadata of a file that is exported from a run."""
+        model = self.model
+        return {
+            "classes": json.dumps(run.classes(), ensure_ascii=False),
+            "source": str(model.source),
+            "sizes": json.dumps(model.sizes),
+            "fit": self.fit,
+            "mean": json.dumps(model.mean.flatten().tolist()),
+            "std": json.dumps(model.std.flatten().tolist()),
+            "layout": "NHWC" if self.options.raw else "NCHW",
+            "top": str(self.options.top),
+            "racnn": racnn_cli.__version__,
+            "recipe": run.recipe_file.read_text(encoding="utf-8"),
+            "recipe_sha256": recipe_hash(run),
+        }
 
-    def _answer(
-        self, output: Output, image: Tensor, square: Tensor, left: int | SymInt, top: int | SymInt
+    def _to_float(self, image: Tensor) -> Tensor:
+        """The images as (B, 3, H, W) in [0, 1]."""
+        return image.permute(0, 3, 1, 2).float() / 255 if self.options.raw else image
+
+    def _outputs(
+        self, output: Output, image: Tensor, square: Tensor, *, left: int | SymInt, top: int | SymInt
     ) -> tuple[Tensor, ...]:
-        """What `forward` returns, from what the network gives for `square`, which lies at `left`, `top` in `image`."""
+        """What `forward` returns; `square` lies at `left`, `top` in `image`."""
         height, width = image.shape[2], image.shape[3]
         scales = torch.stack([logits.softmax(dim=1) for logits in output.logits], dim=1)
-        found = [output.probabilities, self._labels(output.probabilities), scales]
+        outputs = [output.probabilities, self._top_labels(output.probabilities), scales]
         if output.boxes:
             boxes = torch.stack([metrics.corners(box) for box in output.boxes], dim=1)  # (B, S - 1, 4)
-            pixels = boxes * _twice(square.shape[3], square.shape[2], boxes) + _twice(left, top, boxes)
-            found.append(torch.minimum(pixels.clamp_min(0.0), _twice(width, height, boxes)))
-        if self.form.crops:
+            pixels = boxes * _xyxy(square.shape[3], square.shape[2], boxes) + _xyxy(left, top, boxes)
+            outputs.append(torch.minimum(pixels.clamp_min(0.0), _xyxy(width, height, boxes)))
+        if self.options.crops:
             model = self.model
-            found += [(view * model.std + model.mean).clamp(0.0, 1.0) for view in output.views[1:]]
-        return tuple(found)
+            outputs += [(view * model.std + model.mean).clamp(0.0, 1.0) for view in output.views[1:]]
+        return tuple(outputs)
 
-    def _labels(self, probabilities: Tensor) -> Tensor:
-        """The best classes (B, top) of (B, N)."""
-        return probabilities.topk(min(self.form.top, self.model.classes), dim=1).indices
+    def _top_labels(self, probabilities: Tensor) -> Tensor:
+        """(B, N) to (B, top)."""
+        return probabilities.topk(min(self.options.top, self.model.classes), dim=1).indices
 
-    def _square(self, image: Tensor) -> tuple[Tensor, int | SymInt, int | SymInt]:
-        """The square image, and where its top left corner lies in `image`: x, y in pixels.
+    def _to_square(self, image: Tensor) -> tuple[Tensor, int | SymInt, int | SymInt]:
+        """The source, and the x and y of its top left corner in pixels of `image`.
 
-        A stretched image stays as it is: boxes are shares of the two sides, and so the crop stretches it.
+        `squash` leaves the image as it is: boxes are fractions of both sides, so the crop itself stretches it.
         """
         height, width = image.shape[2], image.shape[3]
         if self.fit == "squash":
@@ -118,7 +143,7 @@ class Deployed(nn.Module):
         if self.fit == "crop":
             side = torch.sym_min(height, width)
             left, top = (width - side) // 2, (height - side) // 2
-            # By index: of a slice, torch.export would remember whether it was the whole image.
+            # Indexed, not sliced: torch.export would add a guard on whether a slice is the whole image.
             rows, columns = (torch.arange(side, device=image.device) + start for start in (top, left))
             return image.index_select(2, rows).index_select(3, columns), left, top
         side = torch.sym_max(height, width)
@@ -127,7 +152,12 @@ class Deployed(nn.Module):
         return F.pad(image, borders, value=GREY[0] / 255), -left, -top  # type: ignore[arg-type]
 
 
-def _twice(x: int | SymInt, y: int | SymInt, like: Tensor) -> Tensor:
-    """(4,): x, y, x, y, for both corners of a box."""
-    each = [torch.scalar_tensor(value, dtype=like.dtype, device=like.device) for value in (x, y)]
-    return torch.stack(each * 2)
+def recipe_hash(run: Run) -> str:
+    """SHA-256 of the run's recipe file."""
+    return hashlib.sha256(run.recipe_file.read_bytes()).hexdigest()
+
+
+def _xyxy(x: int | SymInt, y: int | SymInt, like: Tensor) -> Tensor:
+    """The tensor (x, y, x, y), with the type and device of another one."""
+    pair = [torch.scalar_tensor(value, dtype=like.dtype, device=like.device) for value in (x, y)]
+    return torch.stack(pair * 2)

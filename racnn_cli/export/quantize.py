@@ -1,16 +1,18 @@
-"""An exported graph made smaller and faster: half precision, or 8-bit integers. What it costs is measured first.
+"""Compress an exported graph to half precision or 8-bit integers, and measure what that costs.
 
-Only the backbones are touched: the APNs, the crops and the fusion of the scales stay in float, because half a
-pixel of a box is more than these formats can tell apart.
+Only the backbones are converted. APNs, crops and fusion stay in float32: these formats cannot resolve half a pixel of
+a box.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -28,61 +30,121 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from racnn_cli.errors import RacnnError
-from racnn_cli.export.graph import Form
-from racnn_cli.export.onnx_network import as_input
+from racnn_cli.errors import ExportError
+from racnn_cli.export.check import validate
+from racnn_cli.export.graph import ExportedGraph, ExportOptions
+from racnn_cli.export.images import LabelledImages, input_batches, labelled_images
+from racnn_cli.export.onnx_network import as_input, open_session
+from racnn_cli.run import Run
 
 Precision = Literal["float32", "half", "int8"]
-SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the module that a node comes from
-FLOAT = ("LayerNormalization", "Softmax")  # little work, and much to lose in 8 bits
-TURNS = 15  # of each file, in the measurement of speed
-CALIBRATION = 128  # training images that the ranges of int8 are taken from
-BATCH = 8
+SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's metadata key for the module that a node comes from
+KEEP_FLOAT = ("LayerNormalization", "Softmax")  # cheap, and sensitive to 8 bits
+TURNS = 15  # timed calls per file
+CALIBRATION_IMAGES = 128  # training images that set the ranges of int8
+
+
+def compress(
+    run: Run,
+    graph: ExportedGraph,
+    file: Path,
+    *,
+    precision: Precision,
+    images: LabelledImages,
+    max_drop: float,
+) -> dict[str, Any]:
+    """Replace a float32 file with a compressed one if the accuracy holds.
+
+    Args:
+        run: whose training images calibrate int8.
+        graph: what `file` was exported from.
+        file: replaced in place.
+        precision: `half` or `int8`.
+        images: validation images.
+        max_drop: allowed loss of accuracy on these images, in percentage points.
+
+    Returns:
+        `precision`, `before` and `after` (accuracy), `images`, `bytes_before`, `times_faster`.
+
+    Raises:
+        ExportError: the accuracy drops too far, or the compressed graph is not valid.
+    """
+    compressed = file.with_suffix(".compressed.onnx")
+    try:
+        if precision == "half":
+            to_half(file, compressed)
+        else:
+            calibration = labelled_images(run, "train", graph.model.source, CALIBRATION_IMAGES)
+            to_int8(file, compressed, calibration.squares, options=graph.options)
+        validate(compressed)
+        before, after = open_session(file), open_session(compressed)
+        image = as_input(images.squares[:1], raw=graph.options.raw)
+        report: dict[str, Any] = {
+            "precision": precision,
+            "before": accuracy(before, images, graph.options),
+            "after": accuracy(after, images, graph.options),
+            "images": len(images.labels),
+            "bytes_before": file.stat().st_size,
+            "times_faster": speedup(
+                lambda: before.run(None, {"image": image}), lambda: after.run(None, {"image": image})
+            ),
+        }
+        drop = 100 * (report["before"] - report["after"])
+        if drop > max_drop + 1e-9:
+            raise ExportError(
+                f"{precision} costs {drop:.1f} points of accuracy on {len(images.labels)} validation images "
+                f"({report['before']:.3f} to {report['after']:.3f}); {max_drop:g} are allowed, and no file was written",
+                f"--max-drop {math.ceil(10 * drop - 1e-6) / 10:g}, or export in float32",
+                failure=True,
+            )
+        os.replace(compressed, file)
+    finally:
+        compressed.unlink(missing_ok=True)
+    return report
 
 
 def to_half(source: Path, target: Path) -> None:
-    """Write a graph whose backbones compute in float16; inputs and outputs stay as they are."""
+    """Write a graph whose backbones compute in float16; inputs and outputs keep their types."""
     proto = onnx.load(source)
     backbone = set(backbone_nodes(proto))
     others = [node.name for node in proto.graph.node if node.name not in backbone]
     proto = convert_float_to_float16(proto, keep_io_types=True, node_block_list=others)
-    # The converter leaves wrong types of values behind, nodes out of order, and a detour of the images through
-    # float16 on their way to float nodes.
+    # The converter leaves stale value types, unsorted nodes, and float16 casts of images that go to float32 nodes.
     del proto.graph.value_info[:]
-    halved = ir.from_proto(proto)
-    for node in halved.graph:
+    model = ir.from_proto(proto)
+    for node in model.graph:
         first = node.inputs[0].producer() if node.op_type == "Cast" and node.inputs[0] else None
-        if first is None or first.op_type != "Cast" or first.inputs[0] not in halved.graph.inputs:
+        if first is None or first.op_type != "Cast" or first.inputs[0] not in model.graph.inputs:
             continue
         if node.attributes.get_int("to") == first.inputs[0].dtype:
             replace_all_uses_with(node.outputs[0], first.inputs[0])
-    ir.passes.common.RemoveUnusedNodesPass()(halved)
-    ir.passes.common.TopologicalSortPass()(halved)
-    ir.save(halved, target)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.passes.common.TopologicalSortPass()(model)
+    ir.save(model, target)
 
 
-def to_int8(source: Path, target: Path, images: np.ndarray, form: Form) -> None:
-    """Write a graph whose backbones compute in 8-bit integers: static ranges, a scale for each output channel.
+def to_int8(source: Path, target: Path, squares: np.ndarray, *, options: ExportOptions) -> None:
+    """Write a graph whose backbones compute in 8-bit integers, with static ranges and per-channel weights.
 
     Args:
         source: a graph in float32.
-        target: where to.
-        images: (n, H, H, 3) uint8 that the ranges of the activations are taken from.
-        form: of the graph.
+        target: the file to write.
+        squares: (n, H, H, 3) uint8 to calibrate the ranges of activations on.
+        options: of the graph.
     """
     prepared = target.with_suffix(".prepared.onnx")
     try:
-        # Not optimized here: that may lose which node is whose, and the exporter has folded BatchNorm already.
+        # Optimizing could lose the scopes of nodes, and the exporter has already folded BatchNorm.
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True, skip_optimization=True)
-        nodes = backbone_nodes(onnx.load(prepared, load_external_data=False), but=FLOAT)
+        nodes = backbone_nodes(onnx.load(prepared, load_external_data=False), exclude=KEEP_FLOAT)
         if not nodes:
-            raise RacnnError(
-                f"{source} does not say which of its nodes are the backbone's", "export it again"
+            raise ExportError(
+                f"{source} does not record which of its nodes belong to a backbone", "export it again"
             )
         quantize_static(
             str(prepared),
             str(target),
-            _Reader(images, form),
+            _CalibrationReader(squares, options),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -94,47 +156,41 @@ def to_int8(source: Path, target: Path, images: np.ndarray, form: Form) -> None:
         prepared.unlink(missing_ok=True)
 
 
-def backbone_nodes(proto: onnx.ModelProto, but: Sequence[str] = ()) -> list[str]:
-    """Names of the nodes that the scales' backbones consist of, without some kinds of operators."""
-    found = []
+def backbone_nodes(proto: onnx.ModelProto, exclude: Sequence[str] = ()) -> list[str]:
+    """Names of the nodes in the backbones, except those of some operator types."""
+    names = []
     for node in proto.graph.node:
         scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
-        if ".backbone" in scopes and node.op_type not in but:
-            found.append(node.name)
-    return found
+        if ".backbone" in scopes and node.op_type not in exclude:
+            names.append(node.name)
+    return names
 
 
-class _Reader(CalibrationDataReader):
-    def __init__(self, images: np.ndarray, form: Form) -> None:
-        self.batches = batches(images, form)
+class _CalibrationReader(CalibrationDataReader):
+    def __init__(self, squares: np.ndarray, options: ExportOptions) -> None:
+        self.batches = input_batches(squares, options)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         image = next(self.batches, None)
         return None if image is None else {"image": image}
 
 
-def batches(squares: np.ndarray, form: Form) -> Iterator[np.ndarray]:
-    """Square images (n, H, H, 3) uint8 as the graph takes them, a few at a time."""
-    for start in range(0, len(squares), BATCH):
-        yield as_input(squares[start : start + BATCH], raw=form.raw)
+def accuracy(session: onnxruntime.InferenceSession, images: LabelledImages, options: ExportOptions) -> float:
+    """Fraction of the images whose class the file names."""
+    labels = [
+        session.run(["labels"], {"image": batch})[0][:, 0] for batch in input_batches(images.squares, options)
+    ]
+    return float((np.concatenate(labels) == images.labels).mean())
 
 
-def accuracy(
-    session: onnxruntime.InferenceSession, squares: np.ndarray, labels: np.ndarray, form: Form
-) -> float:
-    """Share of the square images (n, H, H, 3) uint8 whose class, of `labels` (n,), the file names."""
-    answers = [session.run(["labels"], {"image": image})[0][:, 0] for image in batches(squares, form)]
-    return float((np.concatenate(answers) == labels).mean())
-
-
-def times_faster(slow: Callable[[], object], fast: Callable[[], object]) -> float:
-    """How many times faster the second one answers: the median of ratios of calls that follow one another."""
+def speedup(slow: Callable[[], object], fast: Callable[[], object]) -> float:
+    """How many times faster the second call is: the median ratio over alternating calls."""
     ratios = []
     for turn in range(TURNS + 1):
         seconds = []
-        for answer in (slow, fast):
+        for call in (slow, fast):
             start = time.perf_counter()
-            answer()
+            call()
             seconds.append(time.perf_counter() - start)
         if turn:  # the first one warms up
             ratios.append(seconds[0] / seconds[1])

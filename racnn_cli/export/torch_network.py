@@ -1,4 +1,4 @@
-"""A run's network, in PyTorch."""
+"""A trained network in PyTorch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 
 from racnn_cli.core import metrics, store
 from racnn_cli.core.device import select_device
-from racnn_cli.export.prediction import Answers
+from racnn_cli.export.prediction import NetworkOutput
 
 
 class TorchNetwork:
-    """See `prediction.Network`.
+    """A `Network` that runs in PyTorch.
 
     Args:
-        folder: of a run, or one that `racnn export --safetensors` wrote.
+        folder: of a run, or one that `racnn export --format safetensors` wrote.
         device: where to compute.
 
     Raises:
-        RacnnError: it is no such folder, a file in it is missing or damaged, no such device.
+        RunError: no such folder, or a file in it is missing or damaged.
+        RacnnError: no such device.
     """
 
     def __init__(self, folder: Path, device: str = "auto") -> None:
@@ -31,12 +32,16 @@ class TorchNetwork:
         self.source, self.scales = model.source, len(model.sizes)
 
     @torch.inference_mode()
-    def answer(self, squares: np.ndarray) -> Answers:
-        """See `prediction.Network`."""
+    def predict(self, squares: np.ndarray) -> NetworkOutput:
+        """As `Network.predict`."""
         output = self.model(torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device))
         scales = torch.stack([logits.float().softmax(dim=1) for logits in output.logits], dim=1)
         boxes = torch.zeros(len(squares), 0, 4)
         if output.boxes:
             boxes = torch.stack([metrics.corners(box.float()) for box in output.boxes], dim=1)
-        ran = torch.full((len(squares),), scales.shape[1])
-        return Answers(*(value.cpu().numpy() for value in (output.probabilities.float(), scales, boxes, ran)))
+        return NetworkOutput(
+            probabilities=output.probabilities.float().cpu().numpy(),
+            scales=scales.cpu().numpy(),
+            boxes=boxes.cpu().numpy(),
+            ran=np.full(len(squares), self.scales),
+        )

@@ -24,7 +24,7 @@ from rich.markup import escape
 from racnn_cli.data.decode import SUFFIXES, read_image, show
 from racnn_cli.data.listing import list_images
 from racnn_cli.errors import RacnnError, describe_missing
-from racnn_cli.export.prediction import Frame, Model, Prediction, Unread
+from racnn_cli.export.prediction import Frame, Model, Prediction, Unreadable
 from racnn_cli.results import draw
 from racnn_cli.run import write_atomic
 
@@ -99,7 +99,7 @@ def _lines(listed: TextIO | None) -> list[str]:
     return [line.rstrip("\r\n") for line in lines]
 
 
-def images(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unread]:
+def images(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unreadable]:
     """ImageInput files as they are, videos and cameras frame by frame; a video that cannot be read is said to be one.
 
     Args:
@@ -114,17 +114,17 @@ def images(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Fra
             yield Path(source)
 
 
-def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame | Unread]:
+def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame | Unreadable]:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what matters is said in the row
     import cv2
 
     if isinstance(opened, str) and not os.path.isfile(opened):
-        yield Unread(str(source), describe_missing(Path(source)))
+        yield Unreadable(str(source), describe_missing(Path(source)))
         return
     video = cv2.VideoCapture(opened)
     try:
         if not video.isOpened():
-            yield Unread(str(source), f"{show(source)} cannot be opened as a video")
+            yield Unreadable(str(source), f"{show(source)} cannot be opened as a video")
             return
         number = 0
         while video.grab():
@@ -134,7 +134,7 @@ def _frames(source: str | Path, opened: int | str, every: int) -> Iterator[Frame
                     yield Frame(f"{source}#{number}", np.ascontiguousarray(frame[:, :, ::-1]))
             number += 1
         if number == 0:
-            yield Unread(str(source), f"{show(source)} has no frame that can be read")
+            yield Unreadable(str(source), f"{show(source)} has no frame that can be read")
     finally:
         video.release()
 
@@ -160,9 +160,9 @@ def predict_command(
     out = out or sys.stdout
     write = WRITERS[rows](model, out)
     drawings = Drawings(save) if save else None
-    waiting: deque[Path | Frame | Unread] = deque()  # what has been read, until its answer comes
+    waiting: deque[Path | Frame | Unreadable] = deque()  # what has been read, until its answer comes
 
-    def remember() -> Iterator[Path | Frame | Unread]:
+    def remember() -> Iterator[Path | Frame | Unreadable]:
         for image in images(sources, every):
             waiting.append(image)
             yield image
@@ -173,7 +173,7 @@ def predict_command(
         count += 1
         unread += bool(prediction.error)
         write(prediction)
-        if drawings and not isinstance(image, Unread) and not prediction.error:
+        if drawings and not isinstance(image, Unreadable) and not prediction.error:
             drawings.add(prediction, image)
     told = Console(stderr=True, highlight=False)
     if drawings:

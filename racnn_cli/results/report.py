@@ -15,7 +15,8 @@ from racnn_cli.data.decode import read_image, show
 from racnn_cli.data.index import Item, build_index, labelled
 from racnn_cli.errors import RacnnError
 from racnn_cli.events import EvalResult
-from racnn_cli.export.prediction import Prediction, load
+from racnn_cli.export.loading import load
+from racnn_cli.export.prediction import Prediction
 from racnn_cli.recipe import Recipe
 from racnn_cli.results import chart, draw, tables
 from racnn_cli.run import Run, write_text

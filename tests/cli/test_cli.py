@@ -1,10 +1,11 @@
-"""The command line: answers at once, every error in two lines, nothing overwritten."""
+"""The command line: fast help, two-line errors, nothing overwritten."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from blobs import tiny, write_blobs, write_recipe
-from command import Said
+from command import CommandResult
 
 import racnn_cli
 from racnn_cli import recipe as recipes
@@ -25,21 +26,21 @@ HEAVY = ("torch", "torchvision", "timm", "cv2", "albumentations", "onnx", "onnxr
 
 
 def plain(text: str) -> str:
-    """Without colours and line breaks."""
+    """Strip colors and line breaks."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
 
 
-def is_error(said: Said, *parts: str, hint: str = "", code: int = 2) -> None:
-    """Two parts, `error:` and `try:`, with everything in them that is asked for, and no traceback."""
-    err = plain(said.err)
-    assert said.code == code, said
-    assert "Traceback" not in said.err + said.out
+def is_error(result: CommandResult, *parts: str, hint: str = "", code: int = 2) -> None:
+    """Check for `error:` and `try:` with the expected parts, and no traceback."""
+    err = plain(result.err)
+    assert result.code == code, result
+    assert "Traceback" not in result.err + result.out
     assert "error: " in err
-    error, _, hint_said = err[err.index("error: ") :].partition(" try: ")
-    assert hint_said, f"no hint: {err}"
+    error, _, found_hint = err[err.index("error: ") :].partition(" try: ")
+    assert found_hint, f"no hint: {err}"
     for part in parts:
         assert part in error, f"{part!r} is not in {error!r}"
-    assert hint in hint_said, f"{hint!r} is not in {hint_said!r}"
+    assert hint in found_hint, f"{hint!r} is not in {found_hint!r}"
 
 
 @pytest.fixture(scope="module")
@@ -49,35 +50,35 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fresh(here, data) -> Run:
-    """A run that has begun and trained nothing."""
-    return Trainer.start(tiny(data).as_used(), None, quiet=True).context.run
+    """A new run before its first stage."""
+    return Trainer.start(tiny(data).as_used(), quiet=True).run
 
 
 # ---- in a fresh process
 
 
-def in_new_process(words: list[str], **environment: str) -> tuple[str, list[str], int]:
-    """What is printed, which heavy modules it took, and the exit code."""
+def in_new_process(arguments: list[str], **environment: str) -> tuple[str, list[str], int]:
+    """Run a command; returns its output, the heavy modules that it imported, and the exit code."""
     script = (
         "import sys\nfrom racnn_cli.cli import main\ncode = 0\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    code = end.code or 0\n"
+        "try:\n    main()\nexcept SystemExit as exit:\n    code = exit.code or 0\n"
         f"print('LOADED', *[m for m in {HEAVY!r} if m in sys.modules])\nsys.exit(code)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv = ['racnn'] + sys.argv[1:]\n" + script, *words],
+    process = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv = ['racnn'] + sys.argv[1:]\n" + script, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=os.environ | environment,
         check=False,
     )
-    assert "LOADED" in done.stdout, done.stderr
-    text, _, loaded = done.stdout.rpartition("LOADED")
-    return text, loaded.split(), done.returncode
+    assert "LOADED" in process.stdout, process.stderr
+    text, _, loaded = process.stdout.rpartition("LOADED")
+    return text, loaded.split(), process.returncode
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("arguments", "part"),
     [
         (["--help"], "pretrain-apn"),
         (["train", "--help"], "--resume"),
@@ -87,8 +88,8 @@ def in_new_process(words: list[str], **environment: str) -> tuple[str, list[str]
     ],
     ids=str,
 )
-def test_what_only_reads_answers_without_torch(words, part) -> None:
-    text, loaded, code = in_new_process(words)
+def test_light_commands_do_not_import_torch(arguments, part) -> None:
+    text, loaded, code = in_new_process(arguments)
     assert part in text
     assert loaded == []
     assert code == 0
@@ -103,7 +104,7 @@ def test_what_only_reads_answers_without_torch(words, part) -> None:
         ("racnn train --pre", {"--pretrained"}),
     ],
 )
-def test_shell_completion_answers_without_torch(typed, expected) -> None:
+def test_shell_completion_does_not_import_torch(typed, expected) -> None:
     text, loaded, code = in_new_process(
         [], _RACNN_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(len(typed.split()) - 1)
     )
@@ -113,17 +114,17 @@ def test_shell_completion_answers_without_torch(typed, expected) -> None:
 
 
 def test_python_m_is_the_same_command() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "racnn_cli", "train", "demmo"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=False,
     )
-    is_error(Said(done.returncode, done.stdout, done.stderr), "did you mean demo")
+    is_error(CommandResult(process.returncode, process.stdout, process.stderr), "did you mean demo")
 
 
-def test_the_lazy_api_names_what_it_has() -> None:
+def test_the_lazy_api_has_every_name() -> None:
     for name in racnn_cli.__all__:
         assert callable(getattr(racnn_cli, name))
         assert name in dir(racnn_cli)
@@ -134,48 +135,61 @@ def test_the_lazy_api_names_what_it_has() -> None:
 # ---- recipes
 
 
-def test_recipes_ls_tells_what_each_is_for(racnn) -> None:
-    said = racnn("recipes", "ls")
+def test_recipes_ls_prints_the_purpose_of_each(racnn) -> None:
+    result = racnn("recipes", "ls")
     for name in recipes.names():
-        assert f"{recipes.load(name).about}\n" in said.out
-        assert re.search(rf"^{name} ", said.out, re.M)
+        assert f"{recipes.load(name).about}\n" in result.out
+        assert re.search(rf"^{name} ", result.out, re.M)
 
 
-def test_recipes_show_prints_a_recipe_that_can_be_used(racnn, here) -> None:
-    said = racnn("recipes", "show", "tiny", "--set", "train.batch=5", "--quick")
-    (here / "mine.toml").write_text(said.out)
+def test_recipes_show_prints_a_usable_recipe(racnn, here) -> None:
+    result = racnn("recipes", "show", "tiny", "--set", "train.batch=5", "--quick")
+    (here / "mine.toml").write_text(result.out)
     loaded = recipes.load("mine.toml")
     assert loaded.train.batch == 5
     assert loaded.data.limit == 12
     assert loaded.name == "tiny"
 
 
-# ---- requests that are wrong before anything runs
+# ---- wrong requests, refused before anything runs
 
 
 @pytest.mark.parametrize(
-    ("words", "parts", "hint"),
+    ("arguments", "parts", "hint"),
     [
-        (["train", "demmo"], ["no recipe 'demmo'", "did you mean demo"], "tiny"),
+        (["train", "demmo"], ["unknown recipe 'demmo'", "did you mean demo"], "tiny"),
         (["train", "none.toml"], ["none.toml"], "recipes ls"),
-        (["train"], ["which recipe?"], "--resume"),
-        (["train", "tiny", "--set", "train.bach=3"], ["'train.bach'", "did you mean train.batch"], "show"),
+        (["train"], ["RECIPE or --data"], "--resume"),
+        (
+            ["train", "tiny", "--set", "train.bach=3"],
+            ["'train.bach'", "did you mean train.batch"],
+            "recipes keys",
+        ),
         (["train", "tiny", "--set", "train.batch=-1", "--seed", "1"], ["train.batch", "-1"], "--set"),
         (["train", "tiny", "--set", "train.batch"], ["key=value"], "--set"),
-        (["train", "tiny", "--weights", "none", "--pretrained"], ["--weights", "--pretrained"], "one"),
+        (["train", "tiny", "--weights", "none", "--pretrained"], ["--weights none", "--pretrained"], "one"),
         (["train", "tiny", "--run", "x"], ["--run"], "--resume"),
         (["train", "tiny", "--resume"], ["--resume"], "--run"),
         (["train", "--resume", "--out", "x"], ["--out"], "--run"),
         (["pretrain-cnn", "tiny", "--run", "x"], ["--run"], "--out"),
-        (["pretrain-apn", "--out", "x"], ["--out"], "pretrain-apn RECIPE"),
+        (["pretrain-apn", "--out", "x"], ["--out"], "pretrain-cnn RECIPE --out DIR"),
         (["pretrain-apn", "tiny"], ["cannot start a run"], "`racnn pretrain-cnn` with that recipe"),
         (
             ["alternate", "tiny", "--scales", "3"],
             ["cannot start a run"],
             "`racnn pretrain-cnn` with that recipe",
         ),
-        (["export"], ["name one format"], "--onnx"),
-        (["export", "--onnx", "--safetensors"], ["name one format"], "--onnx"),
+        (["export"], ["needs a format"], "--onnx"),
+        (["export", "--onnx", "--safetensors"], ["--onnx", "--safetensors", "contradict"], "one"),
+        (["export", "--onnx", "--format", "torch"], ["--onnx", "--format torch", "contradict"], "one"),
+        (["export", "--half", "--precision", "int8"], ["--half", "--precision int8", "contradict"], "one"),
+        (["export", "--check", "x", "--half"], ["--check writes nothing"], "omit"),
+        (["train", "--data", "x"], ["default recipe", "model.weights: missing"], "--pretrained"),
+        (["pretrain-cnn", "--data", "x"], ["model.weights: missing"], "recipe `own`"),
+        (["train", "--data", "x", "--weights", "none"], ["'x' does not exist"], "--data"),
+        (["pretrain-cnn", "--weights", "none"], ["data.path is empty"], "--data"),
+        (["train", "--out", "x"], ["RECIPE or --data"], "--resume"),
+        (["pretrain-cnn", "--out", "x"], ["--out"], "pretrain-cnn RECIPE --out DIR"),
         (["recipes", "show", "tinny"], ["did you mean tiny"], "tiny"),
         (["train", "tiny", "--data", "no/such/place"], ["no/such/place"], "--data"),
         (["train", "tiny", "--set", "model.backbone=test_resnett"], ["test_resnett", "test_resnet"], "model"),
@@ -183,15 +197,15 @@ def test_recipes_show_prints_a_recipe_that_can_be_used(racnn, here) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_request(racnn, here, words, parts, hint) -> None:
-    if "train.device=cuda" in words and torch.cuda.is_available():
+def test_a_wrong_request(racnn, here, arguments, parts, hint) -> None:
+    if "train.device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    is_error(racnn(*words), *parts, hint=hint)
+    is_error(racnn(*arguments), *parts, hint=hint)
     assert os.listdir(here) == []
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["pretrain-cnn"],
         ["pretrain-apn"],
@@ -204,33 +218,33 @@ def test_a_wrong_request(racnn, here, words, parts, hint) -> None:
     ],
     ids=" ".join,
 )
-def test_no_run_yet_names_the_command_that_starts_one(racnn, here, words) -> None:
-    is_error(racnn(*words), "no run yet", hint="racnn train demo")
-    is_error(racnn(*words, "--run", "nowhere"), "nowhere", "recipe.toml", hint="racnn train")
+def test_no_run_yet_names_the_command_that_starts_one(racnn, here, arguments) -> None:
+    is_error(racnn(*arguments), "no run yet", hint="racnn train demo")
+    is_error(racnn(*arguments, "--run", "nowhere"), "nowhere", "recipe.toml", hint="racnn train")
 
 
-def test_unknown_words_are_refused_by_their_name(racnn, here) -> None:
-    for words, part in (
+def test_unknown_arguments_are_named(racnn, here) -> None:
+    for arguments, part in (
         (["trian"], "trian"),
         (["train", "tiny", "--epochs", "3"], "--epochs"),
         (["train", "tiny", "--scales", "9"], "--scales"),
         (["samples", "fieldguide", "--out", "x", "--images", "3"], "--images"),
     ):
-        said = racnn(*words)
-        assert said.code == 2
-        assert part in plain(said.err)
-        assert said.err.startswith("Usage: racnn")
-        assert "Traceback" not in said.err
+        result = racnn(*arguments)
+        assert result.code == 2
+        assert part in plain(result.err)
+        assert result.err.startswith("Usage: racnn")
+        assert "Traceback" not in result.err
 
 
 def test_a_size_that_the_backbone_refuses(racnn, here, data) -> None:
     file = write_recipe(here / "mine.toml", data, model__backbone="test_vit", model__sizes=[64, 50])
-    said = racnn("train", file)
-    is_error(said, "50", hint="model.sizes")
+    result = racnn("train", file)
+    is_error(result, "50", hint="model.sizes")
     assert not (here / "runs").exists()
 
 
-def test_data_without_a_split_of_their_own_and_all_errors_at_once(racnn, here, data) -> None:
+def test_all_unreadable_files_are_listed_at_once(racnn, here, data) -> None:
     mine = here / "mine"
     for name in ("wren", "robin"):
         (mine / name).mkdir(parents=True)
@@ -241,9 +255,9 @@ def test_data_without_a_split_of_their_own_and_all_errors_at_once(racnn, here, d
     file = write_recipe(here / "r.toml", mine)
     is_error(racnn("train", file), "bad.jpg", "worse.png", hint="--skip-bad")
     assert not (here / "runs").exists()
-    said = racnn("pretrain-cnn", file, "--skip-bad", "--set", "pretrain_cnn.epochs=1")
-    assert said.code == 0, said.err
-    assert "bad.jpg" in said.err
+    result = racnn("pretrain-cnn", file, "--skip-bad", "--set", "pretrain_cnn.epochs=1")
+    assert result.code == 0, result.err
+    assert "bad.jpg" in result.err
 
 
 # ---- runs
@@ -263,12 +277,12 @@ def test_out_that_cannot_be_made_is_a_failure(racnn, here, data) -> None:
     is_error(racnn("train", file, "--out", file / "sub"), "mine.toml", hint="another folder", code=1)
 
 
-def test_scales_that_disagree_with_the_run(racnn, fresh) -> None:
+def test_scales_that_differ_from_the_run(racnn, fresh) -> None:
     for command in ("pretrain-cnn", "pretrain-apn", "alternate"):
-        said = racnn(command, "--scales", 3)
-        is_error(said, "2 scale(s)", "1 APN(s)", "--scales 3", hint="pretrain-cnn RECIPE --scales 3")
+        result = racnn(command, "--scales", 3)
+        is_error(result, "2 scale(s)", "1 APN(s)", "--scales 3", hint="pretrain-cnn RECIPE --scales 3")
     is_error(racnn("train", "--resume", "--scales", 1), "--scales 1", hint="--scales")
-    is_error(racnn("alternate", "--set", "model.scales=5"), "--scales 5", hint="leave")
+    is_error(racnn("alternate", "--set", "model.scales=5"), "--scales 5", hint="omit")
 
 
 def test_a_stage_without_its_predecessor_names_the_command(racnn, fresh) -> None:
@@ -276,10 +290,10 @@ def test_a_stage_without_its_predecessor_names_the_command(racnn, fresh) -> None
     is_error(racnn("alternate"), "alternate needs pretrain-cnn", hint="racnn pretrain-cnn --run")
 
 
-def test_what_needs_weights_says_that_there_are_none(racnn, fresh, data) -> None:
+def test_missing_weights(racnn, fresh, data) -> None:
     image = next(data.rglob("*.png"))
-    for words in (["eval"], ["export", "--onnx"], ["export", "--safetensors"], ["predict", image]):
-        is_error(racnn(*words), "weights.safetensors", hint="stage")
+    for arguments in (["eval"], ["export", "--onnx"], ["export", "--safetensors"], ["predict", image]):
+        is_error(racnn(*arguments), "weights.safetensors", hint="stage")
 
 
 @pytest.mark.parametrize(
@@ -292,27 +306,27 @@ def test_what_needs_weights_says_that_there_are_none(racnn, fresh, data) -> None
         ("data.augment.scale=0.9", "data.augment.scale"),
     ],
 )
-def test_a_runs_network_and_data_cannot_change(racnn, fresh, change, key) -> None:
+def test_network_and_data_of_a_run_cannot_change(racnn, fresh, change, key) -> None:
     before = fresh.recipe_file.read_text()
     is_error(racnn("pretrain-cnn", "--set", change), key, "cannot change", hint="--out")
     assert fresh.recipe_file.read_text() == before
 
 
 def test_a_misspelt_key_for_a_run(racnn, fresh) -> None:
-    is_error(racnn("pretrain-cnn", "--set", "train.bach=3"), "did you mean train.batch", hint="show")
+    is_error(racnn("pretrain-cnn", "--set", "train.bach=3"), "did you mean train.batch", hint="recipes keys")
 
 
-def test_one_scale_has_nothing_to_zoom_into(racnn, here, data) -> None:
+def test_one_scale_has_no_apn(racnn, here, data) -> None:
     file = write_recipe(here / "mine.toml", data)
     assert racnn("pretrain-cnn", file, "--scales", 1, "--set", "pretrain_cnn.epochs=1").code == 0
     is_error(racnn("pretrain-apn"), "one scale", "pretrain-apn", hint="--scales 2")
 
 
-def test_classes_that_are_not_the_runs(racnn, fresh, data, here) -> None:
-    other = write_blobs(here / "other", {"train": 3, "val": 2, "test": 2})
+def test_classes_that_differ_from_the_run(racnn, fresh, data, here) -> None:
+    renamed = write_blobs(here / "renamed", {"train": 3, "val": 2, "test": 2})
     for split in ("train", "val", "test"):
-        (other / split / "red").rename(other / split / "crimson")
-    is_error(racnn("pretrain-cnn", "--data", other), "crimson", "red")
+        (renamed / split / "red").rename(renamed / split / "crimson")
+    is_error(racnn("pretrain-cnn", "--run", "runs/latest", "--data", renamed), "crimson", "red")
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise"])
@@ -320,7 +334,7 @@ def test_corrupt_files_of_a_run_are_failures(racnn, here, data, damage) -> None:
     file = write_recipe(here / "mine.toml", data, pretrain_cnn__epochs=1)
     assert racnn("pretrain-cnn", file).code == 0
     run = Run.open(None)
-    for broken in (run.weights, *checkpoint.saved(run)):
+    for broken in (run.weights, *checkpoint.list_checkpoints(run)):
         whole = broken.read_bytes()
         broken.write_bytes(whole[:1000] if damage == "cut" else b"\x00\x01" * 500)
     is_error(racnn("eval"), "weights.safetensors", "damaged", hint="backup", code=1)
@@ -331,22 +345,119 @@ def test_corrupt_files_of_a_run_are_failures(racnn, here, data, damage) -> None:
     is_error(racnn("eval"), "recipe.toml", hint="line")
 
 
-def test_weights_of_a_file_that_is_not_there_or_no_weights(racnn, here, data) -> None:
+def test_missing_or_damaged_weight_files(racnn, here, data) -> None:
     file = write_recipe(here / "mine.toml", data)
     is_error(racnn("train", file, "--weights", "none.safetensors"), "none.safetensors")
     (here / "noise.safetensors").write_bytes(b"\x07" * 100)
-    said = racnn("train", file, "--weights", "noise.safetensors")
-    is_error(said, "noise.safetensors", code=said.code)
-    assert said.code in (1, 2)
+    result = racnn("train", file, "--weights", "noise.safetensors")
+    is_error(result, "noise.safetensors", code=result.code)
+    assert result.code in (1, 2)
     assert not (here / "runs").exists()
 
 
-def test_eval_of_a_split_that_is_not_there(racnn, fresh) -> None:
+def test_eval_of_an_unknown_split(racnn, fresh) -> None:
     assert racnn("eval", "--split", "holdout").code == 2
 
 
-def test_markup_in_names_is_printed_as_it_is(racnn, here) -> None:
+def test_markup_in_names_is_printed_verbatim(racnn, here) -> None:
     is_error(racnn("train", "tiny", "--data", "[red]birds[/]"), "[red]birds[/]")
+
+
+def test_export_options_that_a_format_does_not_have(racnn, fresh) -> None:
+    is_error(racnn("export", "--torch", "--int8"), "--int8", hint="--format onnx")
+    is_error(racnn("export", "--safetensors", "--raw"), "--raw", hint="omit")
+    is_error(racnn("export", "--onnx", "--opset", 19), "--opset 19", hint="18 or 20")
+
+
+# ---- runs without a recipe
+
+
+def test_data_alone_starts_a_run_named_after_them(racnn, here, data) -> None:
+    small = ["--backbone", "test_resnet", "--weights", "none", "--scales", 2]
+    small += ["--set", "pretrain_cnn.epochs=1", "--set", "train.device=cpu"]
+    result = racnn("pretrain-cnn", "--data", data, *small)
+    assert result.code == 0, result.err
+    recipe = Run(here / "runs" / "data").recipe()
+    assert (recipe.name, recipe.model.backbone, recipe.model.scales) == ("data", "test_resnet", 2)
+    assert "next: racnn pretrain-apn" in result.out
+    again = racnn("pretrain-cnn", "--data", data, *small)
+    assert again.code == 0, again.err
+    assert Run.open(None).folder.name == "data-2"
+    # With --run, or without any of these options, a run continues.
+    assert "finished in runs/data;" in racnn("pretrain-cnn", "--run", "runs/data", "--data", data).out
+    assert "data-2; next" in racnn("pretrain-cnn").out
+    assert sorted(os.listdir(here / "runs")) == ["data", "data-2", "latest"]
+
+
+def test_run_and_another_backbone_contradict(racnn, fresh) -> None:
+    result = racnn("pretrain-cnn", "--run", fresh.folder, "--backbone", "vgg11")
+    is_error(result, "model.backbone", "cannot change", hint="--out")
+
+
+# ---- lists
+
+
+def test_recipes_keys_describes_every_key(racnn) -> None:
+    lines = racnn("recipes", "keys").out.splitlines()
+    keys = [line.partition(" = ")[0] for line in lines[::2]]
+    assert keys == recipes.key_names()
+    assert all(line.startswith("    ") and len(line) > 12 for line in lines[1::2])
+    assert "model.floor = 0.333" in racnn("recipes", "keys", "model.f*").out
+
+
+def test_backbones_lists_names_sizes_and_fixed_sizes(racnn) -> None:
+    from racnn_cli import backbones
+
+    if not hasattr(backbones, "list_models"):
+        pytest.skip("the package has no list of models")
+    result = racnn("backbones", "vgg")
+    assert result.code == 0, result.err
+    assert re.search(r"^vgg19 +\d+ px", result.out, re.M)
+
+
+# ---- Ctrl-C
+
+
+@pytest.mark.parametrize("module", ["typer", "rich", "pydantic", "torch"])
+def test_ctrl_c_during_the_imports_is_one_line(module, here) -> None:
+    """SIGINT at the moment when the process imports a module."""
+    code = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["racnn", "train", "tiny"]
+from racnn_cli.__main__ import main
+main()
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert process.returncode == 130
+    assert process.stderr == "error: stopped by SIGINT\n"
+    assert os.listdir(here) == []
+
+
+def test_a_real_ctrl_c_in_the_first_moment(here) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "racnn_cli", "train", "tiny"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # importtime prints a line per module as soon as it is imported
+            if line.endswith(" typing_extensions\n"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.returncode == 130
+    assert rest == ["error: stopped by SIGINT\n"]
 
 
 # ---- samples
@@ -354,29 +465,29 @@ def test_markup_in_names_is_printed_as_it_is(racnn, here) -> None:
 
 def test_samples_writes_a_data_set_to_a_folder(racnn, here, monkeypatch) -> None:
     monkeypatch.setenv("RACNN_CACHE", str(here / "cache"))
-    said = racnn("samples", "fieldguide", "--out", "birds", "--images", 24, "--size", 64)
-    assert said.code == 0, said.err
-    assert "birds" in said.out
+    result = racnn("samples", "fieldguide", "--out", "birds", "--images", 24, "--size", 64)
+    assert result.code == 0, result.err
+    assert "birds" in result.out
     assert len(list((here / "birds").rglob("*.png")) + list((here / "birds").rglob("*.jpg"))) == 24
     is_error(racnn("samples", "fieldguide", "--out", "birds"), "birds")
-    is_error(racnn("samples", "fieldguyde", "--out", "other"), "fieldguyde")
+    is_error(racnn("samples", "fieldguyde", "--out", "renamed"), "fieldguyde")
 
 
 # ---- predict as JSON
 
 
-def test_predict_prints_one_json_line_an_image(racnn, here, data) -> None:
+def test_predict_prints_one_json_line_per_image(racnn, here, data) -> None:
     file = write_recipe(here / "mine.toml", data, pretrain_cnn__epochs=1)
     assert racnn("pretrain-cnn", file).code == 0
-    said = racnn("predict", data / "test" / "red", "--format", "jsonl")
-    assert said.code == 0, said.err
-    lines = [json.loads(line) for line in said.out.splitlines()]
+    result = racnn("predict", data / "test" / "red", "--format", "jsonl")
+    assert result.code == 0, result.err
+    lines = [json.loads(line) for line in result.out.splitlines()]
     assert len(lines) == 4
     again = racnn("predict", "runs/latest", data / "test" / "red", "--format", "jsonl")
-    assert again.out == said.out
-    is_error(racnn("predict", "runs/latest"), "for which images")
-    is_error(racnn("predict", "runs/latest", file, "--run", "runs/latest"), "two networks")
-    is_error(racnn("predict", "none.onnx", data), "none.onnx does not exist", hint="racnn export --onnx")
+    assert again.out == result.out
+    is_error(racnn("predict", "runs/latest"), "no images were given")
+    is_error(racnn("predict", "runs/latest", file, "--run", "runs/latest"), "both name a network")
+    is_error(racnn("predict", "none.onnx", data), "none.onnx does not exist", hint="racnn export")
     is_error(racnn("predict", "https://example.org/a.jpg"), "address")
     (here / "empty").mkdir()
     is_error(racnn("predict", "empty"), "empty")

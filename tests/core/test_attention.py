@@ -400,3 +400,41 @@ def test_half_precision_does_not_move_a_box() -> None:
         torch.testing.assert_close(apn(features.bfloat16()), plain)
         torch.testing.assert_close(peak_target(features.bfloat16(), 0.5), peak_target(features, 0.5))
     assert len(plain[:, 0].unique()) == 32
+
+
+def affine_grid_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """The crop without mask and antialiasing, by torch's own sampler."""
+    zero = torch.zeros_like(boxes[:, 0])
+    across = torch.stack([2 * boxes[:, 2], zero, 2 * boxes[:, 0] - 1], dim=1)
+    down = torch.stack([zero, 2 * boxes[:, 2], 2 * boxes[:, 1] - 1], dim=1)
+    shape = [len(images), images.shape[1], size, size]
+    grid = F.affine_grid(torch.stack([across, down], dim=1), shape, align_corners=False)  # (B, s, s, 2)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def per_sample_crop(images: Tensor, boxes: Tensor, size: int, k: float) -> Tensor:
+    """The paper's crop in a loop over the batch: mask, cut at whole pixels, enlarge."""
+    side, crops = images.shape[-1], []
+    for image, box in zip(images, boxes, strict=True):
+        across, down = (attention.boxcar(box[axis : axis + 1], box[2:], side, k)[0] for axis in (0, 1))
+        masked = image * (down[:, None] * across[None, :])
+        x, y = ((box[:2] - box[2]) * side).floor().int().clamp_min(0).tolist()
+        width = max(round(2 * box[2].item() * side), 1)
+        cut = masked[None, :, y : y + width, x : x + width]
+        crops.append(F.interpolate(cut, (size, size), mode="bilinear", align_corners=False))
+    return torch.cat(crops)
+
+
+def test_zoom_agrees_with_grid_sample_and_with_a_loop_over_the_batch() -> None:
+    from racnn_cli.data.datasets.fieldguide import draw
+
+    drawn = [torch.from_numpy(draw(label, size=96, seed=3, index=label)[0].copy()) for label in range(2)]
+    images = (torch.stack(drawn).permute(0, 3, 1, 2).double() / 127.5 - 1).float()
+    # Boxes at whole pixels, enlarged: except for the mask and the border, all three are the same bilinear crop.
+    boxes = torch.tensor([[0.5, 0.5, 0.25], [0.375, 0.5, 0.25]])
+    unmasked = zoom(images, boxes, 96, k=math.inf)
+    torch.testing.assert_close(affine_grid_crop(images, boxes, 96), unmasked, atol=1e-5, rtol=0)
+    masked = zoom(images, boxes, 96, k=0.5)
+    inner = (slice(None), slice(None), slice(4, -4), slice(4, -4))
+    loop = per_sample_crop(images, boxes, 96, k=0.5)
+    torch.testing.assert_close(loop[inner], masked[inner], atol=0.03, rtol=0)

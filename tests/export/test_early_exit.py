@@ -1,4 +1,4 @@
-"""The graph that looks closer only where it must."""
+"""Early exit: finer scales run only on the images that scale 1 is uncertain about."""
 
 from __future__ import annotations
 
@@ -11,148 +11,132 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from untrained import CLASSES, SIDE, make_run, write_data
+from untrained import CLASSES, SIDE, make_run
 
-from racnn_cli.data.square import load_source
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import ExportError
 from racnn_cli.export import early_exit
-from racnn_cli.export import onnx as export
-from racnn_cli.export.graph import Form
-from racnn_cli.export.prediction import load
+from racnn_cli.export.check import check
+from racnn_cli.export.graph import ExportOptions
+from racnn_cli.export.loading import load
+from racnn_cli.export.onnx import describe, export_onnx
 from racnn_cli.run import Run
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("early") / "data")
+def report(run: Run) -> dict:
+    """The report of a file with early exit and crops."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Scale 1 of this run agrees with all scales, so all images might stop.
+        patch.setattr(early_exit, "choose_threshold", lambda confidence, **_: float(np.median(confidence)))
+        options = ExportOptions(crops=True)
+        return export_onnx(run, run.folder / "early.onnx", options=options, early_exit=True)
 
 
-@pytest.fixture(scope="module")
-def run(data: Path) -> Run:
-    return make_run(data.parent.parent / "three", data, scales=3)
+def run_file(path: str | Path, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """All outputs of an ONNX file by name."""
+    session = onnxruntime.InferenceSession(path)
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-@pytest.fixture(scope="module")
-def exported(run: Run) -> dict:
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # scale 1 of this run says what all scales say: all might stop
-        patch.setattr(early_exit, "choose", lambda sure, *_: float(np.median(sure)))
-        return export.export_onnx(run, run.folder / "early.onnx", form=Form(crops=True), exits=True)
-
-
-def test_only_unsure_images_are_looked_at_closer(run: Run, exported: dict, data: Path) -> None:
-    files = sorted(data.parent.glob("val-*.png"))
-    squares = np.stack([load_source(file, "crop", SIDE)[0] for file in files])
-    image = np.ascontiguousarray(squares.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
-    session = onnxruntime.InferenceSession(exported["path"])
-
-    def answers(**given) -> dict[str, np.ndarray]:
-        names = [value.name for value in session.get_outputs()]
-        return dict(zip(names, session.run(names, {"image": image, **given}), strict=True))
-
-    export.export_onnx(run, form=Form(crops=True))
-    plain = onnxruntime.InferenceSession(run.onnx)
-    names = [value.name for value in plain.get_outputs()]
-    whole = dict(zip(names, plain.run(names, {"image": image}), strict=True))
-
-    found, told = answers(), exported["early_exit"]
-    sure = whole["scales"][:, 0].max(axis=1)
-    stops = sure >= told["threshold"]
-    assert stops.sum() == len(files) / 2
-    assert found["ran"].tolist() == np.where(stops, 1, 3).tolist()
-    for name in names:
-        assert np.abs(found[name][~stops] - whole[name][~stops]).max() < 1e-3 * (
-            SIDE if name == "boxes" else 1
-        ), name
-    assert np.abs(found["probabilities"][stops] - whole["scales"][stops, 0]).max() < 1e-4
-    assert (found["labels"][stops, 0] == whole["scales"][stops, 0].argmax(axis=1)).all()
+def test_only_uncertain_images_go_through_the_finer_scales(
+    run: Run, report: dict, data: Path, tmp_path: Path, validation_image: np.ndarray
+) -> None:
+    image, figures = validation_image, report["early_exit"]
+    export_onnx(run, tmp_path / "full.onnx", options=ExportOptions(crops=True))
+    full, outputs = run_file(tmp_path / "full.onnx", image=image), run_file(report["path"], image=image)
+    stops = full["scales"][:, 0].max(axis=1) >= figures["threshold"]
+    assert stops.sum() == len(image) / 2
+    assert outputs["ran"].tolist() == np.where(stops, 1, 3).tolist()
+    for name in full:
+        tolerance = 1e-3 * (SIDE if name == "boxes" else 1)
+        assert np.abs(outputs[name][~stops] - full[name][~stops]).max() < tolerance, name
+    assert np.abs(outputs["probabilities"][stops] - full["scales"][stops, 0]).max() < 1e-4
+    assert (outputs["labels"][stops, 0] == full["scales"][stops, 0].argmax(axis=1)).all()
     for name in ("boxes", "crop_2", "crop_3"):
-        assert not found[name][stops].any(), name
-    assert not found["scales"][stops, 1:].any()
+        assert not outputs[name][stops].any(), name
+    assert not outputs["scales"][stops, 1:].any()
 
-    labels = np.array([run.classes().index(CLASSES[int(file.name[4])]) for file in files])
-    shares = [float((some["labels"][:, 0] == labels).mean()) for some in (whole, found)]
-    assert shares == pytest.approx([told["before"], told["after"]])
-    assert (told["stopped"], told["images"]) == (stops.sum(), len(files))
-
-    never = np.array(early_exit.NEVER, np.float32)
-    assert np.abs(answers(threshold=never)["probabilities"] - whole["probabilities"]).max() < 1e-3
-    assert set(answers(threshold=np.array(0, np.float32))["ran"]) == {1}
-
-
-def test_its_file_is_verified_described_and_checked_again(run: Run, exported: dict, data: Path) -> None:
-    assert exported["agreement"] == [60, 60]  # twenty images: none, all and half of them looked at closer
-    assert list(exported["outputs"])[-1] == "ran"
-    text = export.describe(exported)
-    assert re.search(r"early exit: \d+ of 24 validation images stop after scale 1", text)
-    told = export.check(run, Path(exported["path"]), data.parent)
-    assert told["agreement"] == [60, 60]
-    meta = onnxruntime.InferenceSession(exported["path"]).get_modelmeta().custom_metadata_map
-    assert float(meta["threshold"]) == pytest.approx(exported["early_exit"]["threshold"])
-    assert json.loads(meta["classes"]) == sorted(CLASSES)
-
-
-def test_predictions_tell_of_the_scales_that_ran(exported: dict, data: Path) -> None:
-    found = load(Path(exported["path"])).predict(sorted(data.parent.glob("val-*.png")))
-    assert {(len(one.scales), len(one.boxes)) for one in found} == {(1, 0), (3, 2)}
-
-
-def test_openvino_reads_it_too(exported: dict, data: Path) -> None:
-    openvino = pytest.importorskip("openvino")
     files = sorted(data.parent.glob("val-*.png"))
-    squares = np.stack([load_source(file, "crop", SIDE)[0] for file in files])
-    image = np.ascontiguousarray(squares.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
-    network = openvino.Core().compile_model(exported["path"], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    assert [one.get_any_name() for one in network.inputs] == ["image"]  # the threshold is a constant to it
-    answers, session = network({"image": image}), onnxruntime.InferenceSession(exported["path"])
-    names = ["probabilities", "scales", "boxes", "ran"]
-    for name, value in zip(names, session.run(names, {"image": image}), strict=True):
-        assert np.abs(answers[name] - value).max() < (0.05 if name == "boxes" else 1e-3), name
+    labels = np.array([run.classes().index(CLASSES[int(file.name[4])]) for file in files])
+    accuracies = [float((values["labels"][:, 0] == labels).mean()) for values in (full, outputs)]
+    assert accuracies == pytest.approx([figures["before"], figures["after"]])
+    assert (figures["stopped"], figures["images"]) == (stops.sum(), len(files))
+
+    no_exit = run_file(report["path"], image=image, threshold=np.array(early_exit.NO_EXIT, np.float32))
+    assert np.abs(no_exit["probabilities"] - full["probabilities"]).max() < 1e-3
+    assert set(run_file(report["path"], image=image, threshold=np.array(0, np.float32))["ran"]) == {1}
 
 
-def test_raw_images_that_are_not_square(run: Run) -> None:
-    made = export.export_onnx(
-        run, run.folder / "raw.onnx", form=Form(raw=True), opset=18, exits=True, max_drop=100
-    )
-    session = onnxruntime.InferenceSession(made["path"])
+def test_the_file_is_checked_and_described(run: Run, report: dict, data: Path) -> None:
+    assert report["agreement"] == [60, 60]  # twenty images, of which none, all and half are refined
+    assert list(report["outputs"])[-1] == "ran"
+    assert re.search(r"early exit: \d+ of 24 validation images stop after scale 1", describe(report))
+    assert check(run, Path(report["path"]), data.parent)["agreement"] == [60, 60]
+    metadata = onnxruntime.InferenceSession(report["path"]).get_modelmeta().custom_metadata_map
+    assert float(metadata["threshold"]) == pytest.approx(report["early_exit"]["threshold"])
+    assert json.loads(metadata["classes"]) == sorted(CLASSES)
+
+
+def test_predictions_hold_the_scales_that_ran(report: dict, data: Path) -> None:
+    predictions = load(Path(report["path"])).predict(sorted(data.parent.glob("val-*.png")))
+    assert {(len(entry.scales), len(entry.boxes)) for entry in predictions} == {(1, 0), (3, 2)}
+
+
+def test_openvino_agrees_with_onnx_runtime(report: dict, validation_image: np.ndarray) -> None:
+    openvino = pytest.importorskip("openvino")
+    network = openvino.Core().compile_model(report["path"], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert [value.get_any_name() for value in network.inputs] == ["image"]  # the threshold became a constant
+    outputs, expected = network({"image": validation_image}), run_file(report["path"], image=validation_image)
+    for name in ("probabilities", "scales", "boxes", "ran"):
+        assert np.abs(outputs[name] - expected[name]).max() < (0.05 if name == "boxes" else 1e-3), name
+
+
+def test_raw_images_that_are_not_square(run: Run, tmp_path: Path) -> None:
+    options = ExportOptions(raw=True)
+    report = export_onnx(run, tmp_path / "raw.onnx", options=options, opset=18, early_exit=True, max_drop=100)
     image = np.random.default_rng(0).integers(0, 256, (3, 50, 90, 3), dtype=np.uint8)
-    never = np.array(early_exit.NEVER, np.float32)
-    boxes, ran = session.run(["boxes", "ran"], {"image": image, "threshold": never})
-    assert ran.tolist() == [3, 3, 3]
-    assert (boxes[..., 0] >= 20 - 1e-3).all()  # the centre crop begins there
-    assert (boxes[..., 2] <= 70 + 1e-3).all()
+    outputs = run_file(report["path"], image=image, threshold=np.array(early_exit.NO_EXIT, np.float32))
+    assert outputs["ran"].tolist() == [3, 3, 3]
+    assert (outputs["boxes"][..., 0] >= 20 - 1e-3).all()  # the center crop begins here
+    assert (outputs["boxes"][..., 2] <= 70 + 1e-3).all()
 
 
-def test_what_cannot_be_combined(run: Run, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(RacnnError, match="--early-exit writes float32, not int8"):
-        export.export_onnx(run, tmp_path / "a.onnx", exits=True, precision="int8")
+def test_options_that_cannot_be_combined(run: Run, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--early-exit writes float32, not int8"):
+        export_onnx(run, tmp_path / "a.onnx", early_exit=True, precision="int8")
     single = make_run(tmp_path / "single", data, scales=1)
-    with pytest.raises(RacnnError, match="has one scale: there is none to leave out"):
-        export.export_onnx(single, tmp_path / "b.onnx", exits=True)
+    with pytest.raises(ExportError, match="has a single scale, so there are no finer scales to skip"):
+        export_onnx(single, tmp_path / "b.onnx", early_exit=True)
     assert not [*tmp_path.glob("*.onnx*")]
 
 
-def test_where_the_threshold_lies() -> None:
-    sure = np.array([0.9, 0.8, 0.7, 0.6])
-    yes, no = np.ones(4, bool), np.zeros(4, bool)
-    assert early_exit.choose(sure, yes, yes, 0) == pytest.approx(0.3)  # all may stop
-    assert early_exit.choose(sure, np.array([1, 1, 0, 1], bool), yes, 0) == pytest.approx(0.75)
-    assert early_exit.choose(sure, np.array([1, 1, 0, 1], bool), yes, 25) == pytest.approx(0.3)
-    with pytest.raises(RacnnError, match="scale 1 is wrong where it is surest"):
-        early_exit.choose(sure, no, yes, 24)
+def choose(confidence: np.ndarray, coarse: np.ndarray, full: np.ndarray, max_drop: float) -> float:
+    return early_exit.choose_threshold(
+        confidence, coarse_correct=coarse, full_correct=full, max_drop=max_drop
+    )
+
+
+def test_choice_of_the_threshold() -> None:
+    confidence = np.array([0.9, 0.8, 0.7, 0.6])
+    right, wrong, one_wrong = np.ones(4, bool), np.zeros(4, bool), np.array([1, 1, 0, 1], bool)
+    assert choose(confidence, right, right, max_drop=0) == pytest.approx(0.3)  # all may stop
+    assert choose(confidence, one_wrong, right, max_drop=0) == pytest.approx(0.75)
+    assert choose(confidence, one_wrong, right, max_drop=25) == pytest.approx(0.3)
+    with pytest.raises(ExportError, match="scale 1 is wrong even where it is most confident"):
+        choose(confidence, wrong, right, max_drop=24)
 
 
 @given(
     st.lists(st.tuples(st.integers(1, 20), st.booleans(), st.booleans()), min_size=1, max_size=30),
     st.sampled_from([0.0, 0.5, 10.0, 50.0]),
 )
-def test_no_threshold_costs_more_than_it_may(images: list[tuple[int, bool, bool]], allowed: float) -> None:
-    sure, coarse, fine = (np.array(values) for values in zip(*images, strict=True))
+def test_no_threshold_costs_more_than_allowed(images: list[tuple[int, bool, bool]], max_drop: float) -> None:
+    confidence, coarse, full = (np.array(values) for values in zip(*images, strict=True))
     try:
-        threshold = early_exit.choose(sure / 20, coarse, fine, allowed)
-    except RacnnError:
+        threshold = choose(confidence / 20, coarse, full, max_drop=max_drop)
+    except ExportError:
         return
-    right = np.where(sure / 20 >= threshold, coarse, fine)
-    assert (sure / 20 >= threshold).any()
-    assert 100 * (fine.mean() - right.mean()) <= allowed + 1e-6
+    stops = confidence / 20 >= threshold
+    assert stops.any()
+    assert 100 * (full.mean() - np.where(stops, coarse, full).mean()) <= max_drop + 1e-6

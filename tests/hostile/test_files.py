@@ -24,7 +24,7 @@ from untrained import make_run, write_data
 
 from racnn_cli import api
 from racnn_cli.errors import RacnnError
-from racnn_cli.export.prediction import load
+from racnn_cli.export.loading import load
 from racnn_cli.run import Run
 from racnn_cli.training import checkpoint
 from racnn_cli.training.trainer import Trainer
@@ -264,7 +264,7 @@ def test_a_network_that_no_memory_holds(here: Path) -> None:
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("error: the memory is not enough"), done.stderr
+    assert done.stderr.startswith("error: out of memory"), done.stderr
     assert "model.apn_hidden" in done.stderr.splitlines()[-1]
     assert not (here / "mine").exists()
 
@@ -547,7 +547,7 @@ def test_weights_elsewhere_are_not_read(here: Path, location: str) -> None:
 )
 def test_metadata_that_lie(here: Path, metadata: dict[str, object]) -> None:
     key = next(iter(metadata))
-    with pytest.raises(RacnnError, match=f"of its metadata, {key} cannot be used"):
+    with pytest.raises(RacnnError, match=f"missing or invalid metadata: {key}"):
         load(write_onnx(here / "model.onnx", **metadata))
 
 

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -26,20 +19,17 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from torchvision.ops import box_iou
 from untrained import CLASSES, SIDE, make_run, write_data
 
-import racnn_cli
 from racnn_cli import evaluation
 from racnn_cli.core import store
 from racnn_cli.core.metrics import BoxMetrics
 from racnn_cli.data.decode import read_image
 from racnn_cli.data.images import ImageDataset
 from racnn_cli.data.index import build_index
-from racnn_cli.data.square import load_source
 from racnn_cli.errors import RacnnError
 from racnn_cli.events import EvalResult
 from racnn_cli.export import onnx as exporter
-from racnn_cli.export import quantize
-from racnn_cli.export.graph import Deployed, Form
-from racnn_cli.export.prediction import Frame, load
+from racnn_cli.export.loading import load
+from racnn_cli.export.prediction import Frame
 from racnn_cli.results import draw, predict, report, tables
 from racnn_cli.run import Run, write_json
 
@@ -198,258 +188,6 @@ def exported(run: Run) -> dict:
     return exporter.export_onnx(run)
 
 
-def test_onnx_file_answers_as_the_network_does(run: Run, exported: dict, outputs, capfd) -> None:
-    output, _, _, items = outputs
-    assert exported["checked_on"] == "validation images"
-    assert exported["inputs"] == {"image": ["batch", 3, "height", "width"]}
-    assert exported["outputs"]["boxes"] == ["batch", 2, 4]
-    assert exported["outputs"]["labels"] == ["batch", 3]
-    assert max(exported["max_difference"].values()) < 1e-4
-    assert (exported["batches"], exported["sides"], exported["agreement"]) == ([1, 2, 7], [48, 72], [20, 20])
-    assert str(run.onnx) in exporter.describe(exported)
-    assert "same class on 20 of 20" in exporter.describe(exported)
-    pixels = np.stack([load_source(item.path, "crop", SIDE)[0] for item in items[:3]])
-    session = onnxruntime.InferenceSession(str(run.onnx))
-    names = [value.name for value in session.get_outputs()]
-    assert names == ["probabilities", "labels", "scales", "boxes"]
-    image = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 255
-    found = dict(zip(names, session.run(names, {"image": image}), strict=True))
-    assert np.abs(found["probabilities"] - output.probabilities[:3].numpy()).max() < 1e-3
-    assert (found["labels"] == output.probabilities[:3].argsort(descending=True).numpy()).all()
-    assert np.abs(found["scales"][:, 2] - output.logits[2][:3].softmax(1).numpy()).max() < 1e-3
-    boxes = torch.stack(output.boxes, 1)[:3]
-    corners = SIDE * torch.cat([boxes[..., :2] - boxes[..., 2:], boxes[..., :2] + boxes[..., 2:]], 2)
-    assert np.abs(found["boxes"] - corners.numpy()).max() < 0.05
-    meta = {entry.key: entry.value for entry in onnx.load(run.onnx).metadata_props}
-    assert json.loads(meta["classes"]) == run.classes()
-    assert (meta["source"], meta["sizes"], meta["fit"]) == (str(SIDE), "[64, 64, 64]", "crop")
-    assert (meta["layout"], meta["top"], meta["racnn"]) == ("NCHW", "5", racnn_cli.__version__)
-    assert len(json.loads(meta["mean"])) == len(json.loads(meta["std"])) == 3
-    assert meta["recipe_sha256"] == hashlib.sha256(meta["recipe"].encode()).hexdigest()
-
-
-@pytest.mark.parametrize(("fit", "opset"), [("crop", 18), ("pad", 20), ("squash", 20)])
-def test_raw_images_of_any_shape_are_made_square_inside(run: Run, fit: str, opset: int) -> None:
-    """What the graph says of an image that is not square is what it says of the square, in the image's pixels."""
-    network, _ = store.load(run.folder)
-    deployed = Deployed(network, fit, Form(raw=True, top=2, crops=True)).eval()
-    proto = onnx_ir.to_proto(exporter.to_onnx(deployed, opset))
-    assert [entry.version for entry in proto.opset_import if not entry.domain] == [opset]
-    session = onnxruntime.InferenceSession(proto.SerializeToString())
-    rng = np.random.default_rng(0)
-    for count, height, width in ((1, 40, 90), (3, 77, 50), (2, SIDE, SIDE), (2, 65, 65)):
-        image = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-        found = dict(zip(deployed.names, session.run(deployed.names, {"image": image}), strict=True))
-        with torch.inference_mode():
-            expected = dict(zip(deployed.names, deployed(torch.from_numpy(image)), strict=True))
-        for name, value in expected.items():
-            assert np.abs(found[name] - value.numpy()).max() < (
-                1e-3 if name in ("probabilities", "scales") else 1e-2
-            ), name
-        assert found["labels"].shape == (count, 2)
-        assert found["crop_3"].shape == (count, 3, 64, 64)
-        assert (found["crop_3"].min() >= 0, found["crop_3"].max() <= 1) == (True, True)
-        boxes = found["boxes"]
-        assert (boxes >= 0).all()
-        assert (boxes[..., [0, 2]] <= width).all()
-        assert (boxes[..., [1, 3]] <= height).all()
-        if fit == "squash":
-            continue
-        # The square by hand, through the network as it was trained.
-        side = min(height, width) if fit == "crop" else max(height, width)
-        left, top = (width - side) // 2, (height - side) // 2
-        square = np.full((count, side, side, 3), 128, np.uint8)
-        if fit == "crop":
-            square = image[:, top : top + side, left : left + side]
-        else:
-            left, top = -((side - width) // 2), -((side - height) // 2)
-            square[:, -top : height - top, -left : width - left] = image
-        with torch.inference_mode():
-            plain = network(torch.from_numpy(square.copy()).permute(0, 3, 1, 2))
-        assert np.abs(found["probabilities"] - plain.probabilities.numpy()).max() < 1e-3
-        centre = plain.boxes[0][:, :2].numpy() * side + (left, top)
-        inside = (boxes[:, 0, :2] > 0).all(1) & (boxes[:, 0, 2:] < (width, height)).all(1)
-        middle = (boxes[:, 0, :2] + boxes[:, 0, 2:]) / 2
-        assert np.abs(middle - centre)[inside].max(initial=0) < 0.05
-
-
-def test_a_file_that_disagrees_is_not_left_behind(run: Run, exported: dict, place: Path, monkeypatch) -> None:
-    network, _ = store.load(run.folder)
-    images = exporter.CheckImages(run.recipe(), run.classes(), SIDE, [])
-    deployed = Deployed(network, "crop", Form()).eval()
-    exporter.compare(deployed, run.onnx, images)
-    assert network.fusion is not None
-    network.fusion.bias.data[0] += 0.5
-    with pytest.raises(
-        RacnnError, match=r"differ by .* in probabilities on noise of 48×48 px, 1 at a time"
-    ) as error:
-        exporter.compare(deployed, run.onnx, images)
-    assert error.value.exit_code == 1
-    monkeypatch.setattr(exporter, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
-    monkeypatch.setattr(store, "load", lambda _: (network.eval(), run))
-    folder = place / "elsewhere"
-    for largest in (exporter.LARGEST, 1000):  # with the weights inside, and beside
-        monkeypatch.setattr(exporter, "LARGEST", largest)
-        with pytest.raises(RacnnError, match="differ by"):
-            exporter.export_onnx(run, folder / "net.onnx")
-        assert list(folder.iterdir()) == []
-
-
-def test_weights_too_large_for_one_file_lie_beside_it(
-    run: Run, exported: dict, place: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(exporter, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
-    monkeypatch.setattr(exporter, "LARGEST", 1000)
-    folder = place / "large"
-    made = [exporter.export_onnx(run, folder / "net.onnx") for _ in range(2)]
-    graph, weights = sorted(
-        folder.iterdir(), key=lambda file: file.stat().st_size
-    )  # the first weights are gone
-    assert graph.name == "net.onnx"
-    assert re.fullmatch(r"net\.onnx\.[0-9a-f]{8}\.data", weights.name)
-    assert made[1]["bytes"] == graph.stat().st_size + weights.stat().st_size
-    moved = place / "moved"
-    shutil.move(folder, moved)
-    file = next((place / "data").glob("test-*.png"))
-    assert load(moved / "net.onnx").predict(file)[0].label == load(run.onnx).predict(file)[0].label
-    smaller = exporter.export_onnx(run, folder / "half.onnx", precision="half", max_drop=100)
-    assert [file.name for file in folder.iterdir()] == ["half.onnx"]  # it needs no weights beside it
-    assert smaller["bytes"] == (folder / "half.onnx").stat().st_size
-
-
-def test_a_file_is_checked_again_later(run: Run, exported: dict, place: Path, data: Path) -> None:
-    report = exporter.check(run, None, data.parent)
-    assert (report["checked_on"], report["agreement"]) == ("images of the folder", [20, 20])
-    assert "wrote" not in exporter.describe(report)
-    network, _ = store.load(run.folder)
-    before = run.weights.read_bytes()
-    with torch.no_grad():
-        network.scale(2).classifier.bias[0] += 1
-    store.save_weights(run.weights, network)
-    try:
-        with pytest.raises(RacnnError, match="differ by"):
-            exporter.check(run, None, data.parent)
-    finally:
-        run.weights.write_bytes(before)
-    assert run.onnx.is_file()
-    with pytest.raises(RacnnError, match="does not exist"):
-        exporter.check(run, place / "none.onnx", data.parent)
-    with pytest.raises(RacnnError, match="is no folder"):
-        exporter.check(run, None, place / "nowhere")
-    proto = onnx.load(run.onnx)
-    for entry in [entry for entry in proto.metadata_props if entry.key == "layout"]:
-        proto.metadata_props.remove(entry)
-    onnx.save(proto, place / "older.onnx")
-    with pytest.raises(RacnnError, match="another version of racnn"):
-        exporter.check(run, place / "older.onnx", data.parent)
-
-
-def backbone_types(path: Path) -> tuple[set[int], set[int]]:
-    """Types of the weights in the backbones, and of all others, by the names that they had in PyTorch."""
-    weights = {entry.name: entry.data_type for entry in onnx.load(path).graph.initializer}
-    inside = {kind for name, kind in weights.items() if ".backbone." in name and "weight" in name}
-    return inside, {kind for name, kind in weights.items() if ".apn." in name or "fusion" in name}
-
-
-@pytest.mark.parametrize(("precision", "kind", "share"), [("half", 10, 0.6), ("int8", 3, 0.4)])
-def test_smaller_precisions_leave_the_boxes_in_float(
-    run: Run, exported: dict, place: Path, monkeypatch, precision, kind, share
-) -> None:
-    monkeypatch.setattr(exporter, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
-    made = exporter.export_onnx(run, place / f"{precision}.onnx", precision=precision, max_drop=100)
-    found = made["compressed"]
-    assert made["bytes"] < share * found["bytes_before"]
-    assert found["bytes_before"] == pytest.approx(run.onnx.stat().st_size, rel=0.01)
-    assert (found["precision"], found["images"]) == (precision, 24)
-    assert found["times_faster"] > 0
-    text = exporter.describe(made)
-    assert f"{precision}: " in text
-    assert f"accuracy {found['before']:.3f} before and {found['after']:.3f} after on 24" in text
-    inside, outside = backbone_types(made["path"])
-    assert kind in inside
-    assert outside == {1}  # float32
-    onnx.checker.check_model(made["path"], full_check=True)
-    casts = [
-        node
-        for node in onnx.load(made["path"]).graph.node
-        if "image" in node.input and node.op_type == "Cast"
-    ]
-    assert not casts  # nor are the images rounded on their way to the crops
-    files = sorted((place / "data").glob("val-*.png"))
-    answers = [load(file).predict(files) for file in (run.onnx, made["path"])]
-    right = [
-        np.mean([answer.label == CLASSES[int(Path(answer.path).name[4])] for answer in some])
-        for some in answers
-    ]
-    assert right == pytest.approx([found["before"], found["after"]])
-    gaps = [abs(a.probability - b.probability) for a, b in zip(*answers, strict=True)]
-    assert np.median(gaps) < (0.01 if precision == "half" else 0.2)
-
-
-def test_a_smaller_file_that_is_worse_is_refused(run: Run, exported: dict, place: Path, monkeypatch) -> None:
-    monkeypatch.setattr(exporter, "to_onnx", lambda *_: onnx_ir.load(run.onnx))
-    shares = iter([0.9, 0.85])
-    monkeypatch.setattr(quantize, "accuracy", lambda *_: next(shares))
-    with pytest.raises(RacnnError, match=r"half costs 5\.0 points .* \(0\.900 to 0\.850\)") as error:
-        exporter.export_onnx(run, place / "worse" / "net.onnx", precision="half", max_drop=4.9)
-    assert "--max-drop 5" in (error.value.hint or "")
-    assert list((place / "worse").iterdir()) == []
-
-
-def test_a_torch_program_answers_without_racnn(run: Run, place: Path, data: Path) -> None:
-    made = exporter.export_program(run, place / "net.pt2", form=Form(raw=True))
-    assert max(made["max_difference"].values()) < 1e-3
-    code = """
-import json, sys
-class Wall:
-    def find_spec(self, name, *rest):
-        if name.partition(".")[0] in ("racnn_cli", "backbones", "timm"):
-            raise ImportError(f"{name} is not installed here")
-sys.meta_path.insert(0, Wall())
-import numpy, torch
-from PIL import Image
-told = {"metadata.json": ""}
-network = torch.export.load(sys.argv[1], extra_files=told).module()
-classes = json.loads(json.loads(told["metadata.json"])["classes"])
-image = torch.from_numpy(numpy.array(Image.open(sys.argv[2])))[None]
-answers = dict(zip(["probabilities", "labels"], network(image)))
-print(classes[answers["labels"][0, 0]], float(answers["probabilities"].max()))
-"""
-    file = data.parent / "test-0-0.png"
-    words = [sys.executable, "-c", code, made["path"], str(file)]
-    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    network, _ = store.load(run.folder)
-    with torch.inference_mode():
-        expected = Deployed(network, "crop", Form(raw=True))(
-            torch.from_numpy(np.array(Image.open(file)))[None]
-        )
-    label, probability = said.rsplit(maxsplit=1)
-    assert label == run.classes()[int(expected[1][0, 0])]
-    assert float(probability) == pytest.approx(float(expected[0].max()), abs=1e-4)
-
-
-def test_a_single_scale_exports_without_boxes_and_without_data(place: Path, data: Path, capfd) -> None:
-    run = make_run(place / "single", data, scales=1)
-    text = run.recipe_file.read_text().replace(str(data), str(place / "gone.csv"))
-    run.recipe_file.write_text(text)
-    made = exporter.export_onnx(run, place / "single.onnx")
-    assert made["checked_on"] == "noise"
-    assert list(made["outputs"]) == ["probabilities", "labels", "scales"]
-    assert load(place / "single.onnx").predict(data.parent / "test-0-0.png")[0].boxes == []
-    with pytest.raises(RacnnError, match=r"exported from .*: its recipe is another one"):
-        exporter.check(run, place / "three" / "model.onnx", data.parent)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_safetensors_folder_loads_and_answers_the_same(run: Run, place: Path, data: Path) -> None:
-    folder = exporter.export_safetensors(run, place / "shared")
-    assert {file.name for file in folder.iterdir()} == {"recipe.toml", "classes.json", "weights.safetensors"}
-    image = data.parent / "test-0-0.png"
-    assert racnn_cli.load(folder).predict(image) == racnn_cli.load(run.folder).predict(image)
-    with pytest.raises(RacnnError, match="not empty"):
-        exporter.export_safetensors(run, folder)
-
-
 def test_predictions_and_their_boxes_in_pixels(run: Run, outputs) -> None:
     output, _, _, items = outputs
     found = load(run, "cpu").predict([item.path for item in items], batch=7)
@@ -580,68 +318,6 @@ def test_rows_come_as_soon_as_they_are_there(run: Run, data: Path) -> None:
     assert seen == [0, 0, 2, 2]
 
 
-def test_an_onnx_file_and_its_run_say_the_same(run: Run, exported: dict, data: Path) -> None:
-    files = sorted(data.parent.glob("test-*.png"))
-    for one, other in zip(load(run).predict(files), load(run.onnx).predict(files), strict=True):
-        assert one.label == other.label
-        assert one.probability == pytest.approx(other.probability, abs=1e-4)
-        assert np.allclose(one.boxes, other.boxes, atol=0.05)
-        assert [label for label, _ in one.scales] == [label for label, _ in other.scales]
-    larger = [load(trained, source=100).predict(files[0])[0] for trained in (run, run.onnx)]
-    assert larger[0].boxes != load(run).predict(files[0])[0].boxes
-    assert np.allclose(larger[0].boxes, larger[1].boxes, atol=0.05)
-
-
-def test_an_onnx_file_answers_without_torch(run: Run, exported: dict, data: Path) -> None:
-    """In a process that cannot import it, nor anything else that training needs."""
-    code = """
-import sys
-class Wall:
-    def find_spec(self, name, *rest):
-        if name.partition(".")[0] in ("torch", "torchvision", "timm", "albumentations", "cv2", "onnx", "scipy"):
-            raise ImportError(f"{name} is not installed here")
-sys.meta_path.insert(0, Wall())
-from racnn_cli.cli import app
-app(["predict", *sys.argv[1:]])
-"""
-    files = [str(data.parent / "test-0-0.png"), str(data.parent / "test-1-0.png")]
-    words = [sys.executable, "-c", code, str(run.onnx), *files, "--format", "jsonl"]
-    said = subprocess.run(words, capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in said.stdout.splitlines()]
-    expected = load(run).predict(files)
-    assert [answer["label"] for answer in found] == [answer.label for answer in expected]
-
-
-def test_openvino_answers_as_onnx_runtime_does(run: Run, exported: dict, data: Path) -> None:
-    openvino = pytest.importorskip("openvino")
-    squares = np.stack(
-        [load_source(file, "crop", SIDE)[0] for file in sorted(data.parent.glob("val-*.png"))[:5]]
-    )
-    image = np.ascontiguousarray(squares.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
-    network = openvino.Core().compile_model(run.onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    answers = network({"image": image})
-    names = ["probabilities", "labels", "scales", "boxes"]
-    for name, value in zip(
-        names, onnxruntime.InferenceSession(run.onnx).run(names, {"image": image}), strict=True
-    ):
-        assert np.abs(answers[name] - value).max() < (0.05 if name == "boxes" else 1e-3), name
-
-
-def test_a_file_of_another_make_is_refused(run: Run, exported: dict, place: Path) -> None:
-    proto = onnx.load(run.onnx)
-    del proto.metadata_props[:]
-    onnx.save(proto, place / "bare.onnx")
-    with pytest.raises(
-        RacnnError, match=r"of its metadata, classes, fit, layout, sizes, source cannot be used"
-    ):
-        load(place / "bare.onnx")
-    (place / "bad.onnx").write_bytes(b"no graph")
-    with pytest.raises(RacnnError, match=r"cannot load .*bad\.onnx"):
-        load(place / "bad.onnx")
-    with pytest.raises(RacnnError, match="does not exist"):
-        load(place / "none.onnx")
-
-
 def test_frames_of_a_video(run: Run, place: Path) -> None:
     import cv2
 
@@ -702,53 +378,6 @@ def test_standard_input_that_is_no_list(place: Path, monkeypatch) -> None:
     listed = io.BytesIO(os.fsencode(place / "odd" / name) + b"\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(listed, "utf-8"))
     assert predict.gather(["-"]) == [place / "odd" / name]
-
-
-def test_images_in_memory_of_every_mode(run: Run) -> None:
-    model, pixels = load(run), Image.radial_gradient("L").resize((50, 40))
-    plain = model.predict(pixels.convert("RGB"))[0]
-    for mode in ("L", "RGBA", "RGBa", "HSV", "CMYK", "YCbCr", "I", "F", "P", "La"):
-        image = (
-            pixels.convert("RGBA") if mode == "RGBa" else pixels.convert("LA") if mode == "La" else pixels
-        ).convert(mode)
-        assert model.predict(image)[0].label, mode
-    assert model.predict(pixels.convert("RGB").convert("HSV"))[0].probability == pytest.approx(
-        plain.probability, abs=0.02
-    )
-    for nothing in (3, [3], Image.new("RGB", (0, 5)), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(RacnnError, match=r"is not an image|shows nothing"):
-            model.predict(nothing)
-
-
-@pytest.mark.parametrize("kind", ["onnx", "torch"])
-def test_an_export_does_not_replace_what_is_none(run: Run, kind: str) -> None:
-    before = run.weights.read_bytes()
-    write = exporter.export_onnx if kind == "onnx" else exporter.export_program
-    with pytest.raises(RacnnError, match="nothing was written"):
-        write(run, run.weights)
-    assert run.weights.read_bytes() == before
-
-
-@pytest.mark.parametrize("change", [{"top": "x"}, {"threshold": "high"}, {"source": "0"}, {"top": "4000000"}])
-def test_a_check_of_a_file_that_lies(
-    run: Run, data: Path, exported: dict, place: Path, change: dict[str, str]
-) -> None:
-    model = onnx.load(exported["path"])
-    for entry in model.metadata_props:
-        entry.value = change.get(entry.key, entry.value)
-    for key in change.keys() - {entry.key for entry in model.metadata_props}:
-        model.metadata_props.add(key=key, value=change[key])
-    onnx.save(model, place / "lies.onnx")
-    with pytest.raises(RacnnError):
-        exporter.check(run, place / "lies.onnx", data)
-
-
-def test_a_check_of_a_file_without_labels(run: Run, data: Path, exported: dict, place: Path) -> None:
-    model = onnx.load(exported["path"])
-    del model.graph.output[[value.name for value in model.graph.output].index("labels")]
-    onnx.save(model, place / "fewer.onnx")
-    with pytest.raises(RacnnError, match="it has no output labels"):
-        exporter.check(run, place / "fewer.onnx", data)
 
 
 def test_drawing_shows_the_box_and_what_is_in_it() -> None:

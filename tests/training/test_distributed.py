@@ -166,7 +166,7 @@ def test_only_one_process_writes_and_speaks(runs) -> None:
     events = [(e["event"], e["stage"], e.get("epoch")) for e in two.read_log()]
     assert events == [(e["event"], e["stage"], e.get("epoch")) for e in one.read_log()]
     assert said.count(f"run folder {two.folder.name}") == 1
-    assert said.count("look next:") == 1
+    assert said.count("next: racnn predict") == 1
     assert sorted(p.name for p in two.folder.iterdir()) == sorted(p.name for p in one.folder.iterdir())
     assert json.loads(two.eval.read_text())["images"] == 9
 

@@ -1,0 +1,84 @@
+"""Images to check, calibrate and measure exported files with."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from racnn_cli.data.index import build_index
+from racnn_cli.data.square import load_source
+from racnn_cli.errors import DataError
+from racnn_cli.export.graph import ExportOptions
+from racnn_cli.export.onnx_network import as_input
+from racnn_cli.recipe import Recipe
+from racnn_cli.run import Run
+
+BATCH = 8
+
+
+class LabelledImages(NamedTuple):
+    """Square images with their classes."""
+
+    squares: np.ndarray  # (n, H, H, 3) uint8
+    labels: np.ndarray  # (n,)
+
+
+def labelled_images(run: Run, split: str, side: int, limit: int | None = None) -> LabelledImages:
+    """Read the images of a split.
+
+    Args:
+        run: whose data to read.
+        split: its name.
+        side: of the squares, in pixels.
+        limit: read at most this many images, spread evenly over the split.
+    """
+    recipe = run.recipe()
+    items = build_index(recipe.data, seed=recipe.seed, classes=run.classes(), verify=()).splits[split]
+    items = items[:: math.ceil(len(items) / (limit or len(items)))]
+    squares = [load_source(item.path, recipe.data.fit, side)[0] for item in items]
+    return LabelledImages(np.stack(squares), np.array([item.label for item in items]))
+
+
+def input_batches(squares: np.ndarray, options: ExportOptions) -> Iterator[np.ndarray]:
+    """Yield square images (n, H, H, 3) uint8 in small batches, as the graph takes them."""
+    for start in range(0, len(squares), BATCH):
+        yield as_input(squares[start : start + BATCH], raw=options.raw)
+
+
+class CheckImages:
+    """The images that an exported file is checked on.
+
+    Args:
+        recipe: of the run.
+        classes: of the run, in index order.
+        side: of the squares that the network was trained on, in pixels.
+        files: images to use; None: the run's validation split, or noise if that is missing.
+
+    Attributes:
+        source: description of where the images come from.
+    """
+
+    def __init__(
+        self, recipe: Recipe, classes: list[str], side: int, *, files: list[Path] | None = None
+    ) -> None:
+        self.fit, self.side = recipe.data.fit, side
+        self.source, self.files = "images of the folder", files or []
+        if files is None:
+            self.source = "validation images"
+            with contextlib.suppress(DataError):
+                index = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=())
+                self.files = [item.path for item in index.splits["val"]]
+        if not self.files:
+            self.source = "noise"
+
+    def squares(self, count: int, side: int) -> np.ndarray:
+        """(count, side, side, 3) uint8; repeats the images if there are fewer than `count`."""
+        if not self.files:
+            return np.random.default_rng(side).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+        squares = [load_source(file, self.fit, side)[0] for file in self.files[:count]]
+        return np.stack([squares[number % len(squares)] for number in range(count)])
