@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from timm.layers import convert_sync_batchnorm
+
 from racnn_cli.backbones import names, timm_model, timm_probe, vgg
 from racnn_cli.backbones.contract import Backbone
 from racnn_cli.backbones.fitting import copy_weights
 from racnn_cli.backbones.names import ModelInfo, list_models, native_sizes, suggestions
 from racnn_cli.backbones.weights import WeightSource
-from timm.layers import convert_sync_batchnorm
 
 __all__ = [
     "Backbone",

@@ -6,7 +6,6 @@ import math
 import sys
 
 import torch
-from racnn_cli.backbones.contract import Backbone
 from timm.layers import (
     resample_abs_pos_embed,
     resample_abs_pos_embed_nhwc,
@@ -15,6 +14,7 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
+from racnn_cli.backbones.contract import Backbone
 from racnn_cli.errors import BackboneError, SizeRefused
 
 State = dict[str, Tensor]
@@ -42,8 +42,7 @@ def load(net: nn.Module, state: State, dropped: tuple[str, ...], where: str) -> 
     if mismatches:
         listed = mismatches[:12] + ([f"… and {len(mismatches) - 12} more"] if len(mismatches) > 12 else [])
         raise BackboneError(
-            f"weights {where!r} do not fit the backbone, {len(mismatches)} tensor(s) differ:\n  "
-            + "\n  ".join(listed),
+            f"weights {where!r} do not fit the backbone, {len(mismatches)} tensor(s) differ:\n  " + "\n  ".join(listed),
             "use weights of exactly this model.backbone; only its classifier may be missing or different",
         )
     net.load_state_dict(state)
@@ -68,9 +67,7 @@ def _match(net: nn.Module, state: State, dropped: tuple[str, ...] = ()) -> tuple
             mismatches.append(f"{name}: shape {tuple(source.shape)}, needed {tuple(tensor.shape)}")
         else:
             matched[name] = value
-    mismatches += [
-        f"{name}: unknown" for name in state if name not in target and not name.startswith(dropped)
-    ]
+    mismatches += [f"{name}: unknown" for name in state if name not in target and not name.startswith(dropped)]
     return (state if mismatches else matched), mismatches
 
 

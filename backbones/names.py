@@ -7,9 +7,9 @@ import fnmatch
 from dataclasses import dataclass
 
 import timm
+
 from racnn_cli.backbones import small as _small  # noqa: F401  (registers itself with timm)
 from racnn_cli.backbones import vgg
-
 from racnn_cli.errors import BackboneError
 
 # Two feature maps of different sizes instead of one.

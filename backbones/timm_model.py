@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import timm
 import torch
-from racnn_cli.backbones.contract import Backbone
 from torch import Tensor, nn
+
+from racnn_cli.backbones.contract import Backbone
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 import timm
 import torch
-from racnn_cli.backbones.reach import reached_weights
-from racnn_cli.backbones.timm_model import Plan, TimmBackbone, create
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from racnn_cli.backbones.reach import reached_weights
+from racnn_cli.backbones.timm_model import Plan, TimmBackbone, create
 from racnn_cli.errors import BackboneError, SizeRefused
 
 GUESSES = 8  # sizes to try when a model refuses one
@@ -118,9 +118,7 @@ def _measure(draft: Plan, own_head: bool) -> tuple[Plan, tuple[str, ...]] | None
     if descriptor.ndim != 2:
         return None
     reached = reached_weights(descriptor)
-    unused = tuple(
-        name for name, weight in net.named_parameters() if weight.requires_grad and weight not in reached
-    )
+    unused = tuple(name for name, weight in net.named_parameters() if weight.requires_grad and weight not in reached)
     return replace(draft, width=descriptor.shape[1]), unused
 
 
@@ -136,9 +134,7 @@ def _prune(draft: Plan, unused: tuple[str, ...]) -> Plan:
     except Exception:
         pruned = None
     if pruned is None or pruned[1]:
-        raise BackboneError(
-            f"its {_join(unused[:3])}{' …' if len(unused) > 3 else ''} cannot be reached from its map"
-        )
+        raise BackboneError(f"its {_join(unused[:3])}{' …' if len(unused) > 3 else ''} cannot be reached from its map")
     return draft
 
 

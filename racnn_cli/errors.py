@@ -87,9 +87,7 @@ def describe_missing(path: Path) -> str:
 def escape_control(text: str) -> str:
     """The text with every unprintable character but the line break spelt out, so that it cannot control a terminal."""
     return "".join(
-        character
-        if character.isprintable() or character == "\n"
-        else character.encode("unicode_escape").decode()
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
         for character in text
     )
 

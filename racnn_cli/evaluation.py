@@ -93,9 +93,7 @@ class Measurement:
             boxes=[Boxes(**_without(boxes.compute(), "side_min", "side_max")) for boxes in self.boxes],
         )
 
-    def result(
-        self, *, split: str, data: str, classes: Sequence[str], baseline: Baseline | None
-    ) -> EvalResult:
+    def result(self, *, split: str, data: str, classes: Sequence[str], baseline: Baseline | None) -> EvalResult:
         """Every figure, as eval.json holds it."""
         fused = self.fused.compute()
         return EvalResult(
@@ -167,9 +165,7 @@ def measure(
             _count_batch(found, model, batch, alone, margin, proposals)
     found.seconds = time.perf_counter() - start
     model.train(training)
-    first, *others = distributed.gather(
-        found
-    )  # in one order, so that every process comes to the same figures
+    first, *others = distributed.gather(found)  # in one order, so that every process comes to the same figures
     for other in others:
         first.merge(other)
     return first
@@ -208,13 +204,7 @@ def _count_batch(
         figures.add(proposal.float().cpu(), box.float().cpu(), truth)
 
 
-def evaluate(
-    run: Run,
-    *,
-    split: str | None = None,
-    data: str | None = None,
-    skip_bad: bool = False,
-) -> EvalResult:
+def evaluate(run: Run, *, split: str | None = None, data: str | None = None, skip_bad: bool = False) -> EvalResult:
     """Measure a run on one of its splits and write eval.json; under torchrun all processes share the work.
 
     Args:
@@ -235,9 +225,7 @@ def evaluate(
         recipe = recipe.override({"data.skip_bad": True})
     if data is not None:
         if split is not None:
-            raise DataError(
-                "--split is of the run's own data, and --data names others", "leave one of the two out"
-            )
+            raise DataError("--split is of the run's own data, and --data names others", "leave one of the two out")
         recipe = recipe.override({"data.path": data})
         items = labelled(recipe.data, seed=recipe.seed, classes=classes)
         split = "all"

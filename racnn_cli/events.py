@@ -248,9 +248,7 @@ class EvalResult(Record):
     def _consistent(self) -> Self:
         count = len(self.per_class)
         if any(max(truth, predicted) >= count or images < 1 for truth, predicted, images in self.confusion):
-            raise ValueError(
-                f"confusion has a class beyond the {count} of per_class, or an entry without images"
-            )
+            raise ValueError(f"confusion has a class beyond the {count} of per_class, or an entry without images")
         if sum(images for *_, images in self.confusion) != self.images:
             raise ValueError(f"confusion does not add up to {self.images} images")
         compared = [{key for key in TRUTH_METRICS if getattr(box, key) is not None} for box in self.boxes]

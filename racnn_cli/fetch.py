@@ -71,14 +71,11 @@ def _download(name: str, version: str, folder: Path) -> Path:
         )
     wheels = list(folder.glob("*.whl"))
     if process.returncode or len(wheels) != 1:
-        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()] or [
-            "pip gave no reason"
-        ]
+        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
         raise DataError(
             f"{name} {version} could not be fetched: {reason.removeprefix('ERROR: ')}",
-            f"check the connection and pip's settings, or put the wheel of {name} {version} into "
-            f"{folder.parent}",
+            f"check the connection and pip's settings, or put the wheel of {name} {version} into {folder.parent}",
             failure=True,
         )
     return wheels[0]

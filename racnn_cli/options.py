@@ -24,8 +24,7 @@ def _complete_key(incomplete: str) -> list[str]:
 
 
 RecipeName = Annotated[
-    str | None,
-    Argument(help="recipe or TOML file; default: VGG-19, 448/224/224 px", autocompletion=complete_recipe),
+    str | None, Argument(help="recipe or TOML file; default: VGG-19, 448/224/224 px", autocompletion=complete_recipe)
 ]
 RunFolder = Annotated[Path | None, Option("--run", help="run folder; default: the newest run")]
 Sets = Annotated[

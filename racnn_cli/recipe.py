@@ -25,16 +25,13 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 RECIPES = next(
-    folder
-    for root in racnn_cli.__path__
-    if (folder := Path(root) / "recipes").is_dir() and any(folder.glob("*.toml"))
+    folder for root in racnn_cli.__path__ if (folder := Path(root) / "recipes").is_dir() and any(folder.glob("*.toml"))
 )
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Sizes = Annotated[
-    tuple[Annotated[int, Field(ge=16, le=4096)], ...],
-    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+    tuple[Annotated[int, Field(ge=16, le=4096)], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
 
 
@@ -58,9 +55,7 @@ class Augment(Section):
 class Sample(Section):
     """Size of the drawn data sets `fieldguide` and `clutter`."""
 
-    images: Annotated[int, Field(ge=24, le=100_000)] = Field(
-        480, description="number of images in all splits together"
-    )
+    images: Annotated[int, Field(ge=24, le=100_000)] = Field(480, description="number of images in all splits together")
     size: Annotated[int, Field(ge=64, le=4096)] = Field(256, description="side of an image in pixels")
     distance: Annotated[int, Field(ge=1, le=16)] = Field(
         1, description="clutter: objects are n times smaller, among n² times as many fragments"
@@ -70,9 +65,7 @@ class Sample(Section):
 class Data(Section):
     """Where the images come from and how each becomes a square source image."""
 
-    path: str = Field(
-        "", description="folder with one folder per class, CSV file, or name of a built-in data set"
-    )
+    path: str = Field("", description="folder with one folder per class, CSV file, or name of a built-in data set")
     source: Annotated[int, Field(ge=0, le=8192)] = Field(
         0, description="side in pixels of the square source of all crops; 0: the size of scale 1"
     )
@@ -103,15 +96,10 @@ class Model(Section):
     weights: str = Field(
         description="none (random), pretrained (timm's hub), a .safetensors or .pth file, or package:NAME"
     )
-    scales: Annotated[int, Field(ge=1, le=5)] = Field(
-        3, description="number of scales; 1: the plain backbone"
-    )
-    sizes: Sizes = Field(
-        (), description="input side of each scale in pixels; empty: the backbone's native size"
-    )
+    scales: Annotated[int, Field(ge=1, le=5)] = Field(3, description="number of scales; 1: the plain backbone")
+    sizes: Sizes = Field((), description="input side of each scale in pixels; empty: the backbone's native size")
     zoom: Literal["source", "nested"] = Field(
-        "source",
-        description="cut each crop from the source image, or from the previous crop (the paper)",
+        "source", description="cut each crop from the source image, or from the previous crop (the paper)"
     )
     floor: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         1 / 3, description="smallest side of a box, as a share of the previous scale's side"
@@ -133,9 +121,7 @@ class Model(Section):
         description="gradient of the crop with respect to the box: "
         "mask and sampling positions, mask only, positions only, or none",
     )
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="dropout before each classifier"
-    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="dropout before each classifier")
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
@@ -167,9 +153,7 @@ class Train(Section):
     step_epochs: Annotated[int, Field(ge=1)] = Field(
         30, description="schedule step only: epochs between two divisions of the learning rate by 10"
     )
-    warmup: Share = Field(
-        0.1, description="share of a stage's or phase's updates during which the learning rate rises"
-    )
+    warmup: Share = Field(0.1, description="share of a stage's or phase's updates during which the learning rate rises")
     clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="label smoothing of every classification loss"
@@ -188,9 +172,7 @@ class Train(Section):
     save_minutes: Annotated[float, Field(ge=0.0)] = Field(
         10.0, description="minutes between two checkpoints within an epoch; 0: none"
     )
-    keep: Annotated[int, Field(ge=1)] = Field(
-        1, description="older checkpoints to keep in case the newest is damaged"
-    )
+    keep: Annotated[int, Field(ge=1)] = Field(1, description="older checkpoints to keep in case the newest is damaged")
     amp: bool = Field(True, description="bfloat16 autocast on CUDA")
     channels_last: bool = Field(True, description="channels-last memory format")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
@@ -226,17 +208,14 @@ class Alternate(Section):
     )
     cnn_epochs: Annotated[int, Field(ge=1)] = Field(2, description="epochs of a CNN phase")
     ramp: bool = Field(
-        True,
-        description="start with short rounds so that the boxes move early: CNN phase r has at most r epochs",
+        True, description="start with short rounds so that the boxes move early: CNN phase r has at most r epochs"
     )
     apn_epochs: Annotated[int, Field(ge=0)] = Field(
         1, description="epochs of an APN phase; 0: keep the boxes of pretrain-apn"
     )
     cnn_lr: Positive = Field(1e-4, description="learning rate of the CNN phases")
     apn_lr: Positive = Field(5e-3, description="learning rate of the APN phases")
-    margin: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.05, description="margin of the pairwise rank loss"
-    )
+    margin: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="margin of the pairwise rank loss")
     apn_gradient: Literal["perturb", "backprop"] = Field(
         "perturb",
         description="gradient of the rank loss in a box: from perturbed boxes, or through the crop (the paper)",
@@ -253,9 +232,7 @@ class Alternate(Section):
     tighten: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
         0.2, description="CNN phase: boxes are randomly shrunk by a factor down to exp(-tighten)"
     )
-    settle: bool = Field(
-        True, description="reduce jitter and tighten each round, to 0 in the last round of several"
-    )
+    settle: bool = Field(True, description="reduce jitter and tighten each round, to 0 in the last round of several")
     patience: Annotated[int, Field(ge=1)] = Field(2, description="stop after n rounds without change")
     tolerance: Annotated[float, Field(ge=0.0)] = Field(
         0.01, description="smallest relative change of a validation loss that counts as change"
@@ -376,9 +353,7 @@ def find(name: str) -> Path:
     )
 
 
-def load(
-    name: str | None = None, sets: Iterable[str] = (), changes: Mapping[str, Any] | None = None
-) -> Recipe:
+def load(name: str | None = None, sets: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
     """Load a recipe and override some of its values.
 
     Args:
@@ -413,9 +388,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}", "fix that line") from None
     except OSError as error:
-        raise RecipeError(
-            f"{path} cannot be read: {error.strerror}", "check the path and its permissions"
-        ) from None
+        raise RecipeError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from None
 
 
 def _name_after(data: str) -> str:
@@ -507,9 +480,7 @@ def _allowed(field: FieldInfo) -> str:
 def _suggest(key: str) -> str:
     known = key_names()
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    return (
-        f"; did you mean {' or '.join(same_leaf[:4])}?" if same_leaf else did_you_mean(key, known, cutoff=0.7)
-    )
+    return f"; did you mean {' or '.join(same_leaf[:4])}?" if same_leaf else did_you_mean(key, known, cutoff=0.7)
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:

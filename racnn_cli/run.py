@@ -69,9 +69,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     try:
         with _translate_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(
-                dir=path.parent, prefix=f"{PARTIAL}{path.name}.", suffix=path.suffix
-            )
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{path.name}.", suffix=path.suffix)
             os.close(handle)
             temporary = Path(name)
             write(temporary)
@@ -176,13 +174,7 @@ class Run:
 
     @classmethod
     def create(
-        cls,
-        recipe: Recipe,
-        classes: list[str],
-        out: Path | None,
-        *,
-        fingerprint: str = "",
-        latest: bool = True,
+        cls, recipe: Recipe, classes: list[str], out: Path | None, *, fingerprint: str = "", latest: bool = True
     ) -> Run:
         """Create a run folder in one step, complete with its recipe and class names.
 
@@ -199,9 +191,7 @@ class Run:
         if out and out.is_dir():
             out = out.resolve() if out.is_symlink() else out
             if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-                raise RunError(
-                    f"--out {out} is the current folder or one of its parents", "--out with a new folder"
-                )
+                raise RunError(f"--out {out} is the current folder or one of its parents", "--out with a new folder")
         while True:
             folder = out or _next_free(RUNS / recipe.name)
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -36,13 +36,7 @@ TINY: dict[str, Any] = {
 
 
 def blob(
-    color: tuple[int, int, int],
-    centre: tuple[float, float],
-    *,
-    side: int,
-    radius: float,
-    noise: int,
-    seed: int,
+    color: tuple[int, int, int], centre: tuple[float, float], *, side: int, radius: float, noise: int, seed: int
 ) -> Image.Image:
     """A soft colored disc at `centre` (x, y as shares of the side) on gray noise."""
     generator = np.random.default_rng(seed)

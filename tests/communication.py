@@ -37,9 +37,7 @@ def flat_all_reduce(parameters: list[nn.Parameter]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--size", type=int, default=128, help="side of every scale's view, in pixels")
     parser.add_argument("--batch", type=int, default=8, help="images per process")
@@ -92,9 +90,7 @@ def main() -> None:
     if distributed.rank() == 0:
         bare = statistics.median(times["no communication"])
         count = sum(parameter.numel() for parameter in parameters)
-        print(
-            f"{given.backbone}, 3 scales of {given.size} px, {given.batch} images per process, {count:,} gradients"
-        )
+        print(f"{given.backbone}, 3 scales of {given.size} px, {given.batch} images per process, {count:,} gradients")
         for name, seconds in times.items():
             median = statistics.median(seconds)
             spread = f"{min(seconds):.2f} to {max(seconds):.2f}"

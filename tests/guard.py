@@ -81,10 +81,7 @@ def write_items(folder: Path, count: int = 400) -> None:
         labels = np.arange(images) % 10
         rows, columns = np.mgrid[:28, :28]
         pixels = np.stack(
-            [
-                np.where((rows * (label + 1) // 7 + columns * (10 - label) // 7) % 3 == 0, 220, 20)
-                for label in labels
-            ]
+            [np.where((rows * (label + 1) // 7 + columns * (10 - label) // 7) % 3 == 0, 220, 20) for label in labels]
         ) + generator.integers(0, 30, (images, 28, 28))
         head = struct.pack(">IIII", 2051, images, 28, 28)
         (folder / f"{split}-images-idx3-ubyte").write_bytes(head + pixels.astype(np.uint8).tobytes())
@@ -112,9 +109,7 @@ def record(source: Path) -> dict[str, Any]:
         )  # fmt: skip
         for arm in ("learned", "no-jitter"):
             (run,) = folder.glob(f"runs/bench-attention-clutter-quick/seed-0/{arm}")
-            hashes[f"clutter, {arm}: weights.safetensors"] = sha256(
-                (run / "weights.safetensors").read_bytes()
-            )
+            hashes[f"clutter, {arm}: weights.safetensors"] = sha256((run / "weights.safetensors").read_bytes())
     return hashes
 
 
@@ -130,13 +125,9 @@ def machine() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", type=Path, help="file to write")
-    parser.add_argument(
-        "--source", type=Path, default=ROOT, help="checkout whose code trains; this one by default"
-    )
+    parser.add_argument("--source", type=Path, default=ROOT, help="checkout whose code trains; this one by default")
     parser.add_argument("--compare", type=Path, help="a file that was written before")
     given = parser.parse_args()
     found = {"machine": machine(), "hashes": record(given.source.resolve())}

@@ -9,19 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "torchvision", "timm", "cv2", "albumentations", "onnx", "onnxruntime", "onnxscript"}
-LIGHT = {
-    "api",
-    "cli",
-    "options",
-    "recipe",
-    "run",
-    "errors",
-    "events",
-    "fetch",
-    "threads",
-    "__init__",
-    "__main__",
-}
+LIGHT = {"api", "cli", "options", "recipe", "run", "errors", "events", "fetch", "threads", "__init__", "__main__"}
 
 # What every part may import, and what each may import in addition. `*` is everything but the command line.
 COMMON = {"racnn_cli", "racnn_cli.errors", "racnn_cli.events", "racnn_cli.recipe", "racnn_cli.run"}
@@ -37,18 +25,10 @@ ALLOWED = {
     "racnn_cli.core": COMMON | {"racnn_cli.backbones"},
     "racnn_cli.data": COMMON | {"racnn_cli.fetch"},
     "racnn_cli.evaluation": COMMON | {"racnn_cli.core", "racnn_cli.data"},
-    "racnn_cli.export": COMMON
-    | {"racnn_cli.backbones", "racnn_cli.core", "racnn_cli.data", "racnn_cli.evaluation"},
-    "racnn_cli.results": COMMON
-    | {"racnn_cli.core", "racnn_cli.data", "racnn_cli.evaluation", "racnn_cli.export"},
+    "racnn_cli.export": COMMON | {"racnn_cli.backbones", "racnn_cli.core", "racnn_cli.data", "racnn_cli.evaluation"},
+    "racnn_cli.results": COMMON | {"racnn_cli.core", "racnn_cli.data", "racnn_cli.evaluation", "racnn_cli.export"},
     "racnn_cli.training": COMMON
-    | {
-        "racnn_cli.backbones",
-        "racnn_cli.core",
-        "racnn_cli.data",
-        "racnn_cli.evaluation",
-        "racnn_cli.threads",
-    },
+    | {"racnn_cli.backbones", "racnn_cli.core", "racnn_cli.data", "racnn_cli.evaluation", "racnn_cli.threads"},
     "racnn_cli.bench": {"*"},
     "racnn_cli.api": {"*"},
     "racnn_cli.cli": {"*"},
@@ -64,9 +44,7 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {
-    module_name(file): file for folder in ("racnn_cli", "backbones") for file in (ROOT / folder).rglob("*.py")
-}
+FILES = {module_name(file): file for folder in ("racnn_cli", "backbones") for file in (ROOT / folder).rglob("*.py")}
 IDS = pytest.mark.parametrize("name", sorted(FILES))
 
 
@@ -144,9 +122,7 @@ def test_the_table_forbids_what_the_design_forbids() -> None:
 def test_no_modules_import_each_other() -> None:
     """Not even inside of functions or for type checkers, through any number of modules. The package itself is left out:
     every module needs it, and its lazy public API names some of them."""
-    imports = {
-        name: {other for other in imports_of(name) if other in FILES and other != name} for name in FILES
-    }
+    imports = {name: {other for other in imports_of(name) if other in FILES and other != name} for name in FILES}
     imports = {name: {other for other in others if other != "racnn_cli"} for name, others in imports.items()}
     remaining = {name: set(others) for name, others in imports.items() if name != "racnn_cli"}
     while free := {name for name, others in remaining.items() if not others & remaining.keys()}:

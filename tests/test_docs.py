@@ -129,13 +129,7 @@ def check_script(file: Path, images: Path, bare: Path) -> None:
         return process.stdout
 
     pins = ROOT / "constraints.txt"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-    ]  # this environment's pip, so that none is installed
+    pip = [sys.executable, "-m", "pip", "--python", python]  # this environment's pip, so that none is installed
     run(*pip, "install", "--quiet", "-c", pins, "onnxruntime", "numpy", "pillow")
     listed = json.loads(run(*pip, "list", "--format", "json"))
     packages = {entry["name"] for entry in listed}
@@ -206,9 +200,7 @@ def test_python_compiles_and_its_names_exist(page) -> None:
             elif isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module or "")
                 for alias in node.names:
-                    assert hasattr(module, alias.name) or importlib.import_module(
-                        f"{node.module}.{alias.name}"
-                    )
+                    assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
 
 
 @pytest.mark.parametrize("page", CURRENT)

@@ -17,11 +17,7 @@ FOLDERS = ("racnn_cli", "backbones", "recipes", "docs", "tests", ".ci")
 SUFFIXES = (".py", ".md", ".toml", ".css", ".html", ".j2", "")
 FILES = sorted(
     path
-    for path in [
-        *ROOT.glob("*.md"),
-        ROOT / "pyproject.toml",
-        *(p for f in FOLDERS for p in (ROOT / f).rglob("*")),
-    ]
+    for path in [*ROOT.glob("*.md"), ROOT / "pyproject.toml", *(p for f in FOLDERS for p in (ROOT / f).rglob("*"))]
     if path.is_file() and path.suffix in SUFFIXES and path != Path(__file__).resolve()
 )
 

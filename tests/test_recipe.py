@@ -78,9 +78,7 @@ def test_quick_never_makes_a_recipe_longer(tmp_path) -> None:
     seed=st.integers(0, 2**31 - 1),
     flag=st.booleans(),
 )
-def test_load_of_dump_is_the_same_recipe(
-    tmp_path_factory, lr, floor, k, about, path, sizes, seed, flag
-) -> None:
+def test_load_of_dump_is_the_same_recipe(tmp_path_factory, lr, floor, k, about, path, sizes, seed, flag) -> None:
     recipe = recipes.load("tiny").override(
         {
             "pretrain_cnn.lr": lr,
@@ -164,9 +162,7 @@ def test_a_misspelt_key_in_the_file_names_the_nearest(tmp_path) -> None:
 
 
 def test_all_errors_are_listed_at_once(tmp_path) -> None:
-    text = (
-        "[data]\npath = 3\nval = 1.5\n[model]\nweights = 'none'\nscales = 9\n[train]\nbatch = '8'\namp = 1\n"
-    )
+    text = "[data]\npath = 3\nval = 1.5\n[model]\nweights = 'none'\nscales = 9\n[train]\nbatch = '8'\namp = 1\n"
     caught = error(toml(tmp_path, text))
     assert "5 error(s)" in caught.message
     for part in ("data.path", "data.val", "model.scales", "train.batch", "train.amp"):
@@ -229,10 +225,7 @@ def test_sizes_that_are_not_a_list_with_fewer_scales(tmp_path) -> None:
 def test_backprop_needs_a_gradient_through_the_crop(sets, text) -> None:
     through = [*sets, "alternate.apn_gradient='backprop'"]
     assert text in error("tiny", through).message
-    for fixed in (
-        [*through, "alternate.apn_epochs=0"],
-        sets,
-    ):  # perturbed boxes need no gradient through the crop
+    for fixed in ([*through, "alternate.apn_epochs=0"], sets):  # perturbed boxes need no gradient through the crop
         assert recipes.load("tiny", fixed).model.gradient == sets[0].split("'")[1]
 
 
@@ -242,9 +235,7 @@ def test_bounds_of_the_options_for_perturbed_boxes(tmp_path) -> None:
         {"apn_gradient": "backprop", "boxes": 1024, "spread": 0.001, "tighten": 0.0, "settle": False},
     )
     for number, values in enumerate(bounds):
-        lines = "".join(
-            f"{key} = {str(v).lower() if isinstance(v, bool) else repr(v)}\n" for key, v in values.items()
-        )
+        lines = "".join(f"{key} = {str(v).lower() if isinstance(v, bool) else repr(v)}\n" for key, v in values.items())
         section = recipes.load(toml(tmp_path, f"{MINIMAL}[alternate]\n{lines}", f"{number}.toml")).alternate
         assert {key: getattr(section, key) for key in values} == values
 
@@ -276,9 +267,7 @@ def test_a_missing_table_is_named(tmp_path) -> None:
 )
 def test_the_default_recipe_is_named_after_the_data(path, name) -> None:
     loaded = recipes.load(None, (), {"data.path": path, "model.weights": "none"})
-    assert loaded == Recipe.model_validate(
-        {"name": name, "data": {"path": path}, "model": {"weights": "none"}}
-    )
+    assert loaded == Recipe.model_validate({"name": name, "data": {"path": path}, "model": {"weights": "none"}})
     assert (loaded.model.backbone, loaded.model.scales, loaded.model.sizes) == ("vgg19", 3, ())
 
 
@@ -342,9 +331,7 @@ def test_changes_override_sets_and_sets_override_the_file() -> None:
 # ---- scales and sizes
 
 
-@pytest.mark.parametrize(
-    ("scales", "sizes"), [(1, (96,)), (2, (96, 64)), (3, (96, 64, 32)), (5, (96, 64, 32, 32, 32))]
-)
+@pytest.mark.parametrize(("scales", "sizes"), [(1, (96,)), (2, (96, 64)), (3, (96, 64, 32)), (5, (96, 64, 32, 32, 32))])
 def test_scales_adapt_the_sizes(tmp_path, scales, sizes) -> None:
     file = toml(tmp_path, MINIMAL + "scales = 3\nsizes = [96, 64, 32]\n")
     assert recipes.load(file, (), {"model.scales": scales}).model.sizes == sizes

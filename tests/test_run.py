@@ -241,10 +241,7 @@ def test_a_damaged_recipe_names_the_file(here) -> None:
 def test_the_log_skips_damaged_lines(here) -> None:
     run = Run.create(RECIPE, CLASSES, None)
     assert run.read_log() == []
-    events = [
-        StageEvent(stage="pretrain-cnn"),
-        TestEvent(moment="pretrain-cnn", test={"top1": 0.5}),
-    ]
+    events = [StageEvent(stage="pretrain-cnn"), TestEvent(moment="pretrain-cnn", test={"top1": 0.5})]
     for event in events:
         run.append_log(event)
     with run.log.open("a") as file:

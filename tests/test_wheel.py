@@ -25,9 +25,7 @@ NEEDED = {
     "racnn_cli/backbones/vgg.py",
     *(f"racnn_cli/recipes/{name}.toml" for name in recipes.names()),
 }
-WHERE = (
-    "import racnn_cli.backbones as b; from racnn_cli import recipe as r; print(b.__file__); print(r.RECIPES)"
-)
+WHERE = "import racnn_cli.backbones as b; from racnn_cli import recipe as r; print(b.__file__); print(r.RECIPES)"
 
 
 def build(folder: Path, target: str, out: Path) -> Path:
@@ -81,9 +79,7 @@ def test_the_wheel_holds_one_package_and_nothing_else(wheel) -> None:
     names = names_in(wheel)
     assert names >= NEEDED
     assert {name.split("/")[0] for name in names} == {"racnn_cli"}
-    assert not [
-        name for name in names if "__pycache__" in name or name.endswith((".pyc", ".safetensors", ".onnx"))
-    ]
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".safetensors", ".onnx"))]
     for module in (ROOT / "racnn_cli").rglob("*.py"):
         assert module.relative_to(ROOT).as_posix() in names
     for module in (ROOT / "backbones").glob("*.py"):

@@ -110,10 +110,7 @@ def summarize(name: str, arms: Sequence[Arm], seeds: Sequence[SeedResult]) -> Be
     table = summary.new_table(
         f"Recipe {name} with one thing changed: {content} on {first.images} test images",
         text=["arm"],
-        numbers=[
-            *(summary.BOX_HEADINGS.get(key, key) for key in columns),
-            "fused - default [95 % t interval]",
-        ],
+        numbers=[*(summary.BOX_HEADINGS.get(key, key) for key in columns), "fused - default [95 % t interval]"],
         notes=notes,
     )
     for arm_name, row in rows.items():

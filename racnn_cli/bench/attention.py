@@ -161,19 +161,12 @@ def _final(arm: str, other: str) -> Pair:
 
 CLAIMS = (
     Claim(
-        "IoU of the finest box, end - after pretrain-apn",
-        "≥ 0.10 on every seed",
-        _finest_box("iou_mean"),
-        margin=0.1,
+        "IoU of the finest box, end - after pretrain-apn", "≥ 0.10 on every seed", _finest_box("iou_mean"), margin=0.1
     ),
-    Claim(
-        "its hit rate, end - after pretrain-apn", "not lower on any seed", _finest_box("hit_rate"), margin=0
-    ),
+    Claim("its hit rate, end - after pretrain-apn", "not lower on any seed", _finest_box("hit_rate"), margin=0),
     Claim("finest scale - scale 1", "above 0 on every seed", _finest_scale("learned", 0), margin=ABOVE),
     Claim("finest scale - the one before", "not below 0 in the mean", _finest_scale("learned", -2), margin=0),
-    Claim(
-        "fused - plain, equal compute", "≥ 0.03, interval above 0", _final("learned", EQUAL.name), margin=0.03
-    ),
+    Claim("fused - plain, equal compute", "≥ 0.03, interval above 0", _final("learned", EQUAL.name), margin=0.03),
     Claim("fused / with true boxes at test", "≥ 0.95", _final("learned", TRUE_AT_TEST), ratio=True),
     Claim("fused / boxes taught", "≥ 0.95", _final("learned", TAUGHT.name), ratio=True),
     Claim("fused / trained with true boxes", "≥ 0.95 (ceiling)", _final("learned", TRUE.name), ratio=True),

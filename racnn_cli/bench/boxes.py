@@ -87,8 +87,7 @@ def random_boxes(true: Proposals, *, seed: int) -> Proposals:
         draws = [np.random.default_rng((seed, int(n))).random((len(halves), 2)) for n in batch["index"]]
         positions = torch.from_numpy(np.stack(draws)).to(batch["box"])  # (B, S - 1, 2)
         return [
-            torch.cat([half + (1 - 2 * half) * positions[:, number], half], dim=1)
-            for number, half in enumerate(halves)
+            torch.cat([half + (1 - 2 * half) * positions[:, number], half], dim=1) for number, half in enumerate(halves)
         ]
 
     return propose

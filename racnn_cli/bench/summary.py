@@ -108,9 +108,7 @@ class Claim:
         if self.margin is not None:
             count = [sum(a - b - self.margin > -1e-9 for a, b in pairs), len(pairs)]
         kind = "ratio" if self.ratio else "difference"
-        return {"claim": self.text, "wanted": self.target, "count": count, "kind": kind} | paired(
-            ours, theirs
-        )
+        return {"claim": self.text, "wanted": self.target, "count": count, "kind": kind} | paired(ours, theirs)
 
 
 def measure_models(models: Mapping[str, Any], measure: Callable[[Entry, Any, Path], None]) -> list[Entry]:

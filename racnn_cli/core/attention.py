@@ -66,12 +66,7 @@ def bound(boxes: Tensor, floor: float, ceiling: float) -> Tensor:
 
 
 def jitter(
-    boxes: Tensor,
-    amount: float,
-    floor: float,
-    ceiling: float,
-    tighten: float = 0.0,
-    uniform: Tensor | None = None,
+    boxes: Tensor, amount: float, floor: float, ceiling: float, tighten: float = 0.0, uniform: Tensor | None = None
 ) -> Tensor:
     """Shift boxes by up to ±`amount` half-sides and scale them by exp(-`amount` - `tighten`) to exp(`amount`).
 
@@ -203,9 +198,7 @@ def boxcar(centre: Tensor, half: Tensor, length: int, k: float, pixel: Tensor | 
     return torch.sigmoid(k * (pixel - low)) - torch.sigmoid(k * (pixel - high))
 
 
-def interpolation(
-    centre: Tensor, half: Tensor, length: int, size: int, pixel: Tensor | None = None
-) -> Tensor:
+def interpolation(centre: Tensor, half: Tensor, length: int, size: int, pixel: Tensor | None = None) -> Tensor:
     """Compute the weights that resample the box's range of an axis to `size` pixels (paper, equation 6).
 
     Bilinear where the box is enlarged. Where it is reduced, the triangle filter widens with the reduction, which

@@ -23,7 +23,5 @@ def select_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = devices[0]
     if name not in devices:
-        raise RecipeError(
-            f"device {name!r} is not on this machine; it has {', '.join(devices)}", "train.device = auto"
-        )
+        raise RecipeError(f"device {name!r} is not on this machine; it has {', '.join(devices)}", "train.device = auto")
     return torch.device(name)

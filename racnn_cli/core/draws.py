@@ -32,9 +32,7 @@ class Draws:
     def of(cls, batch: Mapping[str, Tensor]) -> Draws:
         """Start the streams of a batch from its `key` (B,), or without one from torch's global generator."""
         labels = batch["label"]
-        return cls(
-            batch["key"] if "key" in batch else torch.randint(2**62, labels.shape, device=labels.device)
-        )
+        return cls(batch["key"] if "key" in batch else torch.randint(2**62, labels.shape, device=labels.device))
 
     def uniform(self, count: int) -> Tensor:
         """Draw (B, count) float32 numbers from U(0, 1), both ends excluded."""

@@ -14,11 +14,7 @@ def classification_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) 
 
 
 def rank_loss(
-    coarse: Tensor,
-    fine: Tensor,
-    labels: Tensor,
-    margin: float = 0.05,
-    reduction: Literal["mean", "none"] = "mean",
+    coarse: Tensor, fine: Tensor, labels: Tensor, margin: float = 0.05, reduction: Literal["mean", "none"] = "mean"
 ) -> Tensor:
     """Pairwise rank loss: the finer scale should be more confident of the true class than the coarser one.
 

@@ -25,9 +25,7 @@ class ClassificationMetrics:
     def __init__(self, classes: int) -> None:
         self.classes, self.images = classes, 0
         self._top1 = self._top5 = self._nll = 0.0
-        self._bins = torch.zeros(
-            3, BINS, dtype=torch.float64
-        )  # images, sum of confidences, correct predictions
+        self._bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, sum of confidences, correct predictions
         self._pairs: list[Tensor] = []  # label * N + prediction of every image
 
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
@@ -40,9 +38,7 @@ class ClassificationMetrics:
         self._nll -= scores.gather(1, labels[:, None]).sum().item()
         confidence, prediction = scores.exp().max(dim=1)
         bins = (confidence * BINS).long().clamp(0, BINS - 1)
-        self._bins.index_add_(
-            1, bins, torch.stack([torch.ones_like(confidence), confidence, correct.double()])
-        )
+        self._bins.index_add_(1, bins, torch.stack([torch.ones_like(confidence), confidence, correct.double()]))
         self._pairs.append(labels * self.classes + prediction)
 
     def merge(self, other: ClassificationMetrics) -> None:

@@ -47,9 +47,7 @@ class CoarseOutput(NamedTuple):
 class Scale(nn.Module):
     """One scale: its backbone, its classifier, and the APN that proposes the next scale's box."""
 
-    def __init__(
-        self, backbone: Backbone, classes: int, *, dropout: float, apn: attention.APN | None
-    ) -> None:
+    def __init__(self, backbone: Backbone, classes: int, *, dropout: float, apn: attention.APN | None) -> None:
         super().__init__()
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
@@ -207,9 +205,7 @@ class RACNN(nn.Module):
         view = self.first_view(source)
         return CoarseOutput(view, *self.scale(0)(view))
 
-    def refine(
-        self, source: Tensor, coarse: CoarseOutput, proposals: Sequence[Tensor] | None = None
-    ) -> Output:
+    def refine(self, source: Tensor, coarse: CoarseOutput, proposals: Sequence[Tensor] | None = None) -> Output:
         """Run the finer scales.
 
         Args:

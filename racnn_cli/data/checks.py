@@ -27,9 +27,7 @@ def check_files(rows: list[Row]) -> dict[Row, str]:
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         for start in range(0, len(rows), 4096):
             chunk = rows[start : start + 4096]
-            errors |= {
-                row: text for row, text in zip(chunk, pool.map(_file_error, chunk), strict=True) if text
-            }
+            errors |= {row: text for row, text in zip(chunk, pool.map(_file_error, chunk), strict=True) if text}
     return errors
 
 
@@ -54,11 +52,7 @@ def class_name_problems(names: Sequence[str]) -> list[str]:
 def unknown_class_problems(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """Classes of the data that the run was not trained on."""
     unknown = [name for name in names if name not in known]
-    return (
-        [f"the run does not know the class {quote_names(unknown)}; it knows {quote_names(known)}"]
-        if unknown
-        else []
-    )
+    return [f"the run does not know the class {quote_names(unknown)}; it knows {quote_names(known)}"] if unknown else []
 
 
 def missing_class_problems(names: Sequence[str], known: Sequence[str]) -> list[str]:

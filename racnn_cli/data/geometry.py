@@ -37,9 +37,7 @@ class Geometry:
 
     def to_upright(self, box: Rect) -> Rect:
         """Map a source box to upright pixels, clipped to the image."""
-        x0, y0, x1, y1 = (
-            self.origin[axis % 2] + value * self.extent[axis % 2] for axis, value in enumerate(box)
-        )
+        x0, y0, x1, y1 = (self.origin[axis % 2] + value * self.extent[axis % 2] for axis, value in enumerate(box))
         return _clip((x0, y0, x1, y1), *self.upright)
 
     def to_file(self, box: Rect) -> Rect:
@@ -53,9 +51,7 @@ class Geometry:
         """
         x, y, w, h = box
         upright = self.upright_from_stored((x, y, x + w, y + h))
-        x0, y0, x1, y1 = (
-            (value - self.origin[axis % 2]) / self.extent[axis % 2] for axis, value in enumerate(upright)
-        )
+        x0, y0, x1, y1 = ((value - self.origin[axis % 2]) / self.extent[axis % 2] for axis, value in enumerate(upright))
         return _clip((x0, y0, x1, y1), 1.0, 1.0)
 
     def stored_from_upright(self, rect: Rect) -> Rect:
@@ -104,9 +100,4 @@ def fit_square(stored: tuple[int, int], orientation: int, fit: str, side: int) -
 
 def _clip(rect: Rect, width: float, height: float) -> Rect:
     x0, y0, x1, y1 = rect
-    return (
-        min(max(x0, 0.0), width),
-        min(max(y0, 0.0), height),
-        min(max(x1, 0.0), width),
-        min(max(y1, 0.0), height),
-    )
+    return (min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height))

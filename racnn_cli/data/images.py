@@ -34,9 +34,7 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
         augment: True for training: augment each image as set in `data.augment`.
     """
 
-    def __init__(
-        self, items: Sequence[Item], data: recipe.Data, side: int, *, seed: int, augment: bool
-    ) -> None:
+    def __init__(self, items: Sequence[Item], data: recipe.Data, side: int, *, seed: int, augment: bool) -> None:
         self.items, self.data, self.side, self.seed = list(items), data, side, seed
         self._augmentation = None
         if augment:
@@ -106,14 +104,7 @@ class DataSource(Protocol):
 
 
 def plan(
-    count: int,
-    *,
-    batch: int,
-    epoch: int,
-    seed: int,
-    shuffle: bool,
-    rank: int = 0,
-    world: int = 1,
+    count: int, *, batch: int, epoch: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1
 ) -> list[list[int]]:
     """List the positions that one process loads in each step of an epoch; a pure function of the arguments.
 

@@ -147,13 +147,9 @@ def _names_by_class(rows: list[Row]) -> dict[str, list[str]]:
 def _notes(names: list[str], splits: dict[str, list[Row]], singletons: list[str]) -> list[str]:
     notes = []
     if singletons:
-        notes.append(
-            f"class {checks.quote_names(singletons)} has only one image: it is in train, none can be held out"
-        )
+        notes.append(f"class {checks.quote_names(singletons)} has only one image: it is in train, none can be held out")
     for split in ("val", "test"):
         present = {row.label for row in splits[split]}
         if present and (absent := [name for name in names if name not in present and name not in singletons]):
-            notes.append(
-                f"class {checks.quote_names(absent)} has no {split} image and therefore no {split} metrics"
-            )
+            notes.append(f"class {checks.quote_names(absent)} has no {split} image and therefore no {split} metrics")
     return notes

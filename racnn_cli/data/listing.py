@@ -17,20 +17,7 @@ Box = tuple[float, float, float, float]
 
 _SPLIT_ALIASES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _BOX_COLUMNS = ("x", "y", "w", "h")
-_UNSUPPORTED = {
-    ".gif",
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jp2",
-    ".jxl",
-    ".svg",
-    ".psd",
-    ".ico",
-    ".ppm",
-    ".pgm",
-    ".tga",
-}
+_UNSUPPORTED = {".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".ico", ".ppm", ".pgm", ".tga"}
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 
 
@@ -85,13 +72,10 @@ def read_folder(root: Path) -> Listing:
         for folder in folders:
             split = _SPLIT_ALIASES.get(folder.name.casefold())
             if split is None:
-                listing.notes.append(
-                    f"the folder {show(folder)} is ignored: it is not one of train, val and test"
-                )
+                listing.notes.append(f"the folder {show(folder)} is ignored: it is not one of train, val and test")
             elif split in splits:
                 raise DataError(
-                    f"{show(splits[split])} and {show(folder)} are both the {split} split",
-                    "merge them, or rename one",
+                    f"{show(splits[split])} and {show(folder)} are both the {split} split", "merge them, or rename one"
                 )
             else:
                 splits[split] = folder
@@ -118,9 +102,7 @@ def read_csv(file: Path) -> Listing:
             reader.fieldnames = columns
             return _read_rows(file, reader, columns)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{show(file)} is not a CSV file in UTF-8: {error}", "save it as CSV, UTF-8"
-        ) from None
+        raise DataError(f"{show(file)} is not a CSV file in UTF-8: {error}", "save it as CSV, UTF-8") from None
     except OSError as error:
         raise DataError(f"{show(file)} cannot be read: {error.strerror}", "check the path") from None
 
@@ -135,9 +117,7 @@ def list_images(folder: Path) -> list[Path]:
         raise DataError(f"{show(folder)} is not a folder", "name a folder of images")
     files = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
-        raise DataError(
-            f"{show(folder)} contains no images", f"supported suffixes: {', '.join(sorted(SUFFIXES))}"
-        )
+        raise DataError(f"{show(folder)} contains no images", f"supported suffixes: {', '.join(sorted(SUFFIXES))}")
     return files
 
 
@@ -228,9 +208,7 @@ def _read_classes(folder: Path, root: Path, split: str, listing: Listing) -> Non
             if suffix in SUFFIXES:
                 images.append(file)
             elif suffix in _UNSUPPORTED:
-                listing.errors.append(
-                    f"{show(file)}: {suffix} files are not supported; convert it to JPEG or PNG"
-                )
+                listing.errors.append(f"{show(file)}: {suffix} files are not supported; convert it to JPEG or PNG")
             else:
                 others.append(file)
         _note_ignored(class_folder, others, listing)
@@ -294,6 +272,4 @@ def _entries(folder: Path, listing: Listing) -> list[Path]:
     except OSError as error:
         listing.errors.append(f"the folder {show(folder)} cannot be read: {error.strerror}")
         return []
-    return [
-        folder / name for name in names if not name.startswith(".") and name.casefold() not in _SYSTEM_FILES
-    ]
+    return [folder / name for name in names if not name.startswith(".") and name.casefold() not in _SYSTEM_FILES]

@@ -49,8 +49,7 @@ def locate(data: recipe.Data, seed: int) -> Path:
         return path
     if path.exists():
         raise DataError(
-            f"data.path = {show(path)} is neither a folder nor a .csv file",
-            "--data FOLDER, or --data FILE.csv",
+            f"data.path = {show(path)} is neither a folder nor a .csv file", "--data FOLDER, or --data FILE.csv"
         )
     hint = f"--data FOLDER, --data FILE.csv, or one of the built-in data sets {', '.join(REGISTRY)}"
     if similar := _similar_names(path):

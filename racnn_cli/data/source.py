@@ -47,8 +47,6 @@ def open_source(
     if classes is not None and classes != names:
         problems = checks.unknown_class_problems(names, classes)
         problems += checks.missing_class_problems(names, classes)
-        problems = problems or [
-            f"the order of the classes {checks.quote_names(names)} differs from the run's"
-        ]
+        problems = problems or [f"the order of the classes {checks.quote_names(names)} differs from the run's"]
         raise checks.error_report(data.path, problems, [])
     return source

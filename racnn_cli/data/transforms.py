@@ -61,9 +61,7 @@ def _transforms(data: Data, side: int) -> list[A.BasicTransform]:
         transforms.append(A.D4(p=1.0))  # the eight symmetries of a square
     if augment.rotate:
         border = cv2.BORDER_CONSTANT if data.fit == "pad" else cv2.BORDER_REFLECT_101
-        transforms.append(
-            A.Rotate(limit=(-augment.rotate, augment.rotate), border_mode=border, fill=GREY, p=1.0)
-        )
+        transforms.append(A.Rotate(limit=(-augment.rotate, augment.rotate), border_mode=border, fill=GREY, p=1.0))
     if strength := augment.color:
         brightness = (max(0.2, 1 - strength), 1 + strength)
         transforms.append(

@@ -59,9 +59,7 @@ def check(run: Run, path: Path | None, folder: Path) -> dict[str, Any]:
     metadata = OnnxMetadata.read(path, session)
     names = {value.name for value in session.get_outputs()}
     options = ExportOptions(
-        raw=metadata.layout == "NHWC",
-        top=metadata.top,
-        crops=any(name.startswith("crop_") for name in names),
+        raw=metadata.layout == "NHWC", top=metadata.top, crops=any(name.startswith("crop_") for name in names)
     )
     graph = ExportedGraph(model, recipe.data.fit, options)
     if metadata.threshold is not None:
@@ -106,9 +104,7 @@ def compare(graph: ExportedGraph, path: Path, images: CheckImages) -> dict[str, 
                 if not _are_labels(outputs["labels"], expected):
                     raise unusable(path, "its labels are not class numbers")
                 if not _same_classes(outputs["labels"][:, 0], expected["probabilities"]):
-                    raise ExportError(
-                        f"ONNX Runtime and PyTorch name different classes on {where}", HINT, failure=True
-                    )
+                    raise ExportError(f"ONNX Runtime and PyTorch name different classes on {where}", HINT, failure=True)
                 same += int((outputs["labels"][:, 0] == expected["labels"][:, 0]).sum())
                 count += len(squares)
     return {

@@ -116,9 +116,7 @@ class EarlyExitGraph(ExportedGraph):
         rows = (outputs[0].amax(dim=1) < limit).nonzero()[:, 0]
         if len(rows):
             refined = self.fine(image[rows], logits[rows], descriptor[rows], proposal[rows])
-            outputs = [
-                coarse.index_copy(0, rows, fine) for coarse, fine in zip(outputs, refined, strict=True)
-            ]
+            outputs = [coarse.index_copy(0, rows, fine) for coarse, fine in zip(outputs, refined, strict=True)]
         return tuple(outputs)
 
     def extra_inputs(self, image: Tensor) -> Iterator[dict[str, Tensor]]:
@@ -147,9 +145,7 @@ def with_early_exit(graph: ExportedGraph, images: LabelledImages, max_drop: floa
         ExportError: no threshold keeps the accuracy.
     """
     with torch.inference_mode():
-        outputs = [
-            graph(torch.from_numpy(batch))[:3] for batch in input_batches(images.squares, graph.options)
-        ]
+        outputs = [graph(torch.from_numpy(batch))[:3] for batch in input_batches(images.squares, graph.options)]
     probabilities, _, scales = (torch.cat(values).numpy() for values in zip(*outputs, strict=True))
     coarse = scales[:, 0]
     threshold = choose_threshold(

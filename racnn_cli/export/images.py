@@ -70,9 +70,7 @@ class CheckImages:
         source: description of where the images come from.
     """
 
-    def __init__(
-        self, recipe: Recipe, classes: list[str], side: int, *, files: list[Path] | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, classes: list[str], side: int, *, files: list[Path] | None = None) -> None:
         self.fit, self.side = recipe.data.fit, side
         self.source, self.files = "images of the folder", files or []
         self._validation: DataSource | None = None

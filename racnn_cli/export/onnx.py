@@ -76,8 +76,7 @@ def export_onnx(
     graph = ExportedGraph(model, recipe.data.fit, options or ExportOptions()).eval()
     if early_exit and len(model.sizes) == 1:
         raise ExportError(
-            f"{run.folder} has a single scale, so there are no finer scales to skip",
-            "export without --early-exit",
+            f"{run.folder} has a single scale, so there are no finer scales to skip", "export without --early-exit"
         )
     validation = labelled_images(run, "val", model.source) if early_exit or precision != "float32" else None
     if early_exit:
@@ -114,9 +113,7 @@ def export_onnx(
 def require_suffix(path: Path, suffix: str) -> Path:
     """The path, if it has the suffix: a typing error must not overwrite an image or the weights."""
     if path.suffix != suffix:
-        raise ExportError(
-            f"--out {path} does not end in {suffix}; nothing was written", f"--out NAME{suffix}"
-        )
+        raise ExportError(f"--out {path} does not end in {suffix}; nothing was written", f"--out NAME{suffix}")
     return path
 
 
@@ -132,11 +129,7 @@ def to_onnx(graph: ExportedGraph, opset: int) -> onnx_ir.Model:
     logging_level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(output),
-            contextlib.redirect_stderr(output),
-        ):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 graph,

@@ -81,8 +81,7 @@ class OnnxNetwork:
         for name, shape in shapes.items():
             if outputs[name].shape != shape or outputs[name].dtype.kind not in "fi":
                 raise unusable(
-                    self.path,
-                    f"its {name} have shape {outputs[name].shape} instead of {shape}, or are not numbers",
+                    self.path, f"its {name} have shape {outputs[name].shape} instead of {shape}, or are not numbers"
                 )
         boxes, ran = outputs["boxes"], outputs["ran"]
         if not np.isfinite(boxes).all() or ((ran < 1) | (ran > self.scales)).any():
@@ -93,8 +92,7 @@ class OnnxNetwork:
 def unusable(path: Path, reason: str) -> ExportError:
     """The error for a file that was not exported by racnn."""
     return ExportError(
-        f"{path} is not a network that racnn can use: {reason}",
-        "use a file that `racnn export --format onnx` wrote",
+        f"{path} is not a network that racnn can use: {reason}", "use a file that `racnn export --format onnx` wrote"
     )
 
 
@@ -112,9 +110,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
         ExportError: the file is missing or does not load.
     """
     if not path.is_file():
-        raise ExportError(
-            describe_missing(path), "`racnn export --format onnx` writes model.onnx into the run folder"
-        )
+        raise ExportError(describe_missing(path), "`racnn export --format onnx` writes model.onnx into the run folder")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:

@@ -189,9 +189,7 @@ class Model:
             return
         output = self.network.predict(np.stack([square for square, _ in sources]))
         if not (np.isfinite(output.probabilities).all() and np.isfinite(output.scales).all()):
-            raise RunError(
-                "the network's outputs are not finite", "its weights are damaged: train again", failure=True
-            )
+            raise RunError("the network's outputs are not finite", "its weights are damaged: train again", failure=True)
         for number, (_, geometry) in enumerate(sources):
             top, ran = self._best(output.probabilities[number], TOP), int(output.ran[number])
             yield {

@@ -20,13 +20,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 import onnxruntime
 from onnx_ir.convenience import replace_all_uses_with
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -45,13 +39,7 @@ CALIBRATION_IMAGES = 128  # training images that set the ranges of int8
 
 
 def compress(
-    run: Run,
-    graph: ExportedGraph,
-    file: Path,
-    *,
-    precision: Precision,
-    images: LabelledImages,
-    max_drop: float,
+    run: Run, graph: ExportedGraph, file: Path, *, precision: Precision, images: LabelledImages, max_drop: float
 ) -> dict[str, Any]:
     """Replace a float32 file with a compressed one if the accuracy holds.
 
@@ -138,9 +126,7 @@ def to_int8(source: Path, target: Path, squares: np.ndarray, *, options: ExportO
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True, skip_optimization=True)
         nodes = backbone_nodes(onnx.load(prepared, load_external_data=False), exclude=KEEP_FLOAT)
         if not nodes:
-            raise ExportError(
-                f"{source} does not record which of its nodes belong to a backbone", "export it again"
-            )
+            raise ExportError(f"{source} does not record which of its nodes belong to a backbone", "export it again")
         quantize_static(
             str(prepared),
             str(target),
@@ -177,9 +163,7 @@ class _CalibrationReader(CalibrationDataReader):
 
 def accuracy(session: onnxruntime.InferenceSession, images: LabelledImages, options: ExportOptions) -> float:
     """Fraction of the images whose class the file names."""
-    labels = [
-        session.run(["labels"], {"image": batch})[0][:, 0] for batch in input_batches(images.squares, options)
-    ]
+    labels = [session.run(["labels"], {"image": batch})[0][:, 0] for batch in input_batches(images.squares, options)]
     return float((np.concatenate(labels) == images.labels).mean())
 
 

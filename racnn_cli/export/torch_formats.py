@@ -19,9 +19,7 @@ from racnn_cli.export.onnx_network import as_input
 from racnn_cli.run import Run, write_atomic, write_json, write_text
 
 
-def export_program(
-    run: Run, path: Path | None = None, *, options: ExportOptions | None = None
-) -> dict[str, Any]:
+def export_program(run: Run, path: Path | None = None, *, options: ExportOptions | None = None) -> dict[str, Any]:
     """Write the network as a program that `torch.export.load` reads where racnn is not installed.
 
     Inputs, outputs and metadata are those of `export_onnx`; the metadata is in the extra file `metadata.json`.
@@ -51,9 +49,7 @@ def export_program(
         )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(
-            f"the network cannot be traced by torch.export: {reason}", HINT, failure=True
-        ) from error
+        raise ExportError(f"the network cannot be traced by torch.export: {reason}", HINT, failure=True) from error
     images = CheckImages(recipe, run.classes(), model.source)
     differences: dict[str, float] = {}
 

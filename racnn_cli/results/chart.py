@@ -72,16 +72,12 @@ def lines(title: str, series: Sequence[Line], bands: Sequence[Band], *, top: flo
             f"<title>{escape(band.name)}</title></rect>"
         )
         if width > 6.2 * len(band.name):
-            parts.append(
-                f'<text class="stage" x="{left + width / 2:.1f}" y="{TOP - 8}">{escape(band.name)}</text>'
-            )
+            parts.append(f'<text class="stage" x="{left + width / 2:.1f}" y="{TOP - 8}">{escape(band.name)}</text>')
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
     parts.append(f'<text class="tick" x="{LEFT}" y="{HEIGHT - 6}">epoch {bands[0].first}</text>')
-    parts.append(
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{bands[-1].last}</text>'
-    )
+    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{bands[-1].last}</text>')
     for line in series:
         for piece in line.pieces:
             points = [(x(a), y(b)) for a, b in piece if math.isfinite(b)]
@@ -121,9 +117,7 @@ def confusion(cells: Sequence[Sequence[int]], names: Sequence[str]) -> Markup:
         middle = margin + row * cell + cell / 2
         text = escape(name if len(name) <= 32 else name[:31] + "…")
         turn = f"translate({middle + 4:.1f},{margin - 6}) rotate(-90)"
-        parts.append(
-            f'<text class="tick" x="{margin - 6}" y="{middle + 4:.1f}" text-anchor="end">{text}</text>'
-        )
+        parts.append(f'<text class="tick" x="{margin - 6}" y="{middle + 4:.1f}" text-anchor="end">{text}</text>')
         parts.append(f'<text class="tick" transform="{turn}">{text}</text>')
     for row, column, images in cells:
         share = images / totals[row]

@@ -37,8 +37,7 @@ def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int)
     source = Image.fromarray(pixels)
     factor = min(height / source.height, width / source.width)
     whole = source.resize(
-        (max(1, round(source.width * factor)), max(1, round(source.height * factor))),
-        Image.Resampling.LANCZOS,
+        (max(1, round(source.width * factor)), max(1, round(source.height * factor))), Image.Resampling.LANCZOS
     )
     draw, line = ImageDraw.Draw(whole), max(3, round(height / 160))
     for number, box in enumerate(boxes, start=2):
@@ -55,20 +54,13 @@ def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int)
     sheet.paste(whole, (0, top))
     offset = (height - rows * side - (rows - 1) * gap) // 2
     for number, box in enumerate(boxes):
-        position = (
-            whole.width + gap + (number % columns) * (side + gap),
-            offset + (number // columns) * (side + gap),
-        )
+        position = (whole.width + gap + (number % columns) * (side + gap), offset + (number // columns) * (side + gap))
         sheet.paste(_tile(source, box, side=side, scale=number + 2, line=line), position)
     return sheet
 
 
 def sheet(
-    pixels: np.ndarray,
-    boxes: Sequence[Rect],
-    answer: tuple[str, float],
-    scales: Sequence[tuple[str, float]],
-    name: str,
+    pixels: np.ndarray, boxes: Sequence[Rect], answer: tuple[str, float], scales: Sequence[tuple[str, float]], name: str
 ) -> Image.Image:
     """Draw a panel and its caption.
 

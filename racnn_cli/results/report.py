@@ -92,9 +92,7 @@ def write_report(run: Run) -> Path:
         boxes=tables.boxes(result),
         cards=cards,
         gallery_note=gallery_note,
-        training_note=f"{len(epochs)} epochs, {duration} of training."
-        if epochs
-        else "log.jsonl has no epochs.",
+        training_note=f"{len(epochs)} epochs, {duration} of training." if epochs else "log.jsonl has no epochs.",
         charts=_charts(epochs),
         matrix=matrix,
         confused=confused,
@@ -142,8 +140,7 @@ def _charts(epochs: Sequence[EpochEvent]) -> list[str]:
 
     def scale_lines(key: str) -> list[chart.Line]:
         return [
-            line(f"scale {n + 1}", f"s{n + 1}", [_figure(val.scales, n, key) for val in vals])
-            for n in range(count)
+            line(f"scale {n + 1}", f"s{n + 1}", [_figure(val.scales, n, key) for val in vals]) for n in range(count)
         ]
 
     vals = [event.val for event in epochs]

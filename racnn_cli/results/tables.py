@@ -68,11 +68,7 @@ def tables(result: EvalResult) -> list[rich.table.Table]:
     outputs = []
     for table in [accuracy(result), boxes(result)] if result.boxes else [accuracy(result)]:
         output = rich.table.Table(
-            title=table.title,
-            caption=table.caption,
-            title_justify="left",
-            caption_justify="left",
-            min_width=46,
+            title=table.title, caption=table.caption, title_justify="left", caption_justify="left", min_width=46
         )
         for number, name in enumerate(table.columns):
             output.add_column(name, justify="right" if number else "left")

@@ -109,9 +109,7 @@ def save(
     tensors |= {f"averaged.{name}": value for name, value in (averages or {}).items()}
     if optimizer is not None:
         for number, entries in optimizer.state_dict()["state"].items():
-            tensors |= {
-                f"optimizer.{number}.{name}": value for name, value in entries.items() if value is not None
-            }
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in entries.items() if value is not None}
     progress.number += 1
     progress.logged = run.sync_log()
     _write(run.state / NAME.format(progress.number), tensors, progress)
@@ -219,9 +217,7 @@ def _read(path: Path, model: RACNN) -> Checkpoint:
             number, _, rest = key.partition(".")
             optimizer.setdefault(int(number), {})[rest] = value
     except (KeyError, ValueError):
-        raise RunError(
-            f"{path} holds {key!r}, which no checkpoint of racnn does", HINT, failure=True
-        ) from None
+        raise RunError(f"{path} holds {key!r}, which no checkpoint of racnn does", HINT, failure=True) from None
     fill(model, groups["model"], path)
     return Checkpoint(progress=progress, optimizer=optimizer, averages=groups["averaged"])
 

@@ -110,8 +110,6 @@ def describe_position(progress: Progress) -> str:
     parts = [f"in {progress.stage}"]
     if progress.stage == "alternate":
         phase = {"cnn": "CNN phase", "apn": "APN phase", "judge": "end of the round", "fusion": "fusion head"}
-        parts.append(
-            f"round {progress.round + (progress.phase in ('cnn', 'apn', 'judge'))}, {phase[progress.phase]}"
-        )
+        parts.append(f"round {progress.round + (progress.phase in ('cnn', 'apn', 'judge'))}, {phase[progress.phase]}")
     parts.append(f"after epoch {progress.epoch}, step {progress.step} of the next one")
     return ", ".join(parts)

@@ -28,9 +28,7 @@ class Interrupts:
     def caught(self) -> Iterator[None]:
         """Within it signals are remembered. Outside of the main thread they are left to whoever handles them."""
         try:
-            before = {
-                number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not the main thread
             yield
             return

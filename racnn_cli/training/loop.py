@@ -115,9 +115,7 @@ class _Fit:
             )
         self.steps = len(trainer.batches("train"))
         self.updates_per_epoch = math.ceil(self.steps / self.accumulate)
-        updates = self.progress.epoch * self.updates_per_epoch + math.ceil(
-            self.progress.step / self.accumulate
-        )
+        updates = self.progress.epoch * self.updates_per_epoch + math.ceil(self.progress.step / self.accumulate)
         self.ema.updates = updates
         if updates:  # the log has the last update's rate, also where no step of the epoch is left
             self._set_lr(updates - 1)
@@ -132,9 +130,7 @@ class _Fit:
             with translate_errors(trainer):
                 if phase.keep_best and phase.from_start and progress.best is None:
                     self._keep_if_best(self._validate())
-                while progress.epoch < phase.epochs and not (
-                    phase.patience and progress.stall >= phase.patience
-                ):
+                while progress.epoch < phase.epochs and not (phase.patience and progress.stall >= phase.patience):
                     self._epoch()
         except StopRequested:
             self._save()
@@ -310,11 +306,7 @@ class _Fit:
 
     def _not_finite(self, what: str, step: int) -> RunError:
         checkpoints = checkpoint.list_checkpoints(self.trainer.run)
-        last = (
-            f"the last checkpoint {checkpoints[0]} is intact"
-            if checkpoints
-            else "no checkpoint was written yet"
-        )
+        last = f"the last checkpoint {checkpoints[0]} is intact" if checkpoints else "no checkpoint was written yet"
         command, phase = self.trainer.resume_command, self.phase
         return RunError(
             f"{phase.title}, epoch {self.progress.epoch + 1}, step {step + 1}: {what}; "

@@ -94,9 +94,7 @@ class Phase:
 
     def heads(self, model: RACNN) -> set[nn.Parameter]:
         """The classifiers' parameters, which start untrained and may learn faster."""
-        return {
-            parameter for number in self.scales for parameter in model.scale(number).classifier.parameters()
-        }
+        return {parameter for number in self.scales for parameter in model.scale(number).classifier.parameters()}
 
 
 class Classifier(nn.Module):
@@ -270,10 +268,7 @@ def fusion(recipe: Recipe, boxes: BoxSource = LEARNED) -> Phase:
         with torch.no_grad():
             descriptors = model(batch["image"], boxes.proposals and boxes.proposals(batch)).descriptors
         logits = trained[0](join_descriptors(descriptors))
-        yield (
-            "classification fused",
-            classification_loss(logits, batch["label"], recipe.train.label_smoothing),
-        )
+        yield ("classification fused", classification_loss(logits, batch["label"], recipe.train.label_smoothing))
 
     return Phase(
         stage="alternate",

@@ -119,8 +119,7 @@ def check_order(trainer: Trainer, name: str) -> None:
     missing = [stage for stage in stages[:position] if stage not in progress.done]
     if missing:
         raise RunError(
-            f"{name} needs {missing[0]}, which has not finished in {folder}",
-            f"`racnn {missing[0]} --run {folder}`",
+            f"{name} needs {missing[0]}, which has not finished in {folder}", f"`racnn {missing[0]} --run {folder}`"
         )
     later = [stage for stage in stages[position + 1 :] if stage in progress.done or stage == progress.stage]
     if later:
@@ -157,9 +156,7 @@ def _run_stage(trainer: Trainer, name: str) -> None:
 
 def _run_phase(trainer: Trainer, phase: Phase, *, then: Literal["apn", "judge"]) -> None:
     progress = trainer.progress
-    trainer.console.say(
-        f"  round {progress.round + 1} of at most {trainer.recipe.alternate.rounds}, {phase.name}"
-    )
+    trainer.console.say(f"  round {progress.round + 1} of at most {trainer.recipe.alternate.rounds}, {phase.name}")
     fit(trainer, phase)
     progress.phase = then
     trainer.after_phase(phase.stage, phase.name, progress.round + 1)
@@ -188,14 +185,11 @@ def end_round(trainer: Trainer) -> bool:
         name: (1 - SMOOTHING) * before.get(name, value) + SMOOTHING * value for name, value in losses.items()
     }
     changed = not before or any(
-        abs(value - before[name]) > section.tolerance * abs(before[name])
-        for name, value in progress.smoothed.items()
+        abs(value - before[name]) > section.tolerance * abs(before[name]) for name, value in progress.smoothed.items()
     )
     progress.still = 0 if changed else progress.still + 1
     trainer.log(
-        RoundEvent(
-            stage="alternate", round=progress.round, val=val, smoothed=progress.smoothed, still=progress.still
-        )
+        RoundEvent(stage="alternate", round=progress.round, val=val, smoothed=progress.smoothed, still=progress.still)
     )
     trainer.warn(val, finer=True)
     if progress.still >= section.patience:

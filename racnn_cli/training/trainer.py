@@ -111,11 +111,7 @@ class Trainer:
         folder = None
         if distributed.rank() == 0:
             created = Run.create(
-                recipe,
-                list(index.classes),
-                out,
-                fingerprint=index.fingerprint,
-                latest=parent_run is None,
+                recipe, list(index.classes), out, fingerprint=index.fingerprint, latest=parent_run is None
             )
             folder = str(created.folder)
         run = Run(Path(distributed.broadcast(folder)))
@@ -279,19 +275,12 @@ class Trainer:
         return self.measure("val", scales=scales).validation()
 
     def save(
-        self,
-        optimizer: torch.optim.Optimizer | None = None,
-        averages: dict[str, torch.Tensor] | None = None,
+        self, optimizer: torch.optim.Optimizer | None = None, averages: dict[str, torch.Tensor] | None = None
     ) -> None:
         """Write a checkpoint; one process does."""
         if distributed.rank() == 0:
             checkpoint.save(
-                self.run,
-                self.model,
-                self.progress,
-                optimizer=optimizer,
-                averages=averages,
-                keep=self.recipe.train.keep,
+                self.run, self.model, self.progress, optimizer=optimizer, averages=averages, keep=self.recipe.train.keep
             )
         self.saved_at = time.monotonic()
 

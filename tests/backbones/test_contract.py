@@ -8,9 +8,9 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from racnn_cli.backbones import Backbone
 
 from racnn_cli import backbones
+from racnn_cli.backbones import Backbone
 
 # Name: size, (C, h, w) of the features, D of the descriptor; one or two of each layout.
 FAMILIES = {

@@ -73,9 +73,7 @@ def test_a_missing_version_is_reported_with_a_hint(index: Path) -> None:
     assert str(fetch.cache() / "packages") in caught.value.hint
 
 
-def test_a_python_without_pip_is_reported(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_python_without_pip_is_reported(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = tmp_path / "python"
     bare.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
     bare.chmod(0o755)
@@ -85,9 +83,7 @@ def test_a_python_without_pip_is_reported(
     assert "ensurepip" in caught.value.hint
 
 
-def test_an_unwritable_cache_is_reported(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_cache_is_reported(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("RACNN_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match="cannot be written") as caught:

@@ -170,9 +170,7 @@ def test_claims_compare_the_results(bench) -> None:
 
 
 def test_a_seed_counts_if_it_reaches_the_target() -> None:
-    seeds = [
-        {name: ArmResult(top1={"scale 1": top1}) for name, top1 in (("a", 0.5), ("b", b))} for b in (0.5, 0.4)
-    ]
+    seeds = [{name: ArmResult(top1={"scale 1": top1}) for name, top1 in (("a", 0.5), ("b", b))} for b in (0.5, 0.4)]
 
     def pair(arms: dict[str, ArmResult]) -> tuple[float, float]:
         return arms["a"].final, arms["b"].final
@@ -203,9 +201,7 @@ def test_each_arm_is_trained_as_described(bench) -> None:
     assert taught[1].keys() == taught[3].keys() == {"box 2", "box 3"}  # pretrain-apn and the APN phase
     plain = Run(seed / "plain").recipe()
     assert (plain.model.scales, plain.model.sizes, plain.pretrain_cnn.epochs) == (1, (32,), 2)
-    assert Run(seed / "plain-equal-compute").recipe().model.sizes == (
-        results["plain, equal compute"]["size"],
-    )
+    assert Run(seed / "plain-equal-compute").recipe().model.sizes == (results["plain, equal compute"]["size"],)
     assert not (bench[0] / "runs" / "latest").exists()  # two processes would fight over it
 
 
@@ -299,9 +295,7 @@ def test_a_coarse_box_is_as_tight_as_the_bounds_allow() -> None:
     first, _ = boxes.true_boxes(3, 1 / 3, 0.95)(batch())
     torch.testing.assert_close(2 * first[:, 2], torch.full((64,), 1 / 3))
     images = batch(sides=(0.02, 0.1))  # smaller than two zooms can show
-    torch.testing.assert_close(
-        2 * boxes.true_boxes(3, 1 / 3, 0.95)(images)[1][:, 2], torch.full((64,), 1 / 3)
-    )
+    torch.testing.assert_close(2 * boxes.true_boxes(3, 1 / 3, 0.95)(images)[1][:, 2], torch.full((64,), 1 / 3))
 
 
 def test_an_image_without_a_box_gets_the_largest_boxes() -> None:

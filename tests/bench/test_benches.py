@@ -13,17 +13,7 @@ import torch
 from scipy import stats
 from typer.testing import CliRunner
 
-from racnn_cli.bench import (
-    NAMES,
-    Options,
-    backbones,
-    export,
-    gradient,
-    parse_seeds,
-    run_bench,
-    seeds,
-    summary,
-)
+from racnn_cli.bench import NAMES, Options, backbones, export, gradient, parse_seeds, run_bench, seeds, summary
 from racnn_cli.cli import app
 from racnn_cli.data.datasets.fieldguide import draw
 from racnn_cli.errors import RecipeError, RunError
@@ -94,10 +84,7 @@ def test_agreement_compares_signs() -> None:
     ramp = torch.linspace(-1, 1, 96, dtype=torch.float64).expand(6, 3, 96, 96)
     counts = gradient.count_agreement(ramp, boxes.double(), size=24, loss=brightness)
     agreement = dict(zip(gradient.CHOICES, counts.tolist(), strict=True))
-    assert [step[0] for step in agreement["bilinear", math.inf]] == [
-        6,
-        6,
-    ]  # brighter to the right, for every box
+    assert [step[0] for step in agreement["bilinear", math.inf]] == [6, 6]  # brighter to the right, for every box
     flat = gradient.count_agreement(torch.zeros_like(images), boxes.double(), size=24, loss=brightness)
     assert flat.sum() == 0
 
@@ -161,9 +148,7 @@ def test_seeds_with_a_baseline_are_compared_in_pairs() -> None:
     assert values["mean"]["fused"] == pytest.approx(0.9)
     assert values["deviation"]["baseline"] == pytest.approx(0.1)
     assert values["fused_minus_baseline"]["mean"] == pytest.approx(0.1)
-    assert values["fused_minus_baseline"]["interval"][0] == pytest.approx(
-        0.1 - 4.302653 * 0.1 / 3**0.5, rel=1e-4
-    )
+    assert values["fused_minus_baseline"]["interval"][0] == pytest.approx(0.1 - 4.302653 * 0.1 / 3**0.5, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +181,7 @@ def test_seeds_trains_each_seed_and_reports_its_runs(trained) -> None:
     assert f"{results['mean']['fused']:.3f}" in output
 
 
-def test_a_finished_seed_is_not_trained_again_and_an_interrupted_one_continues(
-    trained, tmp_path, monkeypatch
-) -> None:
+def test_a_finished_seed_is_not_trained_again_and_an_interrupted_one_continues(trained, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(trained[0], folder)
     monkeypatch.chdir(folder)
@@ -220,7 +203,4 @@ def test_a_finished_seed_is_not_trained_again_and_an_interrupted_one_continues(
 
 def test_the_names_are_known_without_torch() -> None:
     code = "import sys, racnn_cli.bench; print(sorted({'torch', 'timm', 'numpy'} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

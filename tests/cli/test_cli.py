@@ -115,11 +115,7 @@ def test_shell_completion_does_not_import_torch(typed, expected) -> None:
 
 def test_python_m_is_the_same_command() -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "racnn_cli", "train", "demmo"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
+        [sys.executable, "-m", "racnn_cli", "train", "demmo"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     is_error(CommandResult(process.returncode, process.stdout, process.stderr), "did you mean demo")
 
@@ -160,11 +156,7 @@ def test_recipes_show_prints_a_usable_recipe(racnn, here) -> None:
         (["train", "demmo"], ["unknown recipe 'demmo'", "did you mean demo"], "tiny"),
         (["train", "none.toml"], ["none.toml"], "recipes ls"),
         (["train"], ["RECIPE or --data"], "--resume"),
-        (
-            ["train", "tiny", "--set", "train.bach=3"],
-            ["'train.bach'", "did you mean train.batch"],
-            "recipes keys",
-        ),
+        (["train", "tiny", "--set", "train.bach=3"], ["'train.bach'", "did you mean train.batch"], "recipes keys"),
         (["train", "tiny", "--set", "train.batch=-1", "--seed", "1"], ["train.batch", "-1"], "--set"),
         (["train", "tiny", "--set", "train.batch"], ["key=value"], "--set"),
         (["train", "tiny", "--weights", "none", "--pretrained"], ["--weights none", "--pretrained"], "one"),
@@ -174,11 +166,7 @@ def test_recipes_show_prints_a_usable_recipe(racnn, here) -> None:
         (["pretrain-cnn", "tiny", "--run", "x"], ["--run"], "--out"),
         (["pretrain-apn", "--out", "x"], ["--out"], "pretrain-cnn RECIPE --out DIR"),
         (["pretrain-apn", "tiny"], ["cannot start a run"], "`racnn pretrain-cnn` with that recipe"),
-        (
-            ["alternate", "tiny", "--scales", "3"],
-            ["cannot start a run"],
-            "`racnn pretrain-cnn` with that recipe",
-        ),
+        (["alternate", "tiny", "--scales", "3"], ["cannot start a run"], "`racnn pretrain-cnn` with that recipe"),
         (["export"], ["needs a format"], "--onnx"),
         (["export", "--onnx", "--safetensors"], ["--onnx", "--safetensors", "contradict"], "one"),
         (["export", "--onnx", "--format", "torch"], ["--onnx", "--format torch", "contradict"], "one"),

@@ -57,9 +57,7 @@ def reference_crop(images: Tensor, boxes: Tensor, size: int, k: float) -> Tensor
                 rows.append(weight / weight.sum())
             weights = torch.stack(rows)  # (size, length)
             if k != math.inf:
-                weights = weights * (
-                    1 / (1 + (-k * (pixel - low)).exp()) - 1 / (1 + (-k * (pixel - high)).exp())
-                )
+                weights = weights * (1 / (1 + (-k * (pixel - low)).exp()) - 1 / (1 + (-k * (pixel - high)).exp()))
             axes.append(weights)
         crops.append(torch.einsum("chw,ih,jw->cij", image, axes[1], axes[0]))
     return torch.stack(crops)
@@ -95,13 +93,9 @@ def test_crop_matches_the_reference(kind, shape, size, k) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 10_000), st.floats(0.005, 0.3), st.integers(8, 60), st.integers(8, 60), st.integers(1, 24)
-)
+@given(st.integers(0, 10_000), st.floats(0.005, 0.3), st.integers(8, 60), st.integers(8, 60), st.integers(1, 24))
 def test_crop_of_any_small_box_matches_the_reference(seed, half, rows, columns, size) -> None:
-    images = torch.randn(
-        2, 3, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    images = torch.randn(2, 3, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     boxes = boxes_in(2, seed, half / 3, half)
     for k in (0.5, math.inf):
         torch.testing.assert_close(
@@ -380,9 +374,7 @@ def test_an_apn_generalizes_from_few_images() -> None:
         cells = torch.randint(0, 49, (count,))
         for image, cell in enumerate(cells):
             features[image, :, cell // 7, cell % 7] += 3 * pattern
-        target = torch.stack(
-            [(cells % 7 + 0.5) / 7, (cells // 7 + 0.5) / 7, torch.full((count,), 0.25)], dim=1
-        )
+        target = torch.stack([(cells % 7 + 0.5) / 7, (cells // 7 + 0.5) / 7, torch.full((count,), 0.25)], dim=1)
         return features, attention.bound(target, 0.5, 0.5)
 
     (features, target), (test_features, truth) = draw(48), draw(200)
@@ -400,10 +392,7 @@ def test_an_apn_generalizes_from_few_images() -> None:
 def test_half_precision_does_not_move_a_box() -> None:
     """Under autocast the box stays in float32: bfloat16 would move it by more than a pixel."""
     torch.manual_seed(4)
-    apn, features = (
-        APN((12, 7, 7), 16, floor=1 / 3, ceiling=0.95),
-        torch.rand(32, 12, 7, 7).bfloat16().float(),
-    )
+    apn, features = (APN((12, 7, 7), 16, floor=1 / 3, ceiling=0.95), torch.rand(32, 12, 7, 7).bfloat16().float())
     exact = apn(features)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(apn(features.bfloat16()), exact)

@@ -43,9 +43,7 @@ def test_draws_do_not_depend_on_the_rest_of_the_batch(images: list[int], seed: i
 
 def test_seed_epoch_image_and_position_change_the_numbers() -> None:
     samples = [
-        Draws(keys(seed, epoch, torch.arange(50))).uniform(5)
-        for seed in (0, 1, 2**31 - 1)
-        for epoch in (0, 1, 2)
+        Draws(keys(seed, epoch, torch.arange(50))).uniform(5) for seed in (0, 1, 2**31 - 1) for epoch in (0, 1, 2)
     ]
     assert torch.stack(samples).unique().numel() > 0.999 * 9 * 50 * 5
 

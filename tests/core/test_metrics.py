@@ -17,9 +17,7 @@ from racnn_cli.errors import RecipeError
 
 def metrics_of(logits: torch.Tensor, labels: torch.Tensor, batch: int = 7) -> metrics.ClassificationMetrics:
     result = metrics.ClassificationMetrics(logits.shape[1])
-    for batch_scores, batch_labels in zip(
-        logits.log_softmax(1).split(batch), labels.split(batch), strict=True
-    ):
+    for batch_scores, batch_labels in zip(logits.log_softmax(1).split(batch), labels.split(batch), strict=True):
         result.add(batch_scores, batch_labels)
     return result
 

@@ -222,10 +222,7 @@ def test_save_and_load_are_exact(tmp_path) -> None:
     file = tmp_path / "weights.safetensors"
     store.save_weights(file, model)
     store.load_weights(file, other)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     # Only one key: safetensors orders several differently in each process, and equal weights must give equal bytes.
     assert store.read_tensors(file)[1] == {"racnn": racnn_cli.__version__}
     images = random_images()
@@ -288,9 +285,7 @@ def test_fusion_starts_as_the_mean_of_the_logits() -> None:
     model = network(3)
     torch.manual_seed(2)
     norms = [3.0, 0.5, 8.0]
-    descriptors = [
-        F.normalize(torch.randn(5, model.scale(n).backbone.width), dim=1) * norms[n] for n in range(3)
-    ]
+    descriptors = [F.normalize(torch.randn(5, model.scale(n).backbone.width), dim=1) * norms[n] for n in range(3)]
     with torch.no_grad():
         for number in range(3):
             model.scale(number).classifier.bias.normal_()
@@ -322,9 +317,7 @@ def test_rank_loss_by_hand() -> None:
     labels = torch.tensor([0, 1, 0])
     expected = ((0.75 - 0.5 + 0.05) + 0.0 + (0.5 - 0.53 + 0.05)) / 3
     assert rank_loss(coarse, fine, labels, 0.05).item() == pytest.approx(expected)
-    assert rank_loss(coarse + 5, fine - 3, labels, 0.05).item() == pytest.approx(
-        expected
-    )  # softmax, not logits
+    assert rank_loss(coarse + 5, fine - 3, labels, 0.05).item() == pytest.approx(expected)  # softmax, not logits
     assert rank_loss(fine, fine, labels, 0.05).item() == pytest.approx(0.05)
 
 

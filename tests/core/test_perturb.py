@@ -155,8 +155,7 @@ def test_the_border_adds_no_bias(box) -> None:
     samples = neighbours(start, 100_000, 0.2)
     for axis in range(3):
         offsets = torch.cat(
-            [(samples[..., :2] - start[:, :2]) / (2 * start[:, 2:]), (samples[..., 2:] / start[:, 2:]).log()],
-            dim=2,
+            [(samples[..., :2] - start[:, :2]) / (2 * start[:, 2:]), (samples[..., 2:] / start[:, 2:]).log()], dim=2
         )
         sizes = []
         for distance in (0.0, 0.1):
@@ -307,27 +306,18 @@ def test_the_losses_are_those_of_the_perturbed_boxes() -> None:
             boxes = [output.proposals[0], box] if number else [box, box]
             fine = model(images["image"], boxes).logits[number + 1]
             rows.append(
-                [
-                    rank_loss(output.logits[number][[i]], fine[[i]], images["label"][[i]], 1.0).item()
-                    for i in range(4)
-                ]
+                [rank_loss(output.logits[number][[i]], fine[[i]], images["label"][[i]], 1.0).item() for i in range(4)]
             )
         table = torch.tensor(rows)
         assert losses[name] == pytest.approx(table.mean().item(), rel=1e-4)
         apn = model.scale(number).apn
         assert apn is not None
         (gradient,) = torch.autograd.grad(perturbed_loss(proposal, samples, table, 0.15), proposal)
-        expected = torch.autograd.grad(output.proposals[number], apn.box.weight, gradient, retain_graph=True)[
-            0
-        ]
-        torch.testing.assert_close(
-            apn.box.weight.grad, expected, rtol=1e-2, atol=1e-4 * expected.abs().max().item()
-        )
+        expected = torch.autograd.grad(output.proposals[number], apn.box.weight, gradient, retain_graph=True)[0]
+        torch.testing.assert_close(apn.box.weight.grad, expected, rtol=1e-2, atol=1e-4 * expected.abs().max().item())
 
 
-def augmentation_of(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, round_: int = 0, images: int = 64
-) -> Tensor:
+def augmentation_of(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, round_: int = 0, images: int = 64) -> Tensor:
     """How scale 2's boxes are augmented (B, 3): shift of the center in half-sides, and factor of the side."""
     model = network(recipe)
     fixed = torch.tensor([[0.5, 0.5, 0.3]]).expand(images, 3)

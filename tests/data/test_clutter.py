@@ -200,9 +200,7 @@ def test_the_box_is_where_the_item_is(canvas) -> None:
 
 
 def test_items_differ_in_place_and_size() -> None:
-    boxes = (
-        np.array([compose(photographs(), 0, np.random.default_rng(s), side=160)[1] for s in range(200)]) * 160
-    )
+    boxes = np.array([compose(photographs(), 0, np.random.default_rng(s), side=160)[1] for s in range(200)]) * 160
     sides = boxes[:, 2] - boxes[:, 0]
     assert (sides.min(), sides.max()) == (20, 32)
     for axis in (0, 1):
@@ -218,8 +216,7 @@ def test_at_a_distance_everything_is_smaller_and_there_are_more_fragments() -> N
         far, box = compose(items, 0, np.random.default_rng(seed), side=480, distance=3)
         assert 20 <= round((box[2] - box[0]) * 480) < 33  # as at a third of the canvas
         bare = [
-            compose(items, 1, np.random.default_rng(seed), side=side, distance=d)[0]
-            for side, d in ((480, 3), (160, 1))
+            compose(items, 1, np.random.default_rng(seed), side=side, distance=d)[0] for side, d in ((480, 3), (160, 1))
         ]
         filled.append([(image > 0).mean() for image in bare])
         x0, y0, x1, y1 = (round(value * 480) for value in box)
@@ -247,11 +244,7 @@ def test_dark_pixels_of_an_item_are_transparent() -> None:
 def test_splits_are_disjoint_and_test_items_come_from_the_test_part(folder) -> None:
     index = clutter(folder).index
     assert index.classes == list(CLASSES)
-    assert {split: len(items) for split, items in index.splits.items()} == {
-        "train": 40,
-        "val": 20,
-        "test": 20,
-    }
+    assert {split: len(items) for split, items in index.splits.items()} == {"train": 40, "val": 20, "test": 20}
     paths = {split: {str(item.path) for item in items} for split, items in index.splits.items()}
     assert all(len(paths[split]) == len(index.splits[split]) for split in paths)
     assert not paths["train"] & paths["val"]
@@ -275,9 +268,7 @@ def test_more_images_than_items_is_an_error(folder) -> None:
     for images, count, needed in ((84, "60 train", "63 are"), (10_000, "60 train", "5000 are")):
         with pytest.raises(DataError) as caught:
             clutter(folder, images).dataset("train", 64, augment=True)
-        assert all(word in caught.value.message for word in (str(folder), count, needed)), (
-            caught.value.message
-        )
+        assert all(word in caught.value.message for word in (str(folder), count, needed)), caught.value.message
         assert "fewer images" in caught.value.hint
     source = Clutter(folder, 80, data=recipes.Data(val=0.1, test=0.5), seed=5)
     with pytest.raises(DataError, match="30 t10k items, 40 are"):
@@ -449,9 +440,7 @@ def test_training_on_clutter_logs_box_metrics_and_settles_the_boxes(here, folder
     )
     settings, jitter = [], attention.jitter
 
-    def record(
-        boxes: torch.Tensor, amount: float, floor: float, ceiling: float, tighten: float, chance: torch.Tensor
-    ):
+    def record(boxes: torch.Tensor, amount: float, floor: float, ceiling: float, tighten: float, chance: torch.Tensor):
         settings.append((round(amount, 6), round(tighten, 6)))
         return jitter(boxes, amount, floor, ceiling, tighten, chance)
 

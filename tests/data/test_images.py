@@ -289,10 +289,7 @@ def test_a_name_with_escapes_is_printed_safely(tmp_path):
 @pytest.fixture
 def items(tmp_path):
     boxes = [(20.0, 10.0, 30.0, 20.0), None]
-    return [
-        Item(save(tmp_path / f"{n}.png", noise(60 + 3 * n, 90, seed=n)), n % 3, boxes[n % 2])
-        for n in range(11)
-    ]
+    return [Item(save(tmp_path / f"{n}.png", noise(60 + 3 * n, 90, seed=n)), n % 3, boxes[n % 2]) for n in range(11)]
 
 
 def _epoch(images, **options) -> dict[str, torch.Tensor]:
@@ -302,9 +299,7 @@ def _epoch(images, **options) -> dict[str, torch.Tensor]:
 
 
 def test_any_number_of_workers_loads_the_same_images(items):
-    images = ImageDataset(
-        items, data(scale=0.4, flip="both", rotate=25.0, color=0.5), 32, seed=3, augment=True
-    )
+    images = ImageDataset(items, data(scale=0.4, flip="both", rotate=25.0, color=0.5), 32, seed=3, augment=True)
     expected = _epoch(images, epoch=2)
     assert expected["image"].shape == (11, 3, 32, 32)
     assert expected["image"].dtype == torch.uint8
@@ -330,11 +325,7 @@ def test_augmentation_depends_on_seed_epoch_and_position_only(items):
     duplicates = [items[0], items[0]]
     images = ImageDataset(duplicates, settings_, 32, seed=3, augment=True)
     first = images[(0, 0)]["image"]
-    different = [
-        images[(0, 1)],
-        images[(1, 0)],
-        ImageDataset(duplicates, settings_, 32, seed=4, augment=True)[(0, 0)],
-    ]
+    different = [images[(0, 1)], images[(1, 0)], ImageDataset(duplicates, settings_, 32, seed=4, augment=True)[(0, 0)]]
     assert all(not torch.equal(first, sample["image"]) for sample in different)
     assert torch.equal(first, images[(0, 0)]["image"])
 
@@ -344,9 +335,7 @@ def test_each_transform_has_its_own_random_stream(items):
     ramp = np.zeros((64, 64, 3), np.uint8)
     ramp[..., 0] = np.linspace(0, 255, 64)  # redder to the right
     path = save(items[0].path, ramp)
-    images = ImageDataset(
-        [Item(path, 0, None)], data(scale=0.3, rotate=0.0, color=0.0), 32, seed=1, augment=True
-    )
+    images = ImageDataset([Item(path, 0, None)], data(scale=0.3, rotate=0.0, color=0.0), 32, seed=1, augment=True)
     spans = [
         image[0, :, -1].float().mean() - image[0, :, 0].float().mean()
         for image in (images[(epoch, 0)]["image"] for epoch in range(200))
@@ -373,9 +362,7 @@ def test_a_crop_keeps_its_share_and_disabled_augmentation_does_nothing(tmp_path)
         shares = []
         for epoch in range(40):
             image = cropped[(epoch, 0)]["image"].float()
-            shares.append(
-                float((image[0, 0, -1] - image[0, 0, 0]) * (image[1, -1, 0] - image[1, 0, 0])) / 255**2
-            )
+            shares.append(float((image[0, 0, -1] - image[0, 0, 0]) * (image[1, -1, 0] - image[1, 0, 0])) / 255**2)
         assert min(shares) > 0.45
         assert min(shares) < 0.7 < max(shares)
 
@@ -386,9 +373,7 @@ def test_flip_none_horizontal_both(tmp_path):
     items = [Item(save(tmp_path / "a.png", corner), 0, None)]
 
     def positions(flip: str) -> set[tuple[int, int]]:
-        dataset = ImageDataset(
-            items, data(scale=1.0, flip=flip, rotate=0.0, color=0.0), 40, seed=0, augment=True
-        )
+        dataset = ImageDataset(items, data(scale=1.0, flip=flip, rotate=0.0, color=0.0), 40, seed=0, augment=True)
         images = [dataset[(epoch, 0)]["image"][0] for epoch in range(40)]
         return {divmod(int(image.flatten().argmax()), 40) for image in images}
 
@@ -420,12 +405,7 @@ def test_a_file_that_vanishes_during_training_is_one_clear_error(items, workers)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    count=st.integers(1, 60),
-    batch=st.integers(1, 9),
-    world=st.integers(1, 5),
-    epoch=st.integers(0, 3),
-)
+@given(count=st.integers(1, 60), batch=st.integers(1, 9), world=st.integers(1, 5), epoch=st.integers(0, 3))
 def test_the_order_of_an_epoch(count, batch, world, epoch):
     def shares(shuffle: bool) -> list[list[list[int]]]:
         options = {"batch": batch, "epoch": epoch, "seed": 1, "shuffle": shuffle}
@@ -447,11 +427,7 @@ def test_several_processes_divide_the_order_of_one(items):
     halves = [_epoch(images, batch=2, epoch=3, rank=rank, world=2)["index"].tolist() for rank in (0, 1)]
     assert sorted(halves[0][:2] + halves[1][:2]) == sorted(steps[0])
     assert _epoch(images, epoch=3)["index"].tolist() == [position for step in steps for position in step]
-    assert (
-        plan(11, batch=4, epoch=4, seed=5, shuffle=True)
-        != steps
-        != plan(11, batch=4, epoch=3, seed=6, shuffle=True)
-    )
+    assert plan(11, batch=4, epoch=4, seed=5, shuffle=True) != steps != plan(11, batch=4, epoch=3, seed=6, shuffle=True)
 
 
 def test_an_epoch_continues_in_the_middle(items):

@@ -54,8 +54,7 @@ def counts(listed: Index) -> dict[str, dict[str, int]]:
 
 def names(listed: Index) -> dict[str, list[str]]:
     return {
-        split: [f"{item.path.parent.name}/{item.path.name}" for item in items]
-        for split, items in listed.splits.items()
+        split: [f"{item.path.parent.name}/{item.path.name}" for item in items] for split, items in listed.splits.items()
     }
 
 
@@ -73,9 +72,7 @@ def names(listed: Index) -> dict[str, list[str]]:
 def test_the_split_is_stratified_disjoint_and_complete(sizes, val, test, seed):
     labels = {f"c{label}": [f"c{label}/{n}" for n in range(size)] for label, size in enumerate(sizes)}
     rest, held = hold_out(labels, {"val": val, "test": test}, seed=seed)
-    assert sorted(rest + held["val"] + held["test"]) == sorted(
-        name for members in labels.values() for name in members
-    )
+    assert sorted(rest + held["val"] + held["test"]) == sorted(name for members in labels.values() for name in members)
     for label, members in labels.items():
         size = len(members)
         train, *held_out = (sum(name.startswith(f"{label}/") for name in s) for s in (rest, *held.values()))
@@ -86,10 +83,7 @@ def test_the_split_is_stratified_disjoint_and_complete(sizes, val, test, seed):
             if share > 0 and size >= 3:
                 assert count >= 1
         assert held_out[1] == 0 or test > 0
-    assert hold_out({k: v[::-1] for k, v in labels.items()}, {"val": val, "test": test}, seed=seed) == (
-        rest,
-        held,
-    )
+    assert hold_out({k: v[::-1] for k, v in labels.items()}, {"val": val, "test": test}, seed=seed) == (rest, held)
 
 
 def test_adding_a_class_does_not_move_the_images_of_the_others():
@@ -125,9 +119,7 @@ def test_a_folder_per_class_is_split_by_the_seed(tmp_path):
 
 @pytest.mark.parametrize("val", ["val", "valid", "Validation"])
 def test_folders_of_splits_are_kept(tmp_path, val):
-    root = folder(
-        tmp_path, {"train/a": 3, "train/b": 2, f"{val}/a": 1, f"{val}/b": 1, "test/a": 2, "test/b": 1}
-    )
+    root = folder(tmp_path, {"train/a": 3, "train/b": 2, f"{val}/a": 1, f"{val}/b": 1, "test/a": 2, "test/b": 1})
     listed = index(root)
     assert counts(listed) == {"train": {"a": 3, "b": 2}, "val": {"a": 1, "b": 1}, "test": {"a": 2, "b": 1}}
     assert all(f"{split}/" in str(item.path) for split in ("train", "test") for item in listed.splits[split])
@@ -334,10 +326,7 @@ def test_a_csv_that_is_not_text(tmp_path):
     ("layout", "expected"),
     [
         ({"train/a": 2, "train/b": 2, "test/a": 1, "test/c": 1}, "class 'c' is in test and not in train"),
-        (
-            {"Red_bird": 2, "red bird": 2, "wren": 2},
-            "'Red_bird' and 'red bird' look like names of the same class",
-        ),
+        ({"Red_bird": 2, "red bird": 2, "wren": 2}, "'Red_bird' and 'red bird' look like names of the same class"),
         ({"a": 4}, "there is only one class, 'a'"),
         ({"a": 1, "b": 1}, "val has no image"),
         ({"val/a": 2, "val/b": 2, "test/a": 2}, "train has no image"),
@@ -370,9 +359,7 @@ def test_the_classes_of_a_run_are_fixed(tmp_path):
     root = folder(tmp_path, {"a": 4, "b": 4})
     listed = index(root, classes=["b", "a"])
     assert listed.classes == ["b", "a"]
-    assert all(
-        item.path.parent.name == "ba"[item.label] for items in listed.splits.values() for item in items
-    )
+    assert all(item.path.parent.name == "ba"[item.label] for items in listed.splits.values() for item in items)
     assert "the run does not know the class 'b'; it knows 'a', 'c'" in error(root, classes=["a", "c"]).message
     assert "the run's class 'c' is not in the data" in error(root, classes=["a", "b", "c"]).message
 

@@ -146,11 +146,7 @@ def test_the_real_plankton_photographs(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "package_archive", lambda *_: archive)
     index = build_index(recipe.Data(path="plankton"), seed=0)
     assert index.classes == sorted(plankton.COUNTS)
-    assert {split: len(items) for split, items in index.splits.items()} == {
-        "train": 68,
-        "val": 15,
-        "test": 22,
-    }
+    assert {split: len(items) for split, items in index.splits.items()} == {"train": 68, "val": 15, "test": 22}
     assert index.skipped == index.notes == []
 
 

@@ -112,9 +112,7 @@ def test_options_that_cannot_be_combined(run: Run, data: Path, tmp_path: Path) -
 
 
 def choose(confidence: np.ndarray, coarse: np.ndarray, full: np.ndarray, max_drop: float) -> float:
-    return early_exit.choose_threshold(
-        confidence, coarse_correct=coarse, full_correct=full, max_drop=max_drop
-    )
+    return early_exit.choose_threshold(confidence, coarse_correct=coarse, full_correct=full, max_drop=max_drop)
 
 
 def test_choice_of_the_threshold() -> None:

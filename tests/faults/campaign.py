@@ -176,13 +176,7 @@ def campaign(
 
 
 def strike(
-    case: str,
-    file: Path,
-    run: Path,
-    said: Path,
-    counts: dict[str, int],
-    expected: dict[str, Any],
-    draw: random.Random,
+    case: str, file: Path, run: Path, said: Path, counts: dict[str, int], expected: dict[str, Any], draw: random.Random
 ) -> dict[str, Any]:
     """One point: strike, go on until the end, compare."""
     shutil.rmtree(run, ignore_errors=True)
@@ -208,11 +202,7 @@ def strike(
         entry["identical"] = not entry["differs"]
         if "log" in entry["differs"]:
             pairs = zip(now["log"], expected["log"], strict=False)
-            entry["lines"] = [
-                len(now["log"]),
-                len(expected["log"]),
-                next((p for p in pairs if p[0] != p[1]), None),
-            ]
+            entry["lines"] = [len(now["log"]), len(expected["log"]), next((p for p in pairs if p[0] != p[1]), None)]
     else:
         entry["said"] = said.read_text()[-2000:]
     return entry
@@ -233,18 +223,14 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        results = campaign(
-            options.points, options.seed, Path(place), lambda line: print(line, file=sys.stderr)
-        )
+        results = campaign(options.points, options.seed, Path(place), lambda line: print(line, file=sys.stderr))
     print("\n".join(table(results)))
     print(f"seed {options.seed}, {(time.monotonic() - start) / 60:.0f} minutes")
     sys.exit(any(not entry["identical"] for entry in results))

@@ -150,9 +150,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, here, data) -> None:
     run = trainer.run
     free = shutil.disk_usage(small_disk).free
     size = len(json.dumps(1)) + sum(t.numel() * t.element_size() for t in trainer.model.state_dict().values())
-    ballast.write_bytes(
-        b"0" * (free - int(2.5 * size))
-    )  # room for one checkpoint with its optimizer, not for two
+    ballast.write_bytes(b"0" * (free - int(2.5 * size)))  # room for one checkpoint with its optimizer, not for two
     with pytest.raises(RacnnError, match=r"could not be written: .*No space left on device") as error:
         stages.run_all(trainer)
     trainer.close()
@@ -197,10 +195,7 @@ def test_a_process_that_was_killed_holds_no_lock(mine: Run) -> None:
     code = "import sys; from pathlib import Path; from racnn_cli.run import Run\n"
     code += "lock = Run(Path(sys.argv[1])).lock(); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(mine.folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", code, str(mine.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"

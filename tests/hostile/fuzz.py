@@ -104,9 +104,7 @@ def recipe_seeds() -> list[bytes]:
 
 
 def csv_seeds() -> list[bytes]:
-    rows = "".join(
-        f"a/{n}.png,class {n % 3},{['train', 'val', 'test'][n % 3]},{n},{n},10,10\n" for n in range(9)
-    )
+    rows = "".join(f"a/{n}.png,class {n % 3},{['train', 'val', 'test'][n % 3]},{n},{n},10,10\n" for n in range(9))
     return [
         f"path,label,split,x,y,w,h\n{rows}".encode(),
         b'path,label\r\n"a, b.png","x ""y"""\r\nc.png,z\r\n',
@@ -138,27 +136,12 @@ EVENTS = [
     | {"lr": 1e-3, "views": number, "images_per_second": 9.5}
     for number, phase in enumerate(("CNN phase", "APN phase", "fusion head"), start=1)
 ]
-EVENTS.append(
-    {"event": "warning", "stage": "alternate", "round": 1, "kind": "bound", "text": "boxes sit at it"}
-)
+EVENTS.append({"event": "warning", "stage": "alternate", "round": 1, "kind": "bound", "text": "boxes sit at it"})
 FIGURES = SEEN | {"top5": 1.0, "ece": 0.125}
 SIDE = {"side_mean": 0.5, "side_min": 0.25, "side_max": 0.75, "at_floor": 0.0, "at_ceiling": 0.0}
 RESULT = {
-    **{
-        "split": "test",
-        "data": "birds",
-        "images": 6,
-        "classes": 3,
-        "interval": [0.25, 0.75],
-        "baseline": None,
-    },
-    **{
-        "scales": [FIGURES, FIGURES],
-        "average": FIGURES,
-        "fused": FIGURES,
-        "seconds": 1.0,
-        "images_per_second": 8.0,
-    },
+    **{"split": "test", "data": "birds", "images": 6, "classes": 3, "interval": [0.25, 0.75], "baseline": None},
+    **{"scales": [FIGURES, FIGURES], "average": FIGURES, "fused": FIGURES, "seconds": 1.0, "images_per_second": 8.0},
     "per_class": {name: {"top1": 0.5, "n": 2} for name in NAMES},
     "boxes": [SIDE | {"iou_mean": 0.5, "hit_rate": 1.0, "coverage_mean": 0.75}],
     "confusion": [[0, 0, 1], [0, 1, 1], [1, 1, 2], [2, 2, 2]],
@@ -322,9 +305,7 @@ def line(name: str, found: Mapping[str, Any], seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(TARGETS), action="append")

@@ -274,12 +274,7 @@ def test_a_network_that_no_memory_holds(here: Path) -> None:
 
 def test_names_that_are_too_long_are_said_to_be(here: Path, said) -> None:
     name = "x" * 300
-    for words in (
-        ["predict", name],
-        ["eval", "--run", name],
-        ["train", name],
-        ["train", "own", "--data", name],
-    ):
+    for words in (["predict", name], ["eval", "--run", name], ["train", name], ["train", "own", "--data", name]):
         code, text = said(*words)
         assert code
         assert name[:50] in text
@@ -364,9 +359,7 @@ def forge(run: Run, change: Callable[[dict[str, torch.Tensor], dict[str, object]
     for path in checkpoint.saved(run)[1:]:
         path.unlink()
     told = json.dumps(position)
-    checkpoint.save_tensors(
-        newest, tensors, {"progress": told, "sha256": checkpoint._checksum(tensors, told)}
-    )
+    checkpoint.save_tensors(newest, tensors, {"progress": told, "sha256": checkpoint._checksum(tensors, told)})
 
 
 @pytest.mark.parametrize(
@@ -442,14 +435,7 @@ def test_a_report_of_a_damaged_log(run: Run, tmp_path: Path, event: dict[str, ob
     copy = Run(tmp_path / "copy")
     shutil.copytree(run.folder, copy.folder)
     said("eval", "--run", copy.folder)
-    good = {
-        "event": "epoch",
-        "stage": "alternate",
-        "phase": "CNN phase",
-        "round": 1,
-        "epoch": 1,
-        "seconds": 1.0,
-    }
+    good = {"event": "epoch", "stage": "alternate", "phase": "CNN phase", "round": 1, "epoch": 1, "seconds": 1.0}
     good |= {"train_loss": {"loss": 1.0}, "val": {"scales": [{"top1": 0.5, "nll": 1.0}]}}
     copy.log.write_text("".join(json.dumps(entry) + "\n" for entry in (good, good | event)))
     code, text = said("report", "--run", copy.folder)
@@ -467,17 +453,7 @@ def test_a_name_that_is_not_utf8_is_no_hindrance(here: Path, said) -> None:
     assert code == 0, text
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
     for style in ("csv", "jsonl", "table"):
-        words = [
-            sys.executable,
-            "-m",
-            "racnn_cli",
-            "predict",
-            "data/test",
-            "--run",
-            "mine",
-            "--format",
-            style,
-        ]
+        words = [sys.executable, "-m", "racnn_cli", "predict", "data/test", "--run", "mine", "--format", style]
         done = subprocess.run(words, env=environment, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
         assert rb"caf\udce9.png" in done.stdout
@@ -496,15 +472,10 @@ def write_onnx(file: Path, location: str = "", shape: tuple[int, ...] = (1, 3), 
             tensor.external_data.add(key=key, value=value)
     else:
         tensor.raw_data = np.zeros(shape, np.float32).tobytes()
-    names_of_nodes = (
-        ("Identity", "Identity", "Identity") if shape else ("Evil\x1b[2J", "Identity", "Identity")
-    )
+    names_of_nodes = ("Identity", "Identity", "Identity") if shape else ("Evil\x1b[2J", "Identity", "Identity")
     model = helper.make_model(
         helper.make_graph(
-            [
-                helper.make_node(kind, ["stored"], [name])
-                for kind, name in zip(names_of_nodes, names, strict=True)
-            ],
+            [helper.make_node(kind, ["stored"], [name]) for kind, name in zip(names_of_nodes, names, strict=True)],
             "graph",
             [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["b", 3, "h", "w"])],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names],
@@ -520,9 +491,7 @@ def write_onnx(file: Path, location: str = "", shape: tuple[int, ...] = (1, 3), 
     return file
 
 
-@pytest.mark.parametrize(
-    "location", ["{}/secret.bin", "../secret.bin", "link.bin", "/dev/zero", "in/../../secret.bin"]
-)
+@pytest.mark.parametrize("location", ["{}/secret.bin", "../secret.bin", "link.bin", "/dev/zero", "in/../../secret.bin"])
 def test_weights_elsewhere_are_not_read(here: Path, location: str) -> None:
     (here / "secret.bin").write_bytes(np.ones(3, np.float32).tobytes())
     (here / "got").mkdir()

@@ -120,9 +120,7 @@ def test_box_figures_against_ground_truth(result: dict, outputs) -> None:
         assert figures["at_floor"] == pytest.approx((side < 1.02 / 3).float().mean().item())
         assert figures["at_ceiling"] == pytest.approx((side > 0.98 * 0.95).float().mean().item())
         corners = torch.cat([box[:, :2] - box[:, 2:], box[:, :2] + box[:, 2:]], 1)
-        assert figures["iou_mean"] == pytest.approx(
-            box_iou(corners, truth).diagonal().mean().item(), abs=1e-5
-        )
+        assert figures["iou_mean"] == pytest.approx(box_iou(corners, truth).diagonal().mean().item(), abs=1e-5)
         x, y = ((truth[:, :2] + truth[:, 2:]) / 2).T
         inside = (corners[:, 0] <= x) & (x <= corners[:, 2]) & (corners[:, 1] <= y) & (y <= corners[:, 3])
         assert figures["hit_rate"] == pytest.approx(inside.float().mean().item())
@@ -262,15 +260,8 @@ def test_gather_expands_names(place: Path, monkeypatch) -> None:
     stdin = io.StringIO(f"{folder}/a.webp\n\n{folder}/b/c\r\n")
     assert predict.gather(["-"], stdin) == [folder / "a.webp", folder / "b/c/1.png"]
     with pytest.raises(RacnnError) as error:
-        predict.gather(
-            [folder / "no", folder / "empty", "https://x.org/a.jpg", f"{folder}/*.gif", "a\x1b[2J.png"]
-        )
-    for part in (
-        "no does not exist",
-        "empty contains no images",
-        "a.jpg is a URL",
-        "*.gif matches nothing",
-    ):
+        predict.gather([folder / "no", folder / "empty", "https://x.org/a.jpg", f"{folder}/*.gif", "a\x1b[2J.png"])
+    for part in ("no does not exist", "empty contains no images", "a.jpg is a URL", "*.gif matches nothing"):
         assert part in error.value.message
     assert "\x1b" not in error.value.message
 
@@ -329,13 +320,8 @@ def test_frames_of_a_video(run: Run, place: Path) -> None:
     assert [Path(frame.name).name for frame in frames] == ["video.avi#0", "video.avi#2", "video.avi#4"]
     assert frames[2].pixels[30, 40].tolist() == pytest.approx([160, 0, 0], abs=6)  # red, green, blue
     out = io.StringIO()
-    predict.predict_command(
-        load(run), [place / "video.avi"], rows="jsonl", every=3, save=place / "drawings", out=out
-    )
-    assert [json.loads(line)["path"][-11:] for line in out.getvalue().splitlines()] == [
-        "video.avi#0",
-        "video.avi#3",
-    ]
+    predict.predict_command(load(run), [place / "video.avi"], rows="jsonl", every=3, save=place / "drawings", out=out)
+    assert [json.loads(line)["path"][-11:] for line in out.getvalue().splitlines()] == ["video.avi#0", "video.avi#3"]
     assert {path.name for path in (place / "drawings").iterdir()} == {"video.avi-0.jpg", "video.avi-3.jpg"}
     (place / "no.mp4").write_bytes(b"not a video")
     os.mkfifo(place / "pipe.mp4")
@@ -383,9 +369,7 @@ def test_standard_input_must_be_a_list_of_names(place: Path, monkeypatch) -> Non
 def test_panel_shows_the_boxes_and_their_views() -> None:
     pixels = np.zeros((100, 200, 3), np.uint8)
     pixels[20:40, 120:140] = (255, 0, 0)
-    panel = draw.panel(
-        pixels, [(110.0, 10.0, 150.0, 50.0), (120.0, 20.0, 140.0, 40.0)], height=400, width=800
-    )
+    panel = draw.panel(pixels, [(110.0, 10.0, 150.0, 50.0), (120.0, 20.0, 140.0, 40.0)], height=400, width=800)
     # Enlarged four times; the frame surrounds its box.
     color = tuple(int(draw.COLORS[1][i : i + 2], 16) for i in (1, 3, 5))
     assert panel.getpixel((520, 38)) == color

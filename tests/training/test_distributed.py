@@ -46,17 +46,10 @@ LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def torchrun(
-    folder: Path, processes: int, *program: str, restarts: int = 0
-) -> subprocess.CompletedProcess[str]:
+def torchrun(folder: Path, processes: int, *program: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     return subprocess.run(
-        [*LAUNCHER, *options, *program],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
+        [*LAUNCHER, *options, *program], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
 
 
@@ -115,9 +108,7 @@ def test_the_weights_are_those_of_one_process_with_the_doubled_batch(runs) -> No
     first, second = load_file(one.weights), load_file(two.weights)
     assert first.keys() == second.keys()
     for name, expected in first.items():
-        torch.testing.assert_close(
-            second[name], expected, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(second[name], expected, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_synced_batchnorm_is_refused_on_a_cpu(place: Path) -> None:
@@ -177,11 +168,7 @@ def test_a_errors_ends_all_processes_with_its_message(tmp_path) -> None:
 
 def test_processes_share_the_first_look_at_the_files(tmp_path) -> None:
     data = write_blobs(tmp_path / "data", {"train": 5, "val": 2, "test": 2})
-    broken = [
-        data / "train" / "red" / "01.png",
-        data / "train" / "blue" / "02.png",
-        data / "test" / "red" / "00.png",
-    ]
+    broken = [data / "train" / "red" / "01.png", data / "train" / "blue" / "02.png", data / "test" / "red" / "00.png"]
     for path in broken:
         path.write_bytes(path.read_bytes()[:100])
     (tmp_path / "job.py").write_text(
@@ -256,10 +243,7 @@ def test_a_process_that_is_killed_is_started_again_from_the_last_checkpoint(plac
     again = torchrun(place, 2, "killed.py", "killed-for-good", "8")
     assert again.returncode != 0
     # The survivor finds the connection closed, or torchrun's SIGTERM is faster.
-    assert any(
-        said in again.stderr
-        for said in ("another process of this training is gone", "closing signal SIGTERM")
-    )
+    assert any(said in again.stderr for said in ("another process of this training is gone", "closing signal SIGTERM"))
     assert "racnn_cli/training" not in again.stderr  # no traceback but torchrun's own
 
 

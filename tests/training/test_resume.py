@@ -87,9 +87,7 @@ def stop_at(monkeypatch) -> Callable[..., None]:
 
 def timeless_log(run: Run) -> list[dict[str, Any]]:
     times = ("seconds", "images_per_second")
-    return [
-        {key: value for key, value in event.to_json().items() if key not in times} for event in run.read_log()
-    ]
+    return [{key: value for key, value in event.to_json().items() if key not in times} for event in run.read_log()]
 
 
 def trained(recipe: Recipe, out: Path) -> Run:
@@ -225,11 +223,7 @@ def test_what_the_optimizer_is_bound_to_cannot_change_in_mid_stage(here, data, s
         api.train(tiny(data, model__scales=1, model__sizes=[64]), out=here / "mine", quiet=True)
     run = Run.open(here / "mine")
     before = run.recipe_file.read_bytes()
-    for key, value in (
-        ("train.optimizer", "sgd"),
-        ("train.weight_decay", 0.0),
-        ("train.ema", 0.5),
-    ):
+    for key, value in (("train.optimizer", "sgd"), ("train.weight_decay", 0.0), ("train.ema", 0.5)):
         with pytest.raises(RacnnError, match=f"in the middle of pretrain-cnn; {key} cannot change"):
             api.resume(run, {key: value}, quiet=True)
     with pytest.raises(RacnnError, match="quick"):
@@ -239,9 +233,7 @@ def test_what_the_optimizer_is_bound_to_cannot_change_in_mid_stage(here, data, s
 
 def test_an_epoch_goes_on_in_smaller_batches_with_the_same_images(here, data, stop_at, monkeypatch) -> None:
     """As the hint says where memory ran out: half the batch, twice as many of them an update."""
-    recipe = tiny(
-        data, model__scales=1, model__sizes=[64], model__backbone="test_convnext", pretrain_cnn__epochs=1
-    )
+    recipe = tiny(data, model__scales=1, model__sizes=[64], model__backbone="test_convnext", pretrain_cnn__epochs=1)
     whole = trained(recipe, here / "whole")
     stop_at("pretrain-cnn", 1)
     with pytest.raises(Interrupted):
@@ -297,9 +289,7 @@ def no_memory(loss: torch.Tensor) -> torch.Tensor:
         (lambda loss: loss / 0, {"pretrain_cnn.lr": 3e-4}, {"pretrain_cnn.lr": 3e-5}),
     ],
 )
-def test_what_a_failed_baseline_says_to_type_reaches_it(
-    here, data, monkeypatch, error, before, after
-) -> None:
+def test_what_a_failed_baseline_says_to_type_reaches_it(here, data, monkeypatch, error, before, after) -> None:
     real = api.baseline_recipe
 
     def begun(*args: Any, **keys: Any) -> Recipe:  # the next loss is the baseline's first
@@ -315,9 +305,7 @@ def test_what_a_failed_baseline_says_to_type_reaches_it(
     assert before.items() <= began.items()
     said = caught.value.hint.split("`")[1]
     # Keys of which a baseline has values of its own stay as they are, also where the run's are repeated.
-    monkeypatch.setattr(
-        sys, "argv", [*shlex.split(said), "--set", "pretrain_cnn.epochs=1", "--set", "name=blobs"]
-    )
+    monkeypatch.setattr(sys, "argv", [*shlex.split(said), "--set", "pretrain_cnn.epochs=1", "--set", "name=blobs"])
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
@@ -395,9 +383,7 @@ def test_not_finite_in_the_first_epoch_says_that_nothing_is_saved(here, data, mo
 
 def test_not_finite_in_an_apn_phase_names_it(here, data, monkeypatch) -> None:
     explode(monkeypatch, "rank_loss", 5, lambda loss: loss * float("nan"))  # four boxes are tried a step
-    with pytest.raises(
-        RacnnError, match=r"alternate: APN phase, epoch 1, step 2: the loss `rank 1-2` is nan"
-    ):
+    with pytest.raises(RacnnError, match=r"alternate: APN phase, epoch 1, step 2: the loss `rank 1-2` is nan"):
         api.train(tiny(data), out=here / "mine", quiet=True)
 
 
@@ -436,8 +422,6 @@ def test_on_a_gpu_the_same_images_come_and_the_weights_are_near(here, data, stop
     api.resume(Run.open(here / "parts"), quiet=True)
     one, two = (load_file(here / name / "weights.safetensors") for name in ("whole", "parts"))
     for name, expected in one.items():
-        torch.testing.assert_close(
-            two[name], expected, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(two[name], expected, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     logs = [[e.to_json().get("views") for e in Run(here / name).read_log()] for name in ("whole", "parts")]
     assert logs[0] == logs[1]

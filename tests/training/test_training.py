@@ -38,9 +38,7 @@ def test_the_stages_as_typed(racnn, here, data) -> None:
     assert "next: racnn pretrain-apn" in out
     run = Run.open(None)
     state = load_file(run.weights)
-    for name in [
-        n.removeprefix("scales.0.") for n in state if n.startswith("scales.0.") and ".apn." not in n
-    ]:
+    for name in [n.removeprefix("scales.0.") for n in state if n.startswith("scales.0.") and ".apn." not in n]:
         for other in ("scales.1.", "scales.2."):
             assert torch.equal(state["scales.0." + name], state[other + name]), name
 
@@ -88,18 +86,7 @@ def test_every_epoch_is_one_line_of_the_log(here, data) -> None:
     run, result = api.train(tiny(data), out=here / "mine", quiet=True)
     events = [event.to_json() for event in run.read_log()]
     epochs = [e for e in events if e["event"] == "epoch"]
-    phases = [
-        "",
-        "",
-        "",
-        "",
-        "CNN phase",
-        "APN phase",
-        "CNN phase",
-        "APN phase",
-        "fusion head",
-        "fusion head",
-    ]
+    phases = ["", "", "", "", "CNN phase", "APN phase", "CNN phase", "APN phase", "fusion head", "fusion head"]
     assert [e["phase"] for e in epochs] == phases
     assert [e["round"] for e in epochs] == [0] * 4 + [1, 1, 2, 2, 3, 3]
     assert [e["views"] for e in epochs] == list(range(1, 11))
@@ -116,13 +103,7 @@ def test_every_epoch_is_one_line_of_the_log(here, data) -> None:
         assert event["images_per_second"] > 0
     for event in epochs[2:]:
         assert len(event["val"]["scales"]) == 2
-        assert set(event["val"]["boxes"][0]) == {
-            "side_mean",
-            "side_std",
-            "centre_std",
-            "at_floor",
-            "at_ceiling",
-        }
+        assert set(event["val"]["boxes"][0]) == {"side_mean", "side_std", "centre_std", "at_floor", "at_ceiling"}
     for event in (e for e in events if e["event"] == "stage"):
         assert len(event["val"]["scales"]) == 2
         assert event["val"]["rank"] >= 0

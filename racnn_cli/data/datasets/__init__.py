@@ -58,15 +58,9 @@ def _open_clutter(data: recipe.Data, seed: int) -> DataSource:
 
 
 _ENTRIES = (
-    BuiltinDataset(
-        "plankton", "105 microscope photographs of six classes.", boxes=False, path=_locate_plankton
-    ),
-    BuiltinDataset(
-        "fieldguide", "Drawn birds, one small part tells the class.", boxes=True, path=_locate_fieldguide
-    ),
-    BuiltinDataset(
-        "clutter", "A Fashion-MNIST item among fragments of others.", boxes=True, open=_open_clutter
-    ),
+    BuiltinDataset("plankton", "105 microscope photographs of six classes.", boxes=False, path=_locate_plankton),
+    BuiltinDataset("fieldguide", "Drawn birds, one small part tells the class.", boxes=True, path=_locate_fieldguide),
+    BuiltinDataset("clutter", "A Fashion-MNIST item among fragments of others.", boxes=True, open=_open_clutter),
 )
 REGISTRY = {entry.name: entry for entry in _ENTRIES}
 NAMES = tuple(REGISTRY)

@@ -106,9 +106,7 @@ class Canvas:
         span: how many units the image's width covers.
     """
 
-    def __init__(
-        self, image: Image.Image, origin: tuple[float, float] = (0.0, 0.0), span: float = 1.0
-    ) -> None:
+    def __init__(self, image: Image.Image, origin: tuple[float, float] = (0.0, 0.0), span: float = 1.0) -> None:
         self.image = image
         self._origin = np.asarray(origin)
         self._scale = image.width / span
@@ -127,9 +125,7 @@ class Canvas:
         for shape in shapes:
             self.fill(*shape)
 
-    def shade(
-        self, outline: np.ndarray, color: Color, patches: Sequence[Shape] = (), *, light: np.ndarray
-    ) -> None:
+    def shade(self, outline: np.ndarray, color: Color, patches: Sequence[Shape] = (), *, light: np.ndarray) -> None:
         """Fill an outline (n, 2) like a rounded body: crisp at the border, soft within.
 
         Args:

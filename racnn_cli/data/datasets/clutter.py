@@ -78,9 +78,7 @@ class Clutter:
                     "fewer images (data.sample.images)",
                 )
             order = np.random.default_rng((self.seed, len(labels))).permutation(len(labels))
-            splits[split] = [
-                Item(Path(part) / str(n), int(labels[n]), None) for n in order[start : start + count]
-            ]
+            splits[split] = [Item(Path(part) / str(n), int(labels[n]), None) for n in order[start : start + count]]
         names = "\0".join(f"{split}/{item.path}" for split, items in splits.items() for item in items)
         fingerprint = hashlib.sha256(names.encode()).hexdigest()
         return Index(classes=list(CLASSES), splits=splits, skipped=[], notes=[], fingerprint=fingerprint)

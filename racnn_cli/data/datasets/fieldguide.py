@@ -29,10 +29,7 @@ def locate(sample: recipe.Sample, seed: int) -> Path:
     # The name includes the drawing code, so that images drawn by older code are not used.
     code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     name = f"fieldguide-{sample.images}-{sample.size}-{seed}-{zlib.crc32(code):08x}"
-    return (
-        files.cached(name, lambda f: write(f, images=sample.images, size=sample.size, seed=seed))
-        / "labels.csv"
-    )
+    return files.cached(name, lambda f: write(f, images=sample.images, size=sample.size, seed=seed)) / "labels.csv"
 
 
 def draw(label: int, *, size: int, seed: int, index: int) -> tuple[np.ndarray, Box]:

@@ -31,9 +31,7 @@ def cached(name: str, fill: Callable[[Path], object]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=folder.parent, prefix=f".{name}.", ignore_cleanup_errors=True
-        ) as parent:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.", ignore_cleanup_errors=True) as parent:
             temporary = Path(parent) / name
             temporary.mkdir()
             fill(temporary)

@@ -7,19 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from racnn_cli.data.datasets.brush import (
-    Canvas,
-    Color,
-    Shape,
-    curve,
-    lerp,
-    line,
-    mix,
-    oval,
-    ribbon,
-    rotation,
-    tint,
-)
+from racnn_cli.data.datasets.brush import Canvas, Color, Shape, curve, lerp, line, mix, oval, ribbon, rotation, tint
 
 BACKGROUND_SIDE = 160  # side in pixels at which the background is painted, for every output size
 
@@ -105,9 +93,7 @@ def random_leaf(
     return leaf(rng, base, angle=angle, length=length, color=pick_color(rng, scene.leaves))
 
 
-def leaf(
-    rng: np.random.Generator, base: np.ndarray, *, angle: float, length: float, color: Color
-) -> list[Shape]:
+def leaf(rng: np.random.Generator, base: np.ndarray, *, angle: float, length: float, color: Color) -> list[Shape]:
     """Draw a leaf from its base (2,): blade, darker half, veins, and perhaps a rimmed spot or a bar."""
     width, bow = rng.uniform(0.3, 0.5), rng.uniform(-0.12, 0.12)
     turn = rotation(angle) * length
@@ -134,9 +120,7 @@ def leaf(
     return shapes
 
 
-def perch(
-    rng: np.random.Generator, foot: np.ndarray, *, slope: float, radius: float, color: Color
-) -> list[Shape]:
+def perch(rng: np.random.Generator, foot: np.ndarray, *, slope: float, radius: float, color: Color) -> list[Shape]:
     """Draw a twig across the whole image whose upper edge passes under `foot` (2,) with the given slope."""
     x = np.linspace(-0.06, 1.06, 15)
     away = x - foot[0]
@@ -161,9 +145,7 @@ def perch(
     return shapes
 
 
-def shoot(
-    rng: np.random.Generator, base: np.ndarray, *, angle: float, length: float, scene: Scene
-) -> list[Shape]:
+def shoot(rng: np.random.Generator, base: np.ndarray, *, angle: float, length: float, scene: Scene) -> list[Shape]:
     """Draw a shoot from its base (2,): leaves, perhaps berries, beak-like thorns, a red or a banded stalk."""
     turn = rotation(angle) * length
     stem = curve(np.array([(0, 0), (0.4, rng.normal(0, 0.07)), (1, rng.normal(0, 0.16))]) @ turn + base)
