@@ -22,6 +22,7 @@ from racnn_cli.errors import Interrupted, RecipeError, RunError
 from racnn_cli.events import AnyEvent, Validation, WarningEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
+from racnn_cli.threads import crowded
 from racnn_cli.training import checkpoint, resume
 from racnn_cli.training.checkpoint import Checkpoint, Progress
 from racnn_cli.training.console import Console, describe_position
@@ -188,7 +189,16 @@ class Trainer:
             boxes=boxes,
         )
         console.say(f"resuming {run.folder} {describe_position(trainer.progress)}")
+        trainer._warn_if_crowded()
         return trainer
+
+    def _warn_if_crowded(self) -> None:
+        """Say once if processes compete for the cores, which the CPU's threads suffer from."""
+        if self.device.type == "cpu" and hasattr(os, "getloadavg"):
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if warning := crowded(torch.get_num_threads(), processes, cores, os.getloadavg()[0]):
+                self.console.say(f"warning: {warning}")
 
     def close(self) -> None:
         """Let other processes have the run folder."""
@@ -313,6 +323,7 @@ class Trainer:
             f"{recipe.data.path}: {len(index.classes)} classes, {counts} images; source {recipe.data.source} px"
         )
         console.say(f"run folder {self.run.folder}, device {self.device}, seed {recipe.seed}")
+        self._warn_if_crowded()
         for note in index.notes:
             console.say(f"note: {note}")
         if index.skipped:
