@@ -462,7 +462,8 @@ def test_an_ablation_of_some_arms_needs_no_boxes(here) -> None:
         run_bench("attention", seeds="0", arms=["paper"])
 
 
-def test_quick_and_data_reach_the_images(here) -> None:
+def test_quick_and_data_reach_the_images(here, monkeypatch) -> None:
+    monkeypatch.setattr(arms, "QUICK_IMAGES", 40)  # as many as there are items for
     write_items(here / "items")
     (here / "mini.toml").write_text(RECIPE.replace("images = 80", "images = 8000"))
     quick = SeedExperiment(Options((5,), "mini.toml", quick=True, data="items"), 5)
