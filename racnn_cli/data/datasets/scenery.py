@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from racnn_cli.data.datasets.brush import Canvas, Color, Shape, curve, lerp, line, mix, oval, ribbon, rotation, tint
+from racnn_cli.data.datasets.brush import Canvas, Color, Shape, mix, pick_color, tint
+from racnn_cli.data.datasets.outlines import curve, lerp, line, oval, ribbon, rotation
 
 BACKGROUND_SIDE = 160  # side in pixels at which the background is painted, for every output size
 
@@ -38,13 +39,6 @@ SCENES = tuple(Scene._make(row) for row in (
 ))  # fmt: skip
 BARK: tuple[Color, ...] = ((112, 88, 66), (128, 108, 86), (92, 78, 68), (140, 112, 78))
 BERRIES: tuple[Color, ...] = ((196, 58, 44), (176, 44, 62), (214, 110, 48), (58, 56, 88), (236, 228, 206))
-
-
-def pick_color(rng: np.random.Generator, choices: tuple[Color, ...], spread: float = 10.0) -> Color:
-    """Choose one of the colors and change it slightly."""
-    base = np.asarray(choices[rng.integers(len(choices))], dtype=float)
-    color = base + rng.normal(0, spread, 1) + rng.normal(0, spread / 2, 3)
-    return tuple(np.clip(color, 0, 255).astype(int).tolist())
 
 
 def background(scene: Scene, rng: np.random.Generator) -> Image.Image:
