@@ -45,8 +45,7 @@ def open_source(
     source = open_builtin(builtin[1], seed)
     names = source.index.classes  # reading the index reports missing files at once
     if classes is not None and classes != names:
-        problems = checks.unknown_class_problems(names, classes)
-        problems += checks.missing_class_problems(names, classes)
+        problems = checks.run_class_problems(names, classes)
         problems = problems or [f"the order of the classes {checks.quote_names(names)} differs from the run's"]
         raise checks.error_report(data.path, problems, [])
     return source

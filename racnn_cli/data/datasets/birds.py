@@ -88,12 +88,14 @@ class Bird:
         y1 = max(y1, self._hips_and_feet()[1][:, 1].max() + 0.05 * self.scale)
         self.center = np.array([rng.uniform(0.05 - x0, 0.95 - x1), rng.uniform(0.06 - y0, 0.93 - y1)])
 
+        self.eye = self._place(EYE)[0]
         self.foot = self._hips_and_feet()[1].mean(axis=0)  # between the feet, on the upper edge of the twig
         self.feathers = self._feathers(rng)
         self.parts = self._parts()
-        beak = self._beak("")
-        covered = {n: shapes + beak * n.endswith("beak") for n, shapes in self.parts.items()}
-        self.boxes = {n: bounds(polygon for polygon, _, _ in shapes) for n, shapes in covered.items()}
+        self.boxes = {
+            name: bounds(polygon for polygon, _, _ in shapes + self._beak("") * name.endswith("beak"))
+            for name, shapes in self.parts.items()
+        }
 
     def paint(self, canvas: Canvas, part: str) -> None:
         """Draw the bird with the one part that tells its class."""
@@ -108,7 +110,7 @@ class Bird:
         patches: list[Shape] = [
             (self._outline(BELLY), self.belly, 255),
             (self._outline(BREAST), self.breast, 235),
-            (self._oval(self._place(EYE)[0], 0.125), self.head, 255),
+            (self._oval(self.eye, 0.125), self.head, 255),
             (self._outline(CROWN), self.crown, 230),
         ]
         canvas.shade(self._outline(BODY), self.back, patches, light=self.light)
@@ -117,7 +119,10 @@ class Bird:
         if part.startswith(("wing", "eye")):
             canvas.draw(self.parts[part])
         canvas.draw(self.parts[part] if part.endswith("beak") else self._beak(""))
-        canvas.draw(self._eye())
+        glint = self.eye + self.light * (0.009 * self.scale)
+        canvas.fill(self._oval(self.eye, 0.029), (44, 32, 26))
+        canvas.fill(self._oval(self.eye, 0.021), (18, 14, 14))
+        canvas.fill(self._oval(glint, 0.0075), (255, 255, 255), 240)
 
     # ---- from the design's units to the image's
 
@@ -193,15 +198,6 @@ class Bird:
                 canvas.fill(rim, dark, 120)
                 canvas.fill(lerp(rim, end, 0.2), mix(self.wing, light, 0.35), 150)
 
-    def _eye(self) -> list[Shape]:
-        center = self._place(EYE)[0]
-        glint = center + self.light * (0.009 * self.scale)
-        return [
-            (self._oval(center, 0.029), (44, 32, 26), 255),
-            (self._oval(center, 0.021), (18, 14, 14), 255),
-            (self._oval(glint, 0.0075), (255, 255, 255), 240),
-        ]
-
     def _beak(self, kind: str) -> list[Shape]:
         """The short plain beak of every bird (`kind` is empty), or one of the two that tell a class."""
         upper: Points = HOOK
@@ -246,11 +242,9 @@ class Bird:
 
     def _parts(self) -> dict[str, list[Shape]]:
         """The shapes of each of PARTS."""
-        eye = self._place(EYE)[0]
-        outer, inner = self._oval(eye, 0.057), self._oval(eye, 0.041)
+        outer, inner = self._oval(self.eye, 0.057), self._oval(self.eye, 0.041)
         ring = np.concatenate([outer, outer[:1], inner[:1], inner[::-1]])
         stripe = self._ribbon(curve(self._place(EYE_STRIPE)), 0.022, 0.036, 0.044, 0.04, 0.008)
-        dark_head = sum(self.head) < 270
         bar = curve(self._place(WING_BAR))
         yellowish = mix(self.pale, (226, 184, 84), 0.55)
         bands = [self._ribbon(leg[at : at + 3], 0.034) for leg in self._leg_paths() for at in (2, 6, 10)]
@@ -258,7 +252,7 @@ class Bird:
             "hooked-beak": self._beak("hooked-beak"),
             "straight-beak": self._beak("straight-beak"),
             "eye-ring": [(ring, self.pale, 235)],
-            "eye-stripe": [(stripe, self.pale if dark_head else (40, 32, 30), 255)],
+            "eye-stripe": [(stripe, self.pale if sum(self.head) < 270 else (40, 32, 30), 255)],
             "wing-bar": self._pale_mark(self._ribbon(bar, 0.02, 0.03, 0.02), bar[3:-2:4], 0.022),
             "wing-patch": self._pale_mark(self._outline(WING_PATCH), self._place(PATCH_BARBS), 0.06),
             "red-legs": self._legs(self.red),

@@ -24,13 +24,12 @@ import numpy as np
 import torch
 
 from racnn_cli import recipe
-from racnn_cli.data.images import ImageDataset, Key
-from racnn_cli.data.types import Index, Item
+from racnn_cli.data.geometry import Rect
+from racnn_cli.data.images import ImageDataset
+from racnn_cli.data.types import SPLITS, Index, Item
 from racnn_cli.errors import DataError
 
-CLASSES = (
-    "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+CLASSES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 ITEM = (20 / 160, 33 / 160)  # side of the item: minimum, and upper limit (exclusive)
 FRAGMENT = 7 / 160
 FRAGMENTS = 40
@@ -40,7 +39,6 @@ FOLDER = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist installs the four IDX files."""
 PARTS = {"train": "train", "val": "train", "test": "t10k"}
 """The part of Fashion-MNIST that each split's items come from."""
-STREAMS = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,9 @@ class Clutter:
         data, splits = self.data, {}
         shares = {"train": 1 - data.val - data.test, "val": data.val, "test": data.test}
         counts = {split: round(self.images * share) for split, share in shares.items()}
-        for split, count in counts.items():
-            part = PARTS[split]
+        for split, part in PARTS.items():
             labels = read_items(self.folder, part)[1]
-            start = counts["train"] if split == "val" else 0
+            start, count = counts["train"] if split == "val" else 0, counts[split]
             if start + count > len(labels):
                 raise DataError(
                     f"{self.folder} has {len(labels)} {part} items, {start + count} are needed",
@@ -100,27 +97,20 @@ class Composites(ImageDataset):
 
     def __init__(self, source: Clutter, split: str, side: int, *, redraw: bool) -> None:
         super().__init__(source.index.splits[split], source.data, side, seed=source.seed, augment=False)
-        self.redraw, self.stream = redraw, STREAMS[split]
+        self.redraw, self.stream = redraw, SPLITS.index(split)
         self.photographs = read_items(source.folder, PARTS[split])[0]  # (N, 28, 28)
 
-    def __getitem__(self, key: Key) -> dict[str, torch.Tensor]:
-        """Draw one image, a pure function of (seed, split, epoch, position); see `ImageDataset.__getitem__`."""
-        epoch, position = key
-        item = self.items[position]
+    def load(self, item: Item, *, epoch: int, position: int) -> tuple[torch.Tensor, Rect]:
+        """Draw one image, a pure function of (seed, split, epoch, position); see `ImageDataset.load`."""
         rng = np.random.default_rng((self.seed, self.stream, epoch if self.redraw else 0, position))
         number, distance = int(item.path.name), self.data.sample.distance
         canvas, box = compose(self.photographs, number, rng, side=self.side, distance=distance)
-        return {
-            "image": torch.from_numpy(canvas).expand(3, -1, -1),
-            "label": torch.tensor(item.label),
-            "box": torch.tensor(box, dtype=torch.float32),
-            "index": torch.tensor(position),
-        }
+        return torch.from_numpy(canvas).expand(3, -1, -1), box
 
 
 def compose(
     photographs: np.ndarray, number: int, rng: np.random.Generator, *, side: int, distance: int = 1
-) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+) -> tuple[np.ndarray, Rect]:
     """Draw one image.
 
     Args:
