@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from racnn_cli import recipe
 from racnn_cli.data import checks
+from racnn_cli.data.datasets import find_builtin
 from racnn_cli.data.images import DataSource, ImageDataset
 from racnn_cli.data.index import ShareWork, build_index, check_alone
-from racnn_cli.data.locate import find_builtin
 from racnn_cli.data.types import SPLITS, Index
 
 
