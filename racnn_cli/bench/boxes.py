@@ -142,7 +142,7 @@ class AnnotatedDataset(ImageDataset):
         if share == 1.0 or self.data.fit != "crop":
             pixels, geometry = load_source(item.path, self.data.fit, side)
         else:
-            image = read_image(item.path, least=side)
+            image = read_image(item.path, min_side=side)
             pixels, geometry = image.pixels, fit_square(image.stored_size, image.orientation, "squash", 0)
         height, width = pixels.shape[:2]
         x0, y0, x1, y1 = geometry.from_file(item.box)

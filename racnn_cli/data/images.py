@@ -102,11 +102,9 @@ class DataSource(Protocol):
     @property
     def index(self) -> Index:
         """Its images with their classes and splits."""
-        ...
 
     def dataset(self, split: str, side: int, *, augment: bool) -> ImageDataset:
         """The images of one split as squares of `side` pixels; `augment` for training."""
-        ...
 
 
 def plan(

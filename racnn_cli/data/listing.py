@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -191,16 +191,12 @@ def _read_classes(folder: Path, root: Path, split: str, listing: Listing) -> Non
         if _holds_runs(class_folder):
             listing.notes.append(f"the folder {show(class_folder)} is ignored: it contains a run of racnn")
             continue
-        images, others = [], []
-        for file in _walk(class_folder, listing):
-            suffix = file.suffix.casefold()
-            if suffix in SUFFIXES:
+        images = []
+        for file in _image_files(class_folder, _walk(class_folder, listing), listing):
+            if (suffix := file.suffix.casefold()) in SUFFIXES:
                 images.append(file)
-            elif suffix in _UNSUPPORTED:
-                listing.errors.append(f"{show(file)}: {suffix} files are not supported; convert it to JPEG or PNG")
             else:
-                others.append(file)
-        _note_ignored(class_folder, others, listing)
+                listing.errors.append(f"{show(file)}: {suffix} files are not supported; convert it to JPEG or PNG")
         if not images:
             listing.errors.append(f"the class folder {show(class_folder)} contains no images")
         listing.rows += [
@@ -221,16 +217,21 @@ def _holds_runs(folder: Path) -> bool:
 
 def _check_loose_files(folder: Path, entries: list[Path], listing: Listing) -> None:
     """Report images beside the class folders, which have no label."""
-    files = [entry for entry in entries if not entry.is_dir()]
-    images = [file for file in files if file.suffix.casefold() in SUFFIXES | _UNSUPPORTED]
+    images = _image_files(folder, (entry for entry in entries if not entry.is_dir()), listing)
     listing.errors += [f"{show(file)} has no label: it is not in a class folder" for file in images]
-    _note_ignored(folder, [file for file in files if file not in images], listing)
 
 
-def _note_ignored(folder: Path, files: list[Path], listing: Listing) -> None:
-    if files:
+def _image_files(folder: Path, files: Iterable[Path], listing: Listing) -> Iterator[Path]:
+    """Yield the images, of supported or unsupported type, and note how many other files are ignored."""
+    others = []
+    for file in files:
+        if file.suffix.casefold() in SUFFIXES | _UNSUPPORTED:
+            yield file
+        else:
+            others.append(file.name)
+    if others:
         listing.notes.append(
-            f"{len(files)} file(s) in {show(folder)} are ignored: not images, such as {show(files[0].name)}"
+            f"{len(others)} file(s) in {show(folder)} are ignored: not images, such as {show(others[0])}"
         )
 
 

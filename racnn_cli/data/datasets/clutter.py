@@ -124,11 +124,10 @@ def compose(
         (side, side) uint8, and the item's box x0, y0, x1, y1 in [0, 1].
     """
     canvas = np.zeros((side, side), np.uint8)
-    native = photographs.shape[1]
     scaled, count = side / distance, FRAGMENTS * distance**2
     cut, drawn = max(round(FRAGMENT * CANVAS), 1), max(round(FRAGMENT * scaled), 1)  # px of a fragment
     numbers = rng.integers(len(photographs), size=count)
-    corners = rng.integers(native - cut + 1, size=(count, 2)).tolist()
+    corners = rng.integers(photographs.shape[1] - cut + 1, size=(count, 2)).tolist()
     positions = rng.integers(side - drawn + 1, size=(count, 2)).tolist()
     for fragment, (row, column), (y, x) in zip(numbers, corners, positions, strict=True):
         pixels = photographs[fragment, row : row + cut, column : column + cut]
@@ -142,8 +141,6 @@ def compose(
 
 def resize(image: np.ndarray, side: int) -> np.ndarray:
     """Resize (H, H) uint8 to (side, side): by area to a smaller side, bilinearly to a larger one."""
-    if image.shape[0] == side:
-        return image
     interpolation = cv2.INTER_AREA if side < image.shape[0] else cv2.INTER_LINEAR
     return cv2.resize(image, (side, side), interpolation=interpolation)
 

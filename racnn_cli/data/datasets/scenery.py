@@ -54,9 +54,9 @@ def background(scene: Scene, rng: np.random.Generator) -> Image.Image:
         blur = rng.uniform(2.0, 4.5)
     elif scene.filling in ("clouds", "wash"):
         for _ in range(9):
-            x, y = rng.uniform(0, 1, 2)
+            cloud = rng.uniform(0, 1, 2)
             for _ in range(3):
-                center = np.array([x + rng.normal(0, 0.08), y + rng.normal(0, 0.03)])
+                center = cloud + rng.normal(0, (0.08, 0.03))
                 puff = oval(center, rng.uniform(0.07, 0.2), rng.uniform(0.03, 0.09))
                 canvas.fill(puff, pick_color(rng, scene.spots), 90)
         blur = 7.0 if scene.filling == "clouds" else 5.0
