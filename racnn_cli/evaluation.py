@@ -252,7 +252,7 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         workers=recipe.data.workers,
         rank=distributed.rank(),
         world=distributed.world(),
-        device_pin=device.type == "cuda",
+        pin_memory=device.type == "cuda",
     )
     result = measure(model, loader, device).result(
         split=split,

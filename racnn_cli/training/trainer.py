@@ -246,7 +246,7 @@ class Trainer:
             skip=skip,
             rank=distributed.rank(),
             world=distributed.world(),
-            device_pin=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
         )
 
     def interruptible(self, batches: Iterable[Any]) -> Iterator[Any]:
