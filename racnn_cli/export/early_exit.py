@@ -234,15 +234,16 @@ def join(coarse: ir.Model, fine: ir.Model, threshold: float) -> ir.Model:
     for name, value in by_name.items():
         value.name = f"coarse/{name}"
 
-    def constant(name: str, value: np.ndarray | np.generic) -> ir.Value:
+    def constant(name: str, value: np.ndarray) -> ir.Value:
         initializer = ir.val(name, const_value=ir.tensor(value, name=name))
         graph.register_initializer(initializer)
         return initializer
 
-    limit = constant("threshold", np.float32(threshold))
+    limit = constant("threshold", np.array(threshold, np.float32))
     graph.inputs.append(limit)  # with an initializer, which makes the input optional
-    first, second = constant("early_exit/first", np.array([0])), constant("early_exit/second", np.array([1]))
-    zero = constant("early_exit/zero", np.array(0))
+    first = constant("early_exit/first", np.array([0], np.int64))
+    second = constant("early_exit/second", np.array([1], np.int64))
+    zero = constant("early_exit/zero", np.array(0, np.int64))
     outer = Tape()
     confidence = outer.op("ReduceMax", [by_name["probabilities"], second], {"keepdims": 0})
     uncertain = outer.op("NonZero", [outer.op("Less", [confidence, limit])])  # (1, K)
@@ -261,16 +262,11 @@ def join(coarse: ir.Model, fine: ir.Model, threshold: float) -> ir.Model:
     ]
     otherwise = Tape()
     unchanged = [otherwise.op("Identity", [value]) for value in coarse_outputs]
-    branches = {
-        "then_branch": ir.Graph([], merged, nodes=[*before.nodes, *nodes, *after.nodes], name="refine"),
-        "else_branch": ir.Graph([], unchanged, nodes=[*otherwise.nodes], name="keep"),
-    }
-    outputs = [
-        ir.Value(name=name, type=value.type, shape=value.shape)
-        for name, value in zip(names, coarse_outputs, strict=True)
-    ]
-    attributes = {name: ir.AttrGraph(name, body) for name, body in branches.items()}
-    branch = ir.Node("", "If", [any_uncertain], attributes, outputs=outputs)
+    refine = ir.Graph([], merged, nodes=[*before.nodes, *nodes, *after.nodes], name="refine")
+    keep = ir.Graph([], unchanged, nodes=[*otherwise.nodes], name="keep")
+    branches = {"then_branch": ir.AttrGraph("then_branch", refine), "else_branch": ir.AttrGraph("else_branch", keep)}
+    outputs = [ir.Value(name=name, type=by_name[name].type, shape=by_name[name].shape) for name in names]
+    branch = ir.Node("", "If", [any_uncertain], branches, outputs=outputs)
     graph.outputs.clear()
     graph.outputs.extend(outputs)
     graph.extend([*outer.nodes, branch])

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,8 @@ def export_onnx(
         "path": str(path),
         "bytes": size,
         "opset": opset,
-        "inputs": {str(value.name): _shape(value) for value in program.graph.inputs},
-        "outputs": {str(value.name): _shape(value) for value in program.graph.outputs},
+        "inputs": _shapes(program.graph.inputs),
+        "outputs": _shapes(program.graph.outputs),
         **report,
         "seconds": time.perf_counter() - start,
     }
@@ -191,11 +191,8 @@ def describe(report: Mapping[str, Any]) -> str:
 
     lines = []
     if "bytes" in report:
-        lines += [
-            f"wrote {report['path']}: {report['bytes'] / 2**20:.1f} MiB, opset {report['opset']}",
-            f"  inputs: {shapes(report['inputs'])}",
-            f"  outputs: {shapes(report['outputs'])}",
-        ]
+        lines.append(f"wrote {report['path']}: {report['bytes'] / 2**20:.1f} MiB, opset {report['opset']}")
+        lines += [f"  {key}: {shapes(report[key])}" for key in ("inputs", "outputs")]
     sizes = " and ".join(f"{side}×{side}" for side in report["sides"])
     same, count = report["agreement"]
     differences = ", ".join(f"{name} {value:.1e}" for name, value in report["max_difference"].items())
@@ -220,5 +217,5 @@ def describe(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _shape(value: onnx_ir.Value) -> list[str | int]:
-    return [axis if isinstance(axis, int) else str(axis) for axis in value.shape or ()]
+def _shapes(values: Iterable[onnx_ir.Value]) -> dict[str, list[str | int]]:
+    return {str(v.name): [axis if isinstance(axis, int) else str(axis) for axis in v.shape or ()] for v in values}

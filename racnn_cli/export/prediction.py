@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -129,12 +129,9 @@ class Model:
 
     def stream(self, images: ImageInput | Iterable[ImageInput], *, batch: int = 16) -> Iterator[Prediction]:
         """Yield what `predict` returns, batch by batch, for any number of images."""
-        if isinstance(images, str | Path | Image.Image | Frame) or (
-            isinstance(images, np.ndarray) and images.ndim == 3
-        ):
-            images = [images]
-        if not isinstance(images, Iterable):
-            raise _not_an_image(images)
+        is_array = isinstance(images, np.ndarray) and images.ndim == 3
+        if is_array or isinstance(images, str) or not isinstance(images, Iterable):
+            images = [cast(ImageInput, images)]
         queue = iter(images)
         while chunk := list(islice(queue, batch)):
             sources = [self._read(image) for image in chunk]
@@ -164,7 +161,9 @@ class Model:
                 )
             image = Image.fromarray(image) if image.size else Image.new("RGB", image.shape[1::-1])
         if not isinstance(image, Image.Image):
-            raise _not_an_image(image)
+            raise DataError(
+                f"{type(image).__name__} is not an image", "give paths, PIL images or (H, W, 3) arrays of type uint8"
+            )
         if 0 in image.size:
             raise DataError(f"an image of {image.width}×{image.height} pixels is empty", "leave it out")
         if image.mode in _TIFF_MODES:
@@ -195,9 +194,3 @@ class Model:
     def _best(self, probabilities: np.ndarray, count: int) -> list[tuple[str, float]]:
         order = np.argsort(-probabilities, kind="stable")[:count]
         return [(self.classes[index], float(probabilities[index])) for index in order]
-
-
-def _not_an_image(value: object) -> DataError:
-    return DataError(
-        f"{type(value).__name__} is not an image", "give paths, PIL images or (H, W, 3) arrays of type uint8"
-    )
