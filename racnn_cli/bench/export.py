@@ -15,10 +15,9 @@ from PIL import Image
 from racnn_cli import api
 from racnn_cli.bench import BenchResult, Options
 from racnn_cli.bench.summary import Entry, add_models, measure_models, new_table
-from racnn_cli.core import store
 from racnn_cli.export import quantize
 from racnn_cli.export.check import check
-from racnn_cli.export.graph import ExportedGraph, ExportOptions
+from racnn_cli.export.graph import ExportedGraph
 from racnn_cli.export.images import CheckImages
 from racnn_cli.export.onnx import export_onnx
 from racnn_cli.export.onnx_network import as_input, open_session
@@ -74,7 +73,7 @@ def _measure_model(entry: Entry, side: int, folder: Path) -> None:
     }
     trained, _ = api.train("tiny", out=folder / "run", changes=changes, quiet=True)
     report = export_onnx(trained)
-    images = CheckImages(trained.recipe(), trained.classes(), side)
+    images = CheckImages(trained, side)
     (folder / "images").mkdir()
     for number, square in enumerate(images.squares(4, side)):
         Image.fromarray(square).save(folder / "images" / f"{number}.png")
@@ -91,10 +90,9 @@ def _measure_model(entry: Entry, side: int, folder: Path) -> None:
 
 def _speed_over_torch(trained: Run, images: CheckImages) -> float:
     """Measure the speed of the exported file relative to PyTorch, one image at a time."""
-    network, _ = store.load(trained.folder)
-    deployed = ExportedGraph(network, trained.recipe().data.fit, ExportOptions()).eval()
+    deployed = ExportedGraph.from_run(trained)
     session = open_session(trained.onnx)
-    image = as_input(images.squares(1, network.source), raw=False)
+    image = as_input(images.squares(1, deployed.model.source), raw=False)
     tensor = torch.from_numpy(image)
 
     def run_torch() -> object:

@@ -152,7 +152,7 @@ def test_a_file_that_disagrees_is_deleted(
     run: Run, exported: dict, reuse_graph: None, tmp_path: Path, monkeypatch
 ) -> None:
     network, _ = store.load(run.folder)
-    images = CheckImages(run.recipe(), run.classes(), SIDE, files=[])
+    images = CheckImages(run, SIDE, files=[])
     graph = ExportedGraph(network, "crop", ExportOptions()).eval()
     compare(graph, run.onnx, images)
     assert network.fusion is not None
