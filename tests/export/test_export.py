@@ -224,9 +224,7 @@ def test_check_refuses_false_metadata(
         check(run, file, data.parent)
 
 
-def test_check_limits_the_number_of_labels_to_the_classes(
-    run: Run, exported: dict, data: Path, tmp_path: Path
-) -> None:
+def test_check_limits_the_number_of_labels_to_the_classes(run: Run, exported: dict, data: Path, tmp_path: Path) -> None:
     file = edit_metadata(run.onnx, tmp_path / "many.onnx", {"top": "4000000"})
     assert check(run, file, data.parent)["agreement"] == [20, 20]
 
