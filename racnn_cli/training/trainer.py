@@ -195,9 +195,8 @@ class Trainer:
     def _warn_if_crowded(self) -> None:
         """Say once if processes compete for the cores, which the CPU's threads suffer from."""
         if self.device.type == "cpu" and hasattr(os, "getloadavg"):
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            if warning := crowded(torch.get_num_threads(), processes, cores, os.getloadavg()[0]):
+            processes, load = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.getloadavg()[0]
+            if warning := crowded(torch.get_num_threads(), processes, os.cpu_count() or 1, load):
                 self.console.say(f"warning: {warning}")
 
     def close(self) -> None:
