@@ -129,7 +129,7 @@ class _Member:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __get__(self, run: Run, owner: type[Run]) -> Path:
+    def __get__(self, run: Run, _: type[Run]) -> Path:
         return run.folder / self.name
 
 

@@ -83,7 +83,7 @@ def find_builtin(data: recipe.Data) -> tuple[BuiltinDataset, recipe.Data] | None
 
 
 def write(name: str, out: Path, sample: recipe.Sample, seed: int) -> Path:
-    """Write a built-in data set to a folder, to look at it or to train on it like on any other data.
+    """Write a built-in data set to a folder, to view it or to train on it like on any other data.
 
     Args:
         name: NAME or NAME:PATH, as in `data.path`.
