@@ -24,7 +24,7 @@ from untrained import make_run, write_data
 
 from racnn_cli import api
 from racnn_cli.core import store
-from racnn_cli.errors import RacnnError
+from racnn_cli.errors import ExportError, RunError
 from racnn_cli.export.loading import load
 from racnn_cli.run import Run
 from racnn_cli.training import checkpoint, stages
@@ -348,7 +348,7 @@ def test_classes_that_are_not_names(run: Run, names: object, tmp_path: Path) -> 
     copy = Run(tmp_path)
     copy.recipe_file.write_text(run.recipe_file.read_text())
     copy.classes_file.write_text(json.dumps(names))
-    with pytest.raises(RacnnError, match="is not a list of class names"):
+    with pytest.raises(RunError, match="is not a list of class names"):
         load(copy)
 
 
@@ -498,7 +498,7 @@ def test_weights_outside_of_the_file_are_not_read(here: Path, location: str) -> 
     (here / "secret.bin").write_bytes(np.ones(3, np.float32).tobytes())
     (here / "downloads").mkdir()
     (here / "downloads" / "link.bin").symlink_to(here / "secret.bin")
-    with pytest.raises(RacnnError, match=r"cannot load .*xternal data"):
+    with pytest.raises(ExportError, match=r"cannot load .*xternal data"):
         load(write_onnx(here / "downloads" / "model.onnx", location.format(here)))
 
 
@@ -518,7 +518,7 @@ def test_weights_outside_of_the_file_are_not_read(here: Path, location: str) -> 
 )
 def test_invalid_metadata(here: Path, metadata: dict[str, object]) -> None:
     key = next(iter(metadata))
-    with pytest.raises(RacnnError, match=f"missing or invalid metadata: {key}"):
+    with pytest.raises(ExportError, match=f"missing or invalid metadata: {key}"):
         load(write_onnx(here / "model.onnx", **metadata))
 
 
