@@ -372,7 +372,7 @@ def test_equal_compute_is_the_smallest_input_that_costs_as_much() -> None:
     recipe = resolve(recipes.load("clutter"))
     equal = compute.equal_compute(recipe, 10)
     assert equal.scales == compute.multiply_adds(build(recipe.model, 10, source=160, weights="none"))
-    assert compute.plain_multiply_adds(recipe, 10, equal.size) == equal.plain >= equal.scales
+    assert compute.plain_multiply_adds(recipe, 10, equal.size) >= equal.scales
     assert compute.plain_multiply_adds(recipe, 10, equal.size - 4) < equal.scales  # 4: the backbone's stride
     assert equal.size % 4 == 0
     # By hand, at 32 px: four 3×3 convolutions on 32, 16, 8 and 8 px, and the classifier.
