@@ -263,7 +263,7 @@ def report(run: shared.RunFolder = None) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, Argument(help="seeds, attention, ablation, gradient, backbones or export")],
+    name: Annotated[str, Argument(help="seeds, attention, ablation, gradient or export")],
     json: Annotated[Path | None, Option(help="also write the figures to this file")] = None,
     seeds: Annotated[str | None, Option(help="benchmarks that take seeds: such as 0-4 or 0,3,7; default: 0-4")] = None,
     recipe: Annotated[

@@ -186,8 +186,8 @@ def parse(arguments: list[str]) -> None:
         assert key in recipes.key_names() or key == "KEY", shown
     recipe = values.get("recipe")
     assert recipe in (None, "RECIPE", *recipes.names()) or recipe.endswith(".toml"), shown
-    if name == "bench":  # of growth and crop, which were removed, the tables are kept
-        assert values["name"] in (*NAMES, "NAME", "growth", "crop"), shown
+    if name == "bench":  # of growth, crop and backbones, which were removed, the results are kept
+        assert values["name"] in (*NAMES, "NAME", "growth", "crop", "backbones"), shown
 
 
 @pytest.mark.parametrize("page", CURRENT)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from rich.table import Table
 from racnn_cli.errors import RecipeError, did_you_mean
 from racnn_cli.run import write_json
 
-NAMES = ("seeds", "attention", "ablation", "gradient", "backbones", "export")
+NAMES = ("seeds", "attention", "ablation", "gradient", "export")
 """Each is a module of this package with `run(Options) -> BenchResult`."""
 
 RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter"}
@@ -121,20 +123,15 @@ def describe_machine() -> Mapping[str, Any]:
     from racnn_cli.core.device import select_device
 
     device = select_device()
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        if name := re.search(r"^model name\s*: *(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
+            cpu = name[1].strip()
     return {
-        "cpu": _processor(),
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

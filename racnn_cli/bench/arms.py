@@ -7,16 +7,13 @@ A finished arm has a `bench.json` and is not trained again; an interrupted one c
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
-
-from rich.console import Console
-from rich.markup import escape
 
 from racnn_cli import api
 from racnn_cli import recipe as recipes
@@ -24,6 +21,7 @@ from racnn_cli.bench import Options
 from racnn_cli.bench.boxes import AnnotatedFileSource, BoxKind, box_source
 from racnn_cli.bench.compute import Compute, equal_compute, plain_multiply_adds
 from racnn_cli.bench.records import ArmResult, SeedResult, read_milestones
+from racnn_cli.bench.summary import report
 from racnn_cli.core.model import resolve
 from racnn_cli.data.datasets import clutter
 from racnn_cli.data.images import DataSource
@@ -64,8 +62,7 @@ class Arm:
 
     @property
     def folder_name(self) -> str:
-        words = "".join(character if character.isalnum() else " " for character in self.name).split()
-        return self.folder or "-".join(words)
+        return self.folder or "-".join(re.findall(r"\w+", self.name))
 
 
 LEARNED = Arm("learned", "the recipe as it is", pretrained=False)
@@ -91,20 +88,18 @@ class SeedExperiment:
                 f"recipe {recipe.name} has one scale, so it has no attention to measure",
                 "--recipe with model.scales of at least 2",
             )
-        self.clutter_folder: Path | None = None
-        if recipe.data.path == "clutter":
-            self.clutter_folder = Path(options.data or clutter.FOLDER)
+        self.data_path = options.data or recipe.data.path
+        if recipe.data.path != "clutter":
+            recipe = recipe.override({"data.path": self.data_path})
+        else:  # its recipe does not name the folder of the Fashion-MNIST files
+            self.data_path = f"clutter:{options.data or clutter.FOLDER}"
             if options.quick:
-                images = min(recipe.data.sample.images, QUICK_IMAGES)
-                recipe = recipe.override({"data.sample.images": images})
-        elif options.data:
-            recipe = recipe.override({"data.path": options.data})
+                recipe = recipe.override({"data.sample.images": min(recipe.data.sample.images, QUICK_IMAGES)})
         self.seed, self.recipe, self.needs_boxes = seed, resolve(recipe), needs_boxes
         suffix = "-quick" if options.quick else ""
         self.folder = RUNS / f"bench-attention-{recipe.name}{suffix}" / f"seed-{seed}"
         self.learned = Run(self.folder / LEARNED.folder_name)
         self.pretrained = Run(self.folder / "pretrained")
-        self.console = Console(stderr=True, highlight=False)
 
     @cached_property
     def source(self) -> DataSource:
@@ -113,14 +108,11 @@ class SeedExperiment:
         Raises:
             DataError: the test images need ground-truth boxes and have none.
         """
-        data = self.recipe.data
-        if self.clutter_folder is not None:
-            path = f"clutter:{self.clutter_folder}"
-            return open_source(data.model_copy(update={"path": path}), seed=self.seed)
-        source = open_source(data, seed=self.seed)
-        if self.needs_boxes and all(item.box is None for item in source.index.splits["test"]):
+        source = open_source(self.recipe.data.model_copy(update={"path": self.data_path}), seed=self.seed)
+        has_boxes = isinstance(source, clutter.Clutter) or any(item.box for item in source.index.splits["test"])
+        if self.needs_boxes and not has_boxes:
             raise DataError(
-                f"{data.path} has no ground-truth boxes in its test split to compare with",
+                f"{self.data_path} has no ground-truth boxes in its test split to compare with",
                 "the data clutter or fieldguide, or a CSV file with boxes",
             )
         return source
@@ -132,22 +124,18 @@ class SeedExperiment:
 
     def recipe_of(self, arm: Arm) -> Recipe:
         """Build the recipe of an arm; that of a plain one depends on the number of rounds of the learned arm."""
-        if not arm.plain:
-            return resolve(self.recipe.override(self._with_equal_epochs(arm.changes)))
-        rounds = rounds_run(self.learned)
-        if arm.plain == "equal compute":
-            return resolve(baseline_recipe(self.recipe, rounds=rounds, size=self.compute.size))
-        plain = baseline_recipe(self.recipe, rounds=rounds, size=self.recipe.model.sizes[0])
-        epochs = self.recipe.pretrain_cnn.epochs + self.recipe.alternate.cnn_epochs_in(rounds)
-        return resolve(plain.override({"pretrain_cnn.epochs": epochs, "pretrain_cnn.patience": epochs}))
-
-    def _with_equal_epochs(self, changes: Mapping[str, object]) -> Mapping[str, object]:
-        """Without the ramp, run fewer rounds, so that the total of CNN epochs stays the same."""
-        section = self.recipe.alternate
-        if not section.ramp or changes.get("alternate.ramp", True):
-            return changes
-        rounds = round(section.cnn_epochs_in(section.rounds) / section.cnn_epochs)
-        return {"alternate.rounds": max(rounds, 1), **changes}
+        recipe, section, changes = self.recipe, self.recipe.alternate, dict(arm.changes)
+        if arm.plain:
+            rounds = rounds_run(self.learned)
+            size = self.compute.size if arm.plain == "equal compute" else recipe.model.sizes[0]
+            recipe = baseline_recipe(recipe, rounds=rounds, size=size)
+            if arm.plain == "first view":
+                epochs = self.recipe.pretrain_cnn.epochs + section.cnn_epochs_in(rounds)
+                changes |= {"pretrain_cnn.epochs": epochs, "pretrain_cnn.patience": epochs}
+        elif section.ramp and not changes.get("alternate.ramp", True):
+            # Fewer rounds without the ramp, so that the total of CNN epochs stays the same.
+            changes["alternate.rounds"] = max(round(section.cnn_epochs_in(section.rounds) / section.cnn_epochs), 1)
+        return resolve(recipe.override(changes))
 
     def run_arms(self, arms: Iterable[Arm]) -> SeedResult:
         """Train and test several arms, in this order; see `run_arm`."""
@@ -168,8 +156,7 @@ class SeedExperiment:
             except ValueError:
                 hint = "delete it, and the same command measures the arm again"
                 raise RunError(f"{file} is damaged", hint) from None
-        status = "continues" if begun else "trains"
-        self.console.print(escape(f"seed {self.seed}, {arm.name}: {status}, {run.folder}"), soft_wrap=True)
+        report(f"seed {self.seed}, {arm.name}: {'continues' if begun else 'trains'}, {run.folder}")
         try:
             with closing(self._open_trainer(arm, recipe, run)) as trainer:
                 result = self._train(arm, trainer)

@@ -14,7 +14,7 @@ from rich.table import Table
 from racnn_cli.bench import BenchResult, Options, summary
 from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment
 from racnn_cli.bench.records import ArmResult, Milestone, SeedResult
-from racnn_cli.bench.summary import ABOVE, BOX_HEADINGS, Claim, Pair, format_spread, new_table
+from racnn_cli.bench.summary import ABOVE, BOX_HEADINGS, Claim, Pair, final, format_spread, new_table, spread
 
 FIXED = {
     # No APN is trained, and the boxes are used without augmentation.
@@ -46,43 +46,49 @@ def run(options: Options) -> BenchResult:
     for number in options.seeds:
         experiment = SeedExperiment(options, number)
         seed = experiment.run_arms(ARMS)
-        true_at_test = seed.arms[LEARNED.name].true_boxes
-        assert true_at_test is not None
-        seed.arms[TRUE_AT_TEST] = true_at_test
+        if true_at_test := seed.arms[LEARNED.name].true_boxes:
+            seed.arms[TRUE_AT_TEST] = true_at_test
         seeds.append(seed)
-    result, arms = summarize(experiment.recipe.name, seeds), seeds[0].arms
-    costs = {"all scales": experiment.compute.scales}
-    costs |= {name: arms[name].multiply_adds for name in (PLAIN.name, EQUAL.name)}
-    text = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in costs.items())
-    note = f"million multiply-adds per image, counted: {text} (at {arms[EQUAL.name].size} px)"
-    result.tables[0].caption = f"{result.tables[0].caption}\n{note}"
-    result.values.update(data=experiment.recipe.data.path, multiply_adds=costs)
-    return result
+    return summarize(experiment, seeds)
 
 
-def summarize(name: str, seeds: Sequence[SeedResult]) -> BenchResult:
-    """Summarize the results of recipe `name` as tables and values."""
-    first = seeds[0].arms
+def summarize(experiment: SeedExperiment, seeds: Sequence[SeedResult]) -> BenchResult:
+    """Summarize the results as tables and values.
+
+    Args:
+        experiment: of any seed.
+        seeds: results of all seeds.
+    """
+    recipe, first = experiment.recipe, seeds[0].arms
     answers, images = list(first[LEARNED.name].top1), first[LEARNED.name].images
     arms = {
-        arm: {
-            answer: summary.spread([seed.arms[arm].top1[answer] for seed in seeds])
-            for answer in answers
-            if answer in first[arm].top1
-        }
+        arm: {answer: spread([seed.arms[arm].top1[answer] for seed in seeds]) for answer in first[arm].top1}
         for arm in ORDER
     }
-    milestones = merge_milestones([seed.arms[LEARNED.name].milestones for seed in seeds])
-    claims = [claim.measure([seed.arms for seed in seeds]) for claim in CLAIMS]
-    title = f"Recipe {name}: top-1 on {images} test images"
-    abouts = [f"{arm.name}: {arm.about}" for arm in ARMS]
-    notes = [summary.SPREAD_NOTE, *abouts, f"{TRUE_AT_TEST}: the learned weights, tested with true boxes"]
+    costs = {"all scales": experiment.compute.scales}
+    costs |= {name: first[name].multiply_adds for name in (PLAIN.name, EQUAL.name)}
+    text = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in costs.items())
+    notes = [
+        summary.SPREAD_NOTE,
+        *(f"{arm.name}: {arm.about}" for arm in ARMS),
+        f"{TRUE_AT_TEST}: the learned weights, tested with true boxes",
+        f"million multiply-adds per image, counted: {text} (at {first[EQUAL.name].size} px)",
+    ]
+    title = f"Recipe {recipe.name}: top-1 on {images} test images"
     table = new_table(title, text=["arm"], numbers=answers, notes=notes)
     for arm, spreads in arms.items():
         table.add_row(arm, *(format_spread(spreads.get(answer)) for answer in answers))
-    values = {"recipe": name, "images": images, "runs": [seed.to_json() for seed in seeds]}
-    values |= {"arms": arms, "moments": milestones, "claims": claims}
-    return BenchResult([table, _milestone_table(milestones), _claim_table(claims)], values)
+    values: dict[str, Any] = {
+        "recipe": recipe.name,
+        "images": images,
+        "runs": [seed.to_json() for seed in seeds],
+        "arms": arms,
+        "moments": merge_milestones([seed.arms[LEARNED.name].milestones for seed in seeds]),
+        "claims": [claim.measure([seed.arms for seed in seeds]) for claim in CLAIMS],
+        "data": recipe.data.path,
+        "multiply_adds": costs,
+    }
+    return BenchResult([table, _milestone_table(values["moments"]), _claim_table(values["claims"])], values)
 
 
 def merge_milestones(runs: Sequence[Sequence[Milestone]]) -> list[dict[str, Any]]:
@@ -154,11 +160,6 @@ def _finest_scale(arm: str, other: int) -> Pair:
     return pair
 
 
-def _final(arm: str, other: str) -> Pair:
-    """Compare the final top-1 of two arms."""
-    return lambda arms: (arms[arm].final, arms[other].final)
-
-
 CLAIMS = (
     Claim(
         "IoU of the finest box, end - after pretrain-apn", "≥ 0.10 on every seed", _finest_box("iou_mean"), margin=0.1
@@ -166,11 +167,11 @@ CLAIMS = (
     Claim("its hit rate, end - after pretrain-apn", "not lower on any seed", _finest_box("hit_rate"), margin=0),
     Claim("finest scale - scale 1", "above 0 on every seed", _finest_scale("learned", 0), margin=ABOVE),
     Claim("finest scale - the one before", "not below 0 in the mean", _finest_scale("learned", -2), margin=0),
-    Claim("fused - plain, equal compute", "≥ 0.03, interval above 0", _final("learned", EQUAL.name), margin=0.03),
-    Claim("fused / with true boxes at test", "≥ 0.95", _final("learned", TRUE_AT_TEST), ratio=True),
-    Claim("fused / boxes taught", "≥ 0.95", _final("learned", TAUGHT.name), ratio=True),
-    Claim("fused / trained with true boxes", "≥ 0.95 (ceiling)", _final("learned", TRUE.name), ratio=True),
-    Claim("fused - random boxes", "above 0", _final("learned", RANDOM.name), margin=ABOVE),
-    Claim("true boxes: fused - plain, equal compute", "≥ 0.08", _final(TRUE.name, EQUAL.name), margin=0.08),
+    Claim("fused - plain, equal compute", "≥ 0.03, interval above 0", final("learned", EQUAL.name), margin=0.03),
+    Claim("fused / with true boxes at test", "≥ 0.95", final("learned", TRUE_AT_TEST), ratio=True),
+    Claim("fused / boxes taught", "≥ 0.95", final("learned", TAUGHT.name), ratio=True),
+    Claim("fused / trained with true boxes", "≥ 0.95 (ceiling)", final("learned", TRUE.name), ratio=True),
+    Claim("fused - random boxes", "above 0", final("learned", RANDOM.name), margin=ABOVE),
+    Claim("true boxes: fused - plain, equal compute", "≥ 0.08", final(TRUE.name, EQUAL.name), margin=0.08),
     Claim("true boxes: finest scale - the one before", "above 0", _finest_scale(TRUE.name, -2), margin=ABOVE),
 )

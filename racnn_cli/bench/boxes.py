@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,12 +13,10 @@ import torch
 from torch import Tensor
 
 from racnn_cli.core import attention
-from racnn_cli.data.decode import read_image
-from racnn_cli.data.geometry import fit_square
+from racnn_cli.data.geometry import Rect
 from racnn_cli.data.images import ImageDataset, Key
 from racnn_cli.data.source import FileSource
 from racnn_cli.data.square import load_source
-from racnn_cli.data.types import Item
 from racnn_cli.recipe import Recipe
 from racnn_cli.training.phases import LEARNED, Batch, BoxSource
 
@@ -130,23 +129,18 @@ class AnnotatedDataset(ImageDataset):
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         sample, item = super().__getitem__(key), self.items[key[1]]
         if self._augment_mask is not None and item.box is not None:
-            mask = self._augment_mask(self._mask(item), seed=self.seed, epoch=key[0], position=key[1])
+            mask = self._augment_mask(self._mask(item.path, item.box), seed=self.seed, epoch=key[0], position=key[1])
             sample["box"] = torch.tensor(bounding_box(mask[:, :, 0] > 192), dtype=torch.float32)
         return sample
 
-    def _mask(self, item: Item) -> np.ndarray:
+    def _mask(self, path: Path, box: Rect) -> np.ndarray:
         """White box on black, of the size of the image that is augmented: (H, W, 3) uint8."""
-        assert item.box is not None
-        share = math.sqrt(self.data.augment.scale)
-        side = math.ceil(self.side / share)
-        if share == 1.0 or self.data.fit != "crop":
-            pixels, geometry = load_source(item.path, self.data.fit, side)
-        else:
-            image = read_image(item.path, min_side=side)
-            pixels, geometry = image.pixels, fit_square(image.stored_size, image.orientation, "squash", 0)
-        height, width = pixels.shape[:2]
-        x0, y0, x1, y1 = geometry.from_file(item.box)
-        mask = np.zeros_like(pixels)
+        mask = np.zeros_like(self._load_uncropped(path))
+        # A random crop is cut from the whole image.
+        fit = "squash" if self.data.fit == "crop" and self.data.augment.scale < 1 else self.data.fit
+        _, geometry = load_source(path, fit, len(mask))
+        x0, y0, x1, y1 = geometry.from_file(box)
+        height, width = mask.shape[:2]
         mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 255
         return mask
 

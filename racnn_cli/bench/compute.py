@@ -14,10 +14,9 @@ from racnn_cli.recipe import Recipe
 
 
 class Compute(NamedTuple):
-    """The plain backbone at equal compute. Attributes: its input side; its multiply-adds; those of all scales."""
+    """Input side of the plain backbone at equal compute, and the multiply-adds of all scales."""
 
     size: int
-    plain: int
     scales: int
 
 
@@ -73,4 +72,4 @@ def equal_compute(recipe: Recipe, classes: int) -> Compute:
             size -= stride
     except BackboneError:
         size = backbone.input_size
-    return Compute(size, plain_multiply_adds(recipe, classes, size), target)
+    return Compute(size, target)

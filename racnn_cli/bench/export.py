@@ -1,20 +1,25 @@
-"""`racnn bench export`: whether each exported file passes its check, how large it is, and how fast.
+"""`racnn bench export`: whether many backbones train, export and pass their checks, how large the files are, how fast.
 
-Each backbone is trained in every stage for one epoch on a few drawn birds: enough to change its weights, not for
+Each backbone is trained in every stage for an epoch or two on a few drawn birds: enough to change its weights, not for
 accuracy. The ONNX file is compared with PyTorch as in every export, and again as in `racnn export --check`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from rich.markup import escape
 
 from racnn_cli import api
 from racnn_cli.bench import BenchResult, Options
-from racnn_cli.bench.summary import Entry, add_models, measure_models, new_table
+from racnn_cli.bench.summary import new_table, report
+from racnn_cli.errors import RacnnError
 from racnn_cli.export import quantize
 from racnn_cli.export.check import check
 from racnn_cli.export.graph import ExportedGraph
@@ -23,22 +28,23 @@ from racnn_cli.export.onnx import export_onnx
 from racnn_cli.export.onnx_network import as_input, open_session
 from racnn_cli.run import Run
 
-MODELS: dict[str, int] = {
-    "vgg11": 224,
-    "tf_efficientnet_lite0": 224,
-    "resnet18": 224,
-    "convnext_tiny": 224,
-    "swin_tiny_patch4_window7_224": 224,
-    "vit_small_patch16_224": 224,
+MODELS: dict[str, Sequence[int]] = {
+    "vgg11": (224, 224, 224),
+    "vgg19": (448, 224, 224),
+    "resnet18": (224, 224, 224),
+    "regnetx_002": (224, 224, 224),
+    "densenet121": (224, 224, 224),
+    "mobilenetv3_small_050": (224, 224, 224),
+    "tf_efficientnet_lite0": (224, 224, 224),
+    "ghostnet_100": (224, 224, 224),
+    "convnext_tiny": (224, 224, 224),
+    "mambaout_femto": (224, 224, 224),
+    "swin_tiny_patch4_window7_224": (224, 224, 224),
+    "vit_small_patch16_224": (224, 224, 224),
 }
-"""Backbone to the side of each of three scales."""
+"""Backbone to the sizes of three scales: VGG, and ten families of timm."""
 
-SCALES = 3
 IMAGES = 32
-SHORT = {
-    **{f"{stage}.epochs": 1 for stage in ("pretrain_cnn", "pretrain_apn", "fusion")},
-    **{f"alternate.{key}": 1 for key in ("rounds", "cnn_epochs", "apn_epochs")},
-}
 
 
 def run(options: Options) -> BenchResult:
@@ -46,89 +52,94 @@ def run(options: Options) -> BenchResult:
     return measure(MODELS)
 
 
-def measure(models: Mapping[str, int]) -> BenchResult:
-    """Train briefly and export in float32 and int8, per backbone.
+def measure(models: Mapping[str, Sequence[int]]) -> BenchResult:
+    """Train briefly and export in float32 and int8, per backbone; an error does not stop the others.
 
     Args:
-        models: name to the side of every scale.
+        models: name to the sizes of three scales.
 
     Returns:
-        per backbone `model`, `side`, `bytes`, `max_difference` and `agreement` (as in `export.onnx.compare`), relative
-        speeds `over_torch` and `int8_over_float32`, `int8_bytes`, and `error`.
+        per backbone `model`, `error` (empty, or the message), `sizes`, `side` (of the source), `bytes`,
+        `max_difference` and `agreement` (as in `export.check.compare`), relative speeds `over_torch` and
+        `int8_over_float32`, and `int8_bytes`.
     """
-    return summarize(measure_models(models, _measure_model))
+    entries = []
+    for name, sizes in models.items():
+        start, entry = time.perf_counter(), {"model": name, "error": "", "side": max(sizes), "sizes": list(sizes)}
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                entry |= _measure_model(name, sizes, Path(folder))
+            except RacnnError as error:
+                entry["error"] = error.message
+        report(f"{name}: {entry['error'] or 'ok'}, {time.perf_counter() - start:.0f} s")
+        entries.append(entry)
+    return summarize(entries)
 
 
-def _measure_model(entry: Entry, side: int, folder: Path) -> None:
-    entry["side"] = side
+def _measure_model(name: str, sizes: Sequence[int], folder: Path) -> dict[str, Any]:
     changes = {
-        "model.backbone": entry["model"],
-        "model.sizes": [side] * SCALES,
-        "data.source": side,
-        "data.sample.size": side,
+        "model.backbone": name,
+        "model.sizes": list(sizes),
+        "data.source": max(sizes),
+        "data.sample.size": max(sizes),
         "data.sample.images": IMAGES,
         "train.batch": 8,
         "train.device": "cpu",
-        **SHORT,
+        "quick": True,
     }
     trained, _ = api.train("tiny", out=folder / "run", changes=changes, quiet=True)
-    report = export_onnx(trained)
-    images = CheckImages(trained, side)
+    float32 = export_onnx(trained)
+    images = CheckImages(trained, max(sizes))
     (folder / "images").mkdir()
-    for number, square in enumerate(images.squares(4, side)):
+    for number, square in enumerate(images.squares(4, max(sizes))):
         Image.fromarray(square).save(folder / "images" / f"{number}.png")
     second = check(trained, None, folder / "images")
-    entry |= {
-        "bytes": report["bytes"],
-        "max_difference": report["max_difference"],
-        "agreement": [a + b for a, b in zip(report["agreement"], second["agreement"], strict=True)],
-        "over_torch": _speed_over_torch(trained, images),
-    }
     int8 = export_onnx(trained, folder / "int8.onnx", precision="int8", max_drop=100.0)
-    entry |= {"int8_bytes": int8["bytes"], "int8_over_float32": int8["compressed"]["times_faster"]}
+    return {
+        "bytes": float32["bytes"],
+        "max_difference": float32["max_difference"],
+        "agreement": [a + b for a, b in zip(float32["agreement"], second["agreement"], strict=True)],
+        "over_torch": _speed_over_torch(trained, images),
+        "int8_bytes": int8["bytes"],
+        "int8_over_float32": int8["compressed"]["times_faster"],
+    }
 
 
 def _speed_over_torch(trained: Run, images: CheckImages) -> float:
     """Measure the speed of the exported file relative to PyTorch, one image at a time."""
-    deployed = ExportedGraph.from_run(trained)
+    graph = ExportedGraph.from_run(trained)
     session = open_session(trained.onnx)
-    image = as_input(images.squares(1, deployed.model.source), raw=False)
-    tensor = torch.from_numpy(image)
+    image = as_input(images.squares(1, graph.model.source), raw=False)
 
     def run_torch() -> object:
         with torch.inference_mode():
-            return deployed(tensor)
+            return graph(torch.from_numpy(image))
 
     return quantize.speedup(run_torch, lambda: session.run(None, {"image": image}))
 
 
-def summarize(entries: Sequence[Entry]) -> BenchResult:
+CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "MiB": lambda entry: f"{entry['bytes'] / 2**20:.0f}",
+    "same class": lambda entry: "{} of {}".format(*entry["agreement"]),
+    "probabilities\ndiffer by": lambda entry: f"{entry['max_difference']['probabilities']:.0e}",
+    "boxes by\n(of the side)": lambda entry: f"{entry['max_difference']['boxes']:.0e}",
+    "× PyTorch": lambda entry: f"{entry['over_torch']:.2f}",
+    "int8\nMiB": lambda entry: f"{entry['int8_bytes'] / 2**20:.0f}",
+    "int8\n× float32": lambda entry: f"{entry['int8_over_float32']:.2f}",
+}
+"""Heading to the text of a cell."""
+
+
+def summarize(entries: Sequence[Mapping[str, Any]]) -> BenchResult:
     """Summarize the results of `measure`."""
-
-    def cells(entry: Entry) -> list[str]:
-        if entry["error"]:
-            return [str(entry["side"]), *[""] * 7]
-        difference = entry["max_difference"]
-        return [
-            str(entry["side"]),
-            f"{entry['bytes'] / 2**20:.0f}",
-            "{} of {}".format(*entry["agreement"]),
-            f"{difference['probabilities']:.0e}",
-            f"{difference['boxes']:.0e}",
-            f"{entry['over_torch']:.2f}",
-            f"{entry['int8_bytes'] / 2**20:.0f}",
-            f"{entry['int8_over_float32']:.2f}",
-        ]
-
-    speeds = ["× PyTorch", "int8\nMiB", "int8\n× float32"]
-    table = new_table(
-        f"Exported files of {SCALES} scales",
-        text=["backbone"],
-        numbers=["side", "MiB", "same class", "probabilities\ndiffer by", "boxes by\n(of the side)", *speeds],
-        notes=[
-            f"every stage is trained on {IMAGES} drawn birds; ok: the file passed its check, and --check afterwards",
-            "×: relative speed, one image at a time, median of 15 alternating turns, on the CPU",
-        ],
-    )
-    add_models(table, entries, cells)
+    notes = [
+        f"every stage is trained on {IMAGES} drawn birds; ok: the file passed its check, and --check afterwards",
+        "×: relative speed, one image at a time, median of 15 alternating turns, on the CPU",
+        *(escape(f"{entry['model']}: {entry['error']}") for entry in entries if entry["error"]),
+    ]
+    table = new_table("Exported files", text=["backbone"], numbers=["sizes", *CELLS, ""], notes=notes)
+    for entry in entries:
+        cells = ["" if entry["error"] else format_cell(entry) for format_cell in CELLS.values()]
+        sizes = "/".join(map(str, entry["sizes"]))
+        table.add_row(entry["model"], sizes, *cells, "FAILED" if entry["error"] else "ok")
     return BenchResult([table], {"models": list(entries)})

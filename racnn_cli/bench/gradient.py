@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,17 +117,16 @@ def count_agreement(images: Tensor, boxes: Tensor, *, size: int, loss: Loss) -> 
         counts (choices, steps, 3), in the order of `CHOICES`, `STEPS` and `AXES`. A derivative of 0 never agrees.
     """
     counts = torch.zeros(len(CHOICES), len(STEPS), 3, dtype=torch.int64)
-    slopes: dict[float, Tensor] = {}
+
+    def loss_at(boxes: Tensor, k: float, gradient: Gradient = "none") -> Tensor:
+        return loss(zoom(images, boxes, size, k=k, gradient=gradient))
+
+    slopes = {
+        k: _central_differences(partial(loss_at, k=k), boxes, side=images.shape[-1]) for k in {k for _, k in CHOICES}
+    }
     for row, (gradient, k) in enumerate(CHOICES):
-        if k not in slopes:
-
-            def loss_at(moved: Tensor, k: float = k) -> Tensor:
-                return loss(zoom(images, moved, size, k=k, gradient="none"))
-
-            slopes[k] = _central_differences(loss_at, boxes, side=images.shape[-1])
         moving = boxes.clone().requires_grad_()
-        total = loss(zoom(images, moving, size, k=k, gradient=gradient)).sum()
-        derivative = torch.autograd.grad(total, moving)[0]  # (B, 3)
+        derivative = torch.autograd.grad(loss_at(moving, k, gradient).sum(), moving)[0]  # (B, 3)
         counts[row] = (derivative.sign() * slopes[k].sign() > 0).sum(dim=1)
     return counts
 
@@ -160,14 +160,13 @@ def summarize(counts: dict[str, Tensor], boxes: int) -> BenchResult:
     )
     rows: list[dict[str, Any]] = []
     for number, (gradient, k) in enumerate(CHOICES):
-        shares = {
-            f"{name}_{step:g}px": (count[number, index] / boxes).tolist()
-            for name, count in counts.items()
-            for index, step in enumerate(STEPS)
-        }
-        by_axis = {key: dict(zip(AXES, values, strict=True)) for key, values in shares.items()}
-        rows.append({"gradient": gradient, "k": "inf" if k == math.inf else k, **by_axis})
-        cells = [" / ".join(f"{100 * share:3.0f}" for share in values) + " %" for values in shares.values()]
+        row: dict[str, Any] = {"gradient": gradient, "k": "inf" if k == math.inf else k}
+        cells = []
+        for name, count in counts.items():
+            for step, shares in zip(STEPS, (count[number] / boxes).tolist(), strict=True):
+                row[f"{name}_{step:g}px"] = dict(zip(AXES, shares, strict=True))
+                cells.append(" / ".join(f"{100 * share:3.0f}" for share in shares) + " %")
+        rows.append(row)
         table.add_row(gradient, f"{k:g}", *cells)
-    settings = {"boxes": boxes, "steps_px": list(STEPS), "source": SOURCE, "size": SIZE}
-    return BenchResult([table], settings | {"rows": rows})
+    values = {"boxes": boxes, "steps_px": list(STEPS), "source": SOURCE, "size": SIZE, "rows": rows}
+    return BenchResult([table], values)

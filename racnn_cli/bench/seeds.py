@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
 from racnn_cli import api
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import BenchResult, Options
-from racnn_cli.bench.summary import new_table, paired, spread
+from racnn_cli.bench.summary import format_paired, new_table, paired, report, spread
 from racnn_cli.run import RUNS, Run
 
 
@@ -24,15 +21,13 @@ def run(options: Options) -> BenchResult:
     Raises:
         RunError: a folder holds a run of another recipe, or training fails.
     """
-    console = Console(stderr=True, highlight=False)
     recipe = recipes.load(options.recipe, (), {"quick": True} if options.quick else {})
     parent = RUNS / f"bench-{recipe.name}{'-quick' if options.quick else ''}"
     entries = []
     for seed in options.seeds:
         seeded, trained = recipe.override({"seed": seed}), Run(parent / f"seed-{seed}")
         finished = api.same_recipe(trained.folder, seeded.as_used()) and trained.eval.is_file()
-        status = "is already trained" if finished else "trains"
-        console.print(escape(f"seed {seed}: {status}, {trained.folder}"))
+        report(f"seed {seed}: {'is already trained' if finished else 'trains'}, {trained.folder}")
         if not finished:
             api.train(seeded, out=trained.folder, or_resume=True, quiet=True)
         result = trained.read_eval()
@@ -72,17 +67,14 @@ def summarize(name: str, entries: Sequence[dict[str, Any]]) -> BenchResult:
         "deviation": {answer: value["deviation"] for answer, value in spreads.items()},
         "seconds_mean": seconds,
     }
-    notes = [f"images: of the {entries[0]['split']} split; ±: standard deviation over the seeds"]
-    notes.append("seconds: of training" + (" (+ the baseline's)" if "baseline" in columns else ""))
+    notes = [
+        f"images: of the {entries[0]['split']} split; ±: standard deviation over the seeds",
+        "seconds: of training, + the baseline's",
+    ]
     if "baseline" in columns:
         values["fused_minus_baseline"] = difference = paired(columns["fused"], columns["baseline"])
-        text = f"fused - baseline, paired: {difference['mean']:+.3f}"
-        if difference["interval"] is not None:
-            low, high = difference["interval"]
-            # The test splits of several seeds share images.
-            text += f", 95 % t interval {low:+.3f} to {high:+.3f}"
-            text += " (too narrow to the extent that the splits share images)"
-        notes.append(text)
+        notes.append(f"fused - baseline, paired: {format_paired(difference)}")
+        notes.append("[95 % t interval]: too narrow to the extent that the test splits of the seeds share images")
     title = f"Recipe {name}: top-1, one split per seed"
     table = new_table(title, text=[], numbers=["seed", "images", *columns, "seconds"], notes=notes)
     for entry in entries:

@@ -1,14 +1,11 @@
-"""What several benches share: statistics over seeds, measurements per backbone, and tables."""
+"""What several benches share: progress messages, tables, and statistics over seeds."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,15 +13,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from racnn_cli.bench.records import ArmResult
-from racnn_cli.errors import RacnnError
 
 ABOVE = 1e-6  # margin of "above 0": less than one image adds to any accuracy
 SPREAD_NOTE = "mean ± standard deviation over the seeds"
-Entry = dict[str, Any]
 Pair = Callable[[Mapping[str, ArmResult]], tuple[float, float]]
 """Maps the arms of a seed to the two values that are compared."""
 
 BOX_HEADINGS = {"hit_rate": "hit", "iou_mean": "IoU", "coverage_mean": "coverage", "side_mean": "side"}
+
+
+def report(text: str) -> None:
+    """Print a progress message on stderr."""
+    Console(stderr=True, highlight=False).print(escape(text), soft_wrap=True)
 
 
 def new_table(title: str, *, text: Sequence[str], numbers: Sequence[str], notes: Sequence[str]) -> Table:
@@ -52,16 +52,20 @@ def spread_tree(trees: Sequence[Any]) -> Any:
     return spread(trees)
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Return the `mean` of the differences and their 95 % t `interval` (None for a single pair)."""
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return the `mean` and its 95 % t `interval` (None for a single value)."""
     from scipy import stats  # slow to import
 
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, count = statistics.fmean(differences), len(differences)
+    mean, count = statistics.fmean(values), len(values)
     if count < 2:
         return {"mean": mean, "interval": None}
-    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return {"mean": mean, "interval": [mean - half, mean + half]}
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Return the `mean` of the differences and its 95 % t `interval`."""
+    return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def format_spread(value: Mapping[str, Any] | None) -> str:
@@ -78,6 +82,11 @@ def format_paired(value: Mapping[str, Any], sign: str = "+") -> str:
         low, high = value["interval"]
         text += f" [{low:{sign}.3f}, {high:{sign}.3f}]"
     return text
+
+
+def final(arm: str, other: str) -> Pair:
+    """Compare the final top-1 of two arms."""
+    return lambda arms: (arms[arm].final, arms[other].final)
 
 
 @dataclass(frozen=True)
@@ -100,45 +109,10 @@ class Claim:
 
     def measure(self, seeds: Sequence[Mapping[str, ArmResult]]) -> dict[str, Any]:
         """Return `claim`, `wanted`, `count` (seeds that pass and all seeds, or None), `kind`, `mean` and `interval`."""
-        pairs = [self.pair(arms) for arms in seeds]
-        ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
-        if self.ratio:
-            ours, theirs = [a / max(b, 1e-9) for a, b in pairs], [0.0] * len(pairs)
-        count = None
+        pairs, count = [self.pair(arms) for arms in seeds], None
         if self.margin is not None:
             count = [sum(a - b - self.margin > -1e-9 for a, b in pairs), len(pairs)]
-        kind = "ratio" if self.ratio else "difference"
-        return {"claim": self.text, "wanted": self.target, "count": count, "kind": kind} | paired(ours, theirs)
-
-
-def measure_models(models: Mapping[str, Any], measure: Callable[[Entry, Any, Path], None]) -> list[Entry]:
-    """Measure every backbone and report it on stderr when it is done; an error does not stop the others.
-
-    Args:
-        models: name of a backbone to its sizes.
-        measure: adds results to an entry; gets the entry, the sizes and a temporary folder.
-
-    Returns:
-        per backbone `model`, `error` (empty, or the message) and the results.
-    """
-    entries = []
-    for name, sizes in models.items():
-        start, entry = time.perf_counter(), {"model": name, "error": ""}
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                measure(entry, sizes, Path(folder))
-            except RacnnError as error:
-                entry["error"] = error.message
-        status = f"{name}: {entry['error'] or 'ok'}, {time.perf_counter() - start:.0f} s"
-        Console(stderr=True, highlight=False).print(escape(status))
-        entries.append(entry)
-    return entries
-
-
-def add_models(table: Table, entries: Sequence[Entry], cells: Callable[[Entry], Sequence[str]]) -> None:
-    """Add a row per backbone: its name, its cells, and `ok` or `FAILED`; errors go into the caption."""
-    table.add_column("")
-    for entry in entries:
-        table.add_row(entry["model"], *cells(entry), "FAILED" if entry["error"] else "ok")
-    errors = [escape(f"{entry['model']}: {entry['error']}") for entry in entries if entry["error"]]
-    table.caption = "\n".join([str(table.caption), *errors])
+        kind, values = "difference", [a - b for a, b in pairs]
+        if self.ratio:
+            kind, values = "ratio", [a / max(b, 1e-9) for a, b in pairs]
+        return {"claim": self.text, "wanted": self.target, "count": count, "kind": kind} | mean_interval(values)

@@ -13,12 +13,11 @@ import torch
 from scipy import stats
 from typer.testing import CliRunner
 
-from racnn_cli.bench import NAMES, Options, backbones, export, gradient, parse_seeds, run_bench, seeds, summary
+from racnn_cli.bench import NAMES, Options, export, gradient, parse_seeds, run_bench, seeds, summary
 from racnn_cli.cli import app
 from racnn_cli.data.datasets.fieldguide import draw
 from racnn_cli.errors import RecipeError, RunError
 from racnn_cli.run import Run, write_json
-from racnn_cli.training import phases
 
 
 def test_a_misspelled_name_gets_a_suggestion() -> None:
@@ -29,8 +28,8 @@ def test_a_misspelled_name_gets_a_suggestion() -> None:
 
 
 def test_an_option_that_a_bench_does_not_take_is_refused() -> None:
-    with pytest.raises(RecipeError, match="backbones takes no --seeds and no --quick"):
-        run_bench("backbones", seeds="0-2", quick=True)
+    with pytest.raises(RecipeError, match="export takes no --seeds and no --quick"):
+        run_bench("export", seeds="0-2", quick=True)
     with pytest.raises(RecipeError, match="gradient takes no --recipe"):
         run_bench("gradient", seeds="0", recipe="tiny")
 
@@ -43,19 +42,30 @@ def test_seeds_are_numbers_and_ranges() -> None:
             parse_seeds(wrong)
 
 
-def test_the_command_prints_the_table_and_writes_the_same_results(here, monkeypatch) -> None:
-    monkeypatch.setattr(backbones, "MODELS", {"test_resnet": (64, 64, 64), "resnet18x": ()})
-    result = CliRunner().invoke(app, ["bench", "backbones", "--json", "results.json"])
+def test_backbones_are_exported_checked_and_timed(here, monkeypatch) -> None:
+    sizes = {"test_resnet": (64, 48, 48), "test_vit": (100, 100, 100), "resnet18x": (64, 64, 64)}
+    monkeypatch.setattr(export, "MODELS", sizes)
+    result = CliRunner().invoke(app, ["bench", "export", "--json", "results.json"])
     assert result.exit_code == 0, result.output
     results = json.loads((here / "results.json").read_text())
-    assert (results["bench"], results["machine"]["torch"]) == ("backbones", torch.__version__)
-    measured, unknown = results["models"]
-    row = next(line for line in result.output.splitlines() if line.startswith(f"│ {measured['model']} "))
-    for milliseconds in measured["milliseconds"].values():
-        assert f" {milliseconds:.0f} " in row
-    assert f"{measured['onnx_difference']:.0e}" in row
-    assert unknown["error"]
+    assert (results["bench"], results["machine"]["torch"]) == ("export", torch.__version__)
     assert f"torch {torch.__version__}" in result.output.replace("\n", " ")
+    measured, wrong_size, unknown = results["models"]
+    assert measured["error"] == ""
+    assert (measured["side"], measured["sizes"]) == (64, [64, 48, 48])
+    assert measured["agreement"] == [40, 40]  # twenty in the export, twenty more in the check
+    assert 0 <= max(measured["max_difference"].values()) < 1e-3
+    assert measured["int8_bytes"] < 0.5 * measured["bytes"]
+    assert min(measured["over_torch"], measured["int8_over_float32"]) > 0
+    rows = {name: next(line for line in result.output.splitlines() if line.startswith(f"│ {name} ")) for name in sizes}
+    for cell in ("64/48/48", f"{measured['bytes'] / 2**20:.0f}", "40 of 40", f"{measured['over_torch']:.2f}", "ok"):
+        assert f" {cell} " in rows["test_resnet"]
+    assert f" {measured['max_difference']['boxes']:.0e} " in rows["test_resnet"]
+    # A backbone that fails is a row of the table.
+    assert "100" in wrong_size["error"]
+    assert "resnet18x" in unknown["error"]
+    assert "FAILED" in rows["test_vit"]
+    assert "FAILED" in rows["resnet18x"]
 
 
 def random_images(side: int) -> torch.Tensor:
@@ -87,48 +97,6 @@ def test_agreement_compares_signs() -> None:
     assert [step[0] for step in agreement["bilinear", math.inf]] == [6, 6]  # brighter to the right, for every box
     flat = gradient.count_agreement(torch.zeros_like(images), boxes.double(), size=24, loss=brightness)
     assert flat.sum() == 0
-
-
-def test_a_backbone_trains_every_stage_and_exports() -> None:
-    result = backbones.measure({"test_resnet": (64, 64, 64)})
-    (entry,) = result.values["models"]
-    assert entry["error"] == ""
-    assert list(entry["milliseconds"]) == list(backbones.PHASES)
-    assert 0 <= entry["onnx_difference"] < 1e-3
-    assert entry["sizes"] == [64, 64, 64]
-    assert result.tables[0].row_count == 1
-
-
-def test_a_backbone_that_fails_is_a_row_of_the_table() -> None:
-    wrong_size, unknown = backbones.measure({"test_vit": (100, 100, 100), "resnet18x": ()}).values["models"]
-    assert "100" in wrong_size["error"]
-    assert "resnet18x" in unknown["error"]
-
-
-def test_an_exported_run_passes_its_check_and_is_timed() -> None:
-    result = export.measure({"test_resnet": 64, "resnet18x": 64})
-    entry, unknown = result.values["models"]
-    assert entry["error"] == ""
-    assert entry["agreement"] == [40, 40]  # twenty in the export, twenty more in the check
-    assert max(entry["max_difference"].values()) < 1e-3
-    assert entry["int8_bytes"] < 0.5 * entry["bytes"]
-    assert min(entry["over_torch"], entry["int8_over_float32"]) > 0
-    assert "resnet18x" in unknown["error"]
-    assert result.tables[0].row_count == 2
-
-
-def test_a_frozen_tensor_that_changes_is_an_error(monkeypatch) -> None:
-    set_training_mode = backbones.set_training_mode
-
-    def leave_batchnorm_in_training_mode(model, modules, *, freeze_batchnorm):
-        set_training_mode(model, modules, freeze_batchnorm=freeze_batchnorm)
-        model.scale(1).backbone.train()  # the usual bug: BatchNorm statistics keep changing
-
-    monkeypatch.setattr(backbones, "set_training_mode", leave_batchnorm_in_training_mode)
-    monkeypatch.setattr(backbones, "PHASES", {"APN phase": phases.apn_phase})
-    (entry,) = backbones.measure({"test_resnet": (64, 64, 64)}).values["models"]
-    assert "frozen tensors changed" in entry["error"]
-    assert "scales.1" in entry["error"]
 
 
 def test_a_paired_interval_is_that_of_the_t_test() -> None:
