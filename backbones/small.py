@@ -5,23 +5,14 @@ For benchmarks and experiments that run within minutes on one CPU core; it has n
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-default_cfgs = generate_default_cfgs(
-    {
-        "small_cnn": {
-            "input_size": (3, 32, 32),
-            "mean": (0.1, 0.1, 0.1),
-            "std": (0.25, 0.25, 0.25),
-            "num_classes": 0,
-            "classifier": "head",
-        }
-    }
-)
+CONFIG = {"input_size": (3, 32, 32), "mean": (0.1,) * 3, "std": (0.25,) * 3, "num_classes": 0, "classifier": "head"}
+default_cfgs = generate_default_cfgs({"small_cnn": CONFIG})
 WIDTHS = (16, 32, 64, 96)
 
 
@@ -44,11 +35,11 @@ class SmallCNN(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Map images (B, 3, S, S) to features (B, 96, S / 4, S / 4)."""
-        return self.layers(images)
+        return cast(Tensor, self.layers(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, S, S) to logits (B, N)."""
-        return self.head(torch.mean(self.forward_features(images), dim=(2, 3)))
+        return cast(Tensor, self.head(torch.mean(self.forward_features(images), dim=(2, 3))))
 
 
 @register_model
@@ -64,5 +55,5 @@ def small_cnn(pretrained: bool = False, **options: Any) -> SmallCNN:
     options.pop("pretrained_cfg_overlay", None)
     options.pop("cache_dir", None)
     net = SmallCNN(**options)
-    net.pretrained_cfg = config.to_dict()  # type: ignore[assignment]
+    net.pretrained_cfg = config.to_dict()
     return net

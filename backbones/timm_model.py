@@ -6,7 +6,7 @@ A `Plan`, made by `timm_probe`, describes what is particular to a model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -66,12 +66,12 @@ class TimmBackbone(Backbone):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, S, S) to features (B, C, h, w)."""
-        features = self.net.forward_features(images)
+        features: Tensor = self.net.forward_features(images)
         if self.layout == "NHWC":
             return features.permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
         if self.layout == "NLC":
             tokens = features[:, self.prefix :].transpose(1, 2)  # (B, L, C) -> (B, C, h * w)
-            return tokens.unflatten(2, self.map_size)  # (B, C, h * w) -> (B, C, h, w)
+            return torch.unflatten(tokens, 2, self.map_size)  # (B, C, h * w) -> (B, C, h, w)
         return features
 
     def descriptor(self, features: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class TimmBackbone(Backbone):
         elif self.layout == "NLC":
             features = features.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h * w, C)
             features = nn.functional.pad(features, (0, 0, self.padding, 0))  # (B, padding + h * w, C)
-        return self.net.forward_head(features, pre_logits=True)
+        return cast(Tensor, self.net.forward_head(features, pre_logits=True))
 
 
 def create(name: str, options: tuple[tuple[str, Any], ...], *, pretrained: bool = False) -> Any:

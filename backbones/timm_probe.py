@@ -67,10 +67,14 @@ def _try(name: str, size: int) -> Plan | Exception:
     return failure
 
 
-def _probe(draft: Plan) -> Plan:
+def _meta(draft: Plan) -> tuple[Any, Tensor]:
+    """The model and a batch of images on the meta device."""
     with torch.device("meta"):
-        net = create(draft.name, draft.options).eval()
-        images = torch.zeros(2, 3, draft.size, draft.size)
+        return create(draft.name, draft.options).eval(), torch.zeros(2, 3, draft.size, draft.size)
+
+
+def _probe(draft: Plan) -> Plan:
+    net, images = _meta(draft)
     stem = next((module for module in net.modules() if isinstance(module, PatchEmbed)), None)
     if stem and draft.size % stem.patch_size[0]:
         # timm would silently drop the last rows and columns, and boxes would no longer match the image.
@@ -104,9 +108,7 @@ def _token_map(net: nn.Module, length: int) -> tuple[int, int]:
 
 def _measure(draft: Plan, own_head: bool) -> tuple[Plan, tuple[str, ...]] | None:
     """The plan with this head, and the parameters that it does not reach; None if the head does not work."""
-    with torch.device("meta"):
-        net = create(draft.name, draft.options).eval()
-        images = torch.zeros(2, 3, draft.size, draft.size)
+    net, images = _meta(draft)
     draft = replace(draft, own_head=own_head)
     model = TimmBackbone(net, draft)
     try:
@@ -126,9 +128,7 @@ def _prune(draft: Plan, unused: tuple[str, ...]) -> Plan:
     """The plan that removes the unreached weights, in modules as large as possible."""
     if not unused:
         return draft
-    with torch.device("meta"):
-        net = create(draft.name, draft.options)
-    draft = replace(draft, unused=tuple(_largest(net, frozenset(unused))))
+    draft = replace(draft, unused=tuple(_largest(_meta(draft)[0], frozenset(unused))))
     try:
         pruned = _measure(draft, draft.own_head)
     except Exception:

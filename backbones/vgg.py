@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -45,7 +45,7 @@ class Vgg(Backbone):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to features (B, 512, H/16, W/16)."""
-        return self.features(images)
+        return cast(Tensor, self.features(images))
 
 
 def build(name: str, size: int, *, pretrained: bool = False) -> Vgg:

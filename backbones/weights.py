@@ -186,16 +186,13 @@ def _read_torch(file: Any, where: str) -> State:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(value, Tensor) for value in content.values())
-    ):
+    tensors = content if isinstance(content, Mapping) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise BackboneError(
             f"weights {where!r} are not named tensors, nor a dictionary with them under {', '.join(WRAPPERS)}",
             "save model.state_dict(), preferably as .safetensors",
         )
-    return {str(key).removeprefix("module."): tensor for key, tensor in content.items()}
+    return {str(key).removeprefix("module."): tensor for key, tensor in tensors.items()}
 
 
 def _damaged(where: str, error: Exception) -> BackboneError:

@@ -19,6 +19,7 @@ from racnn_cli.run import Run, refuse_link
 if TYPE_CHECKING:
     from racnn_cli.backbones import ModelInfo
     from racnn_cli.export.prediction import ImageInput, Prediction
+    from racnn_cli.training.trainer import Trainer
 
 ExportFormat = Literal["onnx", "torch", "safetensors"]
 Precision = Literal["float32", "half", "int8"]
@@ -55,7 +56,6 @@ def train(
     """
     from racnn_cli.core import distributed
     from racnn_cli.core.device import select_device
-    from racnn_cli.training import stages
     from racnn_cli.training.trainer import Trainer
 
     changes = dict(changes or {}) | ({"data.path": str(data)} if data is not None else {})
@@ -70,9 +70,8 @@ def train(
         if distributed.broadcast(distributed.rank() == 0 and _holds_run_of(folder, resolved, quiet=quiet)):
             run = Run.open(folder)
             return run, resume(run, quiet=quiet)
-    with closing(Trainer.start(resolved, out=folder, quiet=quiet)) as trainer:
-        stages.run_all(trainer)
-        return trainer.run, finish(trainer.run, trainer.recipe, quiet=quiet)
+    trainer = Trainer.start(resolved, out=folder, quiet=quiet)
+    return trainer.run, _finish(trainer, {}, quiet=quiet)
 
 
 def _holds_run_of(folder: Path, recipe: Recipe, *, quiet: bool) -> bool:
@@ -134,13 +133,10 @@ def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = 
     Raises:
         RacnnError: as in `train`.
     """
-    from racnn_cli.training import stages
     from racnn_cli.training.trainer import Trainer
 
     changes = dict(changes or {})
-    with closing(Trainer.resume(run, changes=changes, quiet=quiet)) as trainer:
-        stages.run_all(trainer)
-        return finish(run, trainer.recipe, changes=changes, quiet=quiet)
+    return _finish(Trainer.resume(run, changes=changes, quiet=quiet), changes, quiet=quiet)
 
 
 def stage(
@@ -176,17 +172,20 @@ def stage(
     return trainer.run
 
 
-def finish(run: Run, recipe: Recipe, *, changes: Mapping[str, Any] | None = None, quiet: bool = False) -> EvalResult:
-    """What follows the last stage: baseline, evaluation, ONNX, report. One process writes the last two."""
+def _finish(trainer: Trainer, changes: Mapping[str, Any], *, quiet: bool) -> EvalResult:
+    """Run the remaining stages, then baseline, evaluation, ONNX and report. One process writes the last two."""
     from racnn_cli.core import distributed
+    from racnn_cli.training import stages
 
-    if recipe.baseline:
-        _train_baseline(run, recipe, changes or {}, quiet=quiet)
-    result = evaluate(run)
-    if distributed.rank() == 0:
-        if recipe.onnx:
-            export(run)
-        report(run)
+    with closing(trainer):
+        stages.run_all(trainer)
+        if trainer.recipe.baseline:
+            _train_baseline(trainer.run, trainer.recipe, changes, quiet=quiet)
+        result = evaluate(trainer.run)
+        if distributed.rank() == 0:
+            if trainer.recipe.onnx:
+                export(trainer.run)
+            report(trainer.run)
     return result
 
 
@@ -379,20 +378,11 @@ def report(run: Run) -> Path:
     return write_report(run)
 
 
-def bench(
-    name: str,
-    *,
-    json_path: Path | None = None,
-    seeds: str | None = None,
-    recipe: str | None = None,
-    quick: bool = False,
-    data: str | None = None,
-    arms: Sequence[str] = (),
-) -> None:
-    """Run a benchmark and print its figures; see `racnn_cli.bench.run_bench`."""
+def bench(name: str, **options: Any) -> None:
+    """Run a benchmark and print its figures; `options` are those of `racnn_cli.bench.run_bench`."""
     from racnn_cli.bench import run_bench
 
-    run_bench(name, json_path=json_path, seeds=seeds, recipe=recipe, quick=quick, data=data, arms=arms)
+    run_bench(name, **options)
 
 
 def write_samples(name: str, out: Path, *, images: int = 480, size: int = 256, seed: int = 0) -> Path:

@@ -18,21 +18,10 @@ from typer import Argument, Option
 
 import racnn_cli
 from racnn_cli import api
+from racnn_cli import options as shared
 from racnn_cli import recipe as recipes
 from racnn_cli.errors import RacnnError, RecipeError, escape_control, is_out_of_memory
 from racnn_cli.events import EvalResult
-from racnn_cli.options import (
-    NewRunOptions,
-    Quick,
-    RecipeName,
-    RunFolder,
-    RunOptions,
-    Sets,
-    SkipBad,
-    complete_recipe,
-    expand_options,
-    select,
-)
 from racnn_cli.run import Run
 
 app = typer.Typer(
@@ -62,7 +51,7 @@ def _root(
     pass
 
 
-def _open_run(options: RunOptions) -> tuple[Run, dict[str, Any]]:
+def _open_run(options: shared.RunOptions) -> tuple[Run, dict[str, Any]]:
     """The run to continue, and the recipe values to change in it."""
     changes = options.changes()
     return api.open_run(options.run, scales=changes.pop("model.scales", None)), changes
@@ -87,14 +76,14 @@ def _print_result(run: Run, result: EvalResult) -> None:
 
 
 @app.command()
-@expand_options
+@shared.expand_options
 def train(
-    recipe: RecipeName = None,
+    recipe: shared.RecipeName = None,
     *,
     resume: Annotated[
         bool, Option("--resume", help="continue a stopped run; with RECIPE and --out: continue or start it")
     ] = False,
-    options: NewRunOptions,
+    options: shared.NewRunOptions,
 ) -> None:
     """Run every stage of a recipe, then evaluate. Needs RECIPE, or --data for the default recipe."""
     starts = recipe is not None or options.starts_run()
@@ -118,10 +107,10 @@ def train(
     _print_result(run, result)
 
 
-def _run_stage(name: str, recipe: str | None, options: RunOptions, *, following: str) -> None:
+def _run_stage(name: str, recipe: str | None, options: shared.RunOptions, *, following: str) -> None:
     if recipe is not None and options.run is not None:
         raise RecipeError("RECIPE starts a new run and --run continues one", "omit one, or use --out DIR")
-    if recipe is not None or (isinstance(options, NewRunOptions) and options.starts_run()):
+    if recipe is not None or (isinstance(options, shared.NewRunOptions) and options.starts_run()):
         run = api.stage(name, recipe=recipes.load(recipe, (), options.changes()), out=options.out)
     elif options.out is not None:
         raise RecipeError(
@@ -136,8 +125,8 @@ def _run_stage(name: str, recipe: str | None, options: RunOptions, *, following:
 
 
 @app.command("pretrain-cnn")
-@expand_options
-def pretrain_cnn(recipe: RecipeName = None, *, options: NewRunOptions) -> None:
+@shared.expand_options
+def pretrain_cnn(recipe: shared.RecipeName = None, *, options: shared.NewRunOptions) -> None:
     """Stage 1: fine-tune scale 1 on the labels and copy its weights to every scale.
 
     RECIPE, --data, --backbone, --weights or --pretrained starts a new run, unless --run is given.
@@ -147,8 +136,8 @@ def pretrain_cnn(recipe: RecipeName = None, *, options: NewRunOptions) -> None:
 
 
 @app.command("pretrain-apn")
-@expand_options
-def pretrain_apn(recipe: RecipeName = None, *, options: RunOptions) -> None:
+@shared.expand_options
+def pretrain_apn(recipe: shared.RecipeName = None, *, options: shared.RunOptions) -> None:
     """Stage 2: train the APNs to propose the square around the strongest response.
 
     Continues the newest run, or the one of --run.
@@ -157,8 +146,8 @@ def pretrain_apn(recipe: RecipeName = None, *, options: RunOptions) -> None:
 
 
 @app.command()
-@expand_options
-def alternate(recipe: RecipeName = None, *, options: RunOptions) -> None:
+@shared.expand_options
+def alternate(recipe: shared.RecipeName = None, *, options: shared.RunOptions) -> None:
     """Stage 3: train CNNs and APNs in turn until neither loss changes, then the fusion head.
 
     Continues the newest run, or the one of --run.
@@ -171,10 +160,10 @@ def alternate(recipe: RecipeName = None, *, options: RunOptions) -> None:
 
 @app.command("eval")
 def evaluate(
-    run: RunFolder = None,
+    run: shared.RunFolder = None,
     split: Annotated[str | None, Option(help="train, val or test; default: test")] = None,
     data: Annotated[str | None, Option(help="use all images of this folder or CSV file instead")] = None,
-    skip_bad: SkipBad = False,
+    skip_bad: shared.SkipBad = False,
 ) -> None:
     """Measure accuracy, calibration and boxes of a run; print tables and write eval.json."""
     opened = api.open_run(run)
@@ -183,7 +172,7 @@ def evaluate(
 
 @app.command()
 def export(
-    run: RunFolder = None,
+    run: shared.RunFolder = None,
     format: Annotated[api.ExportFormat | None, Option(help="format to write")] = None,
     onnx: Annotated[bool, Option("--onnx", help="ONNX file, checked against PyTorch")] = False,
     torch: Annotated[bool, Option("--torch", help=".pt2 file for torch.export.load()")] = False,
@@ -207,10 +196,10 @@ def export(
     ] = 0.5,
 ) -> None:
     """Write the trained network for use elsewhere, e.g. `racnn export --onnx` or `--format onnx --precision int8`."""
-    chosen = select("--format", format, {"onnx": onnx, "torch": torch, "safetensors": safetensors})
-    backbone_precision: api.Precision = select("--precision", precision, {"half": half, "int8": int8}) or "float32"
+    chosen = shared.select("--format", format, {"onnx": onnx, "torch": torch, "safetensors": safetensors})
+    chosen_precision: api.Precision = shared.select("--precision", precision, {"half": half, "int8": int8}) or "float32"
     if check is not None:
-        if any((chosen, backbone_precision != "float32", raw, crops, top != 5, opset != 20, early_exit)):
+        if any((chosen, chosen_precision != "float32", raw, crops, top != 5, opset != 20, early_exit)):
             raise RecipeError("--check writes nothing and takes only --run and --out", "omit the other options")
         report = api.check_export(api.open_run(run), check, path=out)
     elif chosen is None:
@@ -220,7 +209,7 @@ def export(
             api.open_run(run),
             chosen,
             out=out,
-            precision=backbone_precision,
+            precision=chosen_precision,
             raw=raw,
             crops=crops,
             top=top,
@@ -241,7 +230,7 @@ def predict(
             "ONNX file before them is the network to use; default: the newest run. An ONNX file needs no torch.",
         ),
     ],
-    run: RunFolder = None,
+    run: shared.RunFolder = None,
     rows: Annotated[api.RowFormat, Option("--format", help="format of the rows")] = "table",
     save: Annotated[Path | None, Option(help="folder for images with the boxes drawn")] = None,
     source: Annotated[
@@ -264,7 +253,7 @@ def predict(
 
 
 @app.command()
-def report(run: RunFolder = None) -> None:
+def report(run: shared.RunFolder = None) -> None:
     """Write report.html: curves, metrics and example images on one page."""
     typer.echo(f"wrote {api.report(api.open_run(run))}")
 
@@ -278,7 +267,8 @@ def bench(
     json: Annotated[Path | None, Option(help="also write the figures to this file")] = None,
     seeds: Annotated[str | None, Option(help="benchmarks that take seeds: such as 0-4 or 0,3,7; default: 0-4")] = None,
     recipe: Annotated[
-        str | None, Option(help="benchmarks that train; default: demo or clutter", autocompletion=complete_recipe)
+        str | None,
+        Option(help="benchmarks that train; default: demo or clutter", autocompletion=shared.complete_recipe),
     ] = None,
     quick: Annotated[bool, Option("--quick", help="seeds, attention, ablation: few images and epochs")] = False,
     data: Annotated[
@@ -322,7 +312,9 @@ def recipes_ls() -> None:
 
 @recipes_app.command("show")
 def recipes_show(
-    name: Annotated[str, Argument(autocompletion=complete_recipe)], sets: Sets = None, quick: Quick = False
+    name: Annotated[str, Argument(autocompletion=shared.complete_recipe)],
+    sets: shared.Sets = None,
+    quick: shared.Quick = False,
 ) -> None:
     """Print a recipe with every value."""
     changes = recipes.parse_sets(sets or ()) | ({"quick": True} if quick else {})
@@ -363,8 +355,7 @@ def main() -> None:
         if len(name) > 200:
             name = f"{name[:200]}…"
         _discard_output()
-        hint = "check the path, its permissions and the free disk space"
-        _fail(f"{name}: {error.strerror or error}", hint, 1)
+        _fail(f"{name}: {error.strerror or error}", "check the path, its permissions and the free disk space", 1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

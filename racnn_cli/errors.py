@@ -24,7 +24,7 @@ class RacnnError(Exception):
 
     Args:
         message: what is wrong: it names the file or the key, the value found and the values allowed.
-        hint: what to do next, as one sentence or one command; empty if there is nothing to add.
+        hint: what to do next, as one sentence or one command; may be empty.
         failure: True when the request was right and its execution failed (exit code 1); False when the request itself
             was wrong (exit code 2).
     """

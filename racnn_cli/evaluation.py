@@ -45,7 +45,7 @@ Proposals = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 
 @dataclass
 class Measurement:
-    """What a network answered for the images of a split.
+    """Metrics of a network on the images of a split.
 
     Attributes:
         scales, average, fused: of the answers; a single scale is its own average and fusion.
@@ -77,7 +77,7 @@ class Measurement:
         self.seconds = max(self.seconds, other.seconds)
 
     def validation(self) -> Validation:
-        """The few figures that training looks at."""
+        """The metrics that training uses."""
 
         def answer(figures: ClassificationMetrics) -> Answer:
             return Answer(top1=figures.top1, nll=figures.nll)
@@ -94,7 +94,7 @@ class Measurement:
         )
 
     def result(self, *, split: str, data: str, classes: Sequence[str], baseline: Baseline | None) -> EvalResult:
-        """Every figure, as eval.json holds it."""
+        """Every metric, as eval.json holds it."""
         fused = self.fused.compute()
         return EvalResult(
             version=EVAL_VERSION,
@@ -150,7 +150,7 @@ def measure(
     """
     alone = scales == 1 or len(model.sizes) == 1
     count = 1 if alone else len(model.sizes)
-    found = Measurement(
+    measurement = Measurement(
         [ClassificationMetrics(model.classes) for _ in range(count)],
         ClassificationMetrics(model.classes),
         ClassificationMetrics(model.classes),
@@ -162,19 +162,20 @@ def measure(
     with torch.inference_mode():
         for batch in loader:
             batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            _count_batch(found, model, batch, alone, margin, proposals)
-    found.seconds = time.perf_counter() - start
+            _count_batch(measurement, model, batch, alone=alone, margin=margin, proposals=proposals)
+    measurement.seconds = time.perf_counter() - start
     model.train(training)
-    first, *others = distributed.gather(found)  # in one order, so that every process comes to the same figures
+    first, *others = distributed.gather(measurement)  # in one order, so that every process comes to the same figures
     for other in others:
         first.merge(other)
     return first
 
 
 def _count_batch(
-    found: Measurement,
+    measurement: Measurement,
     model: RACNN,
     batch: Mapping[str, Tensor],
+    *,
     alone: bool,
     margin: float,
     proposals: Proposals | None,
@@ -182,26 +183,27 @@ def _count_batch(
     labels = batch["label"].cpu()
     if alone:
         logits = [model.coarse(model.normalise(batch["image"])).logits]
-        fused, proposed, boxes = logits[0], (), ()
+        fused, boxes = logits[0], list[tuple[Tensor, Tensor]]()
     else:
         output = model(batch["image"], None if proposals is None else proposals(batch))
-        logits, fused, proposed, boxes = list(output.logits), output.fused, output.proposals, output.boxes
+        logits, fused = list(output.logits), output.fused
+        boxes = list(zip(output.proposals, output.boxes, strict=True))
     answers = torch.stack([*logits, fused]).float().cpu().log_softmax(dim=2)  # (S + 1, B, N)
     if not answers.isfinite().all():
         raise RunError(
-            f"after {found.images} images the network's outputs are not finite",
+            f"after {measurement.images} images the network's outputs are not finite",
             "go back to an earlier checkpoint, or train again with a smaller learning rate",
             failure=True,
         )
-    for figures, answer in zip(found.scales, answers, strict=False):
+    for figures, answer in zip(measurement.scales, answers, strict=False):
         figures.add(answer, labels)
-    found.average.add(answers[:-1].logsumexp(dim=0) - math.log(len(logits)), labels)
-    found.fused.add(answers[-1], labels)
+    measurement.average.add(answers[:-1].logsumexp(dim=0) - math.log(len(logits)), labels)
+    measurement.fused.add(answers[-1], labels)
     for coarse, fine in itertools.pairwise(answers[:-1]):
-        found.rank_sum += rank_loss(coarse, fine, labels, margin, "none").double().sum().item()
+        measurement.rank_sum += rank_loss(coarse, fine, labels, margin, "none").double().sum().item()
     truth = batch["box"].cpu()
-    for figures, proposal, box in zip(found.boxes, proposed, boxes, strict=True):
-        figures.add(proposal.float().cpu(), box.float().cpu(), truth)
+    for box_metrics, (proposal, box) in zip(measurement.boxes, boxes, strict=True):
+        box_metrics.add(proposal.float().cpu(), box.float().cpu(), truth)
 
 
 def evaluate(run: Run, *, split: str | None = None, data: str | None = None, skip_bad: bool = False) -> EvalResult:
@@ -250,7 +252,7 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         workers=recipe.data.workers,
         rank=distributed.rank(),
         world=distributed.world(),
-        device_pin=device.type == "cuda",
+        pin_memory=device.type == "cuda",
     )
     result = measure(model, loader, device).result(
         split=split,

@@ -33,16 +33,13 @@ Sets = Annotated[
 ]
 Quick = Annotated[bool, Option("--quick", help="try every stage with few images and few epochs")]
 SkipBad = Annotated[bool, Option("--skip-bad", help="skip unreadable files and count them")]
-Data = Annotated[str | None, Option(help="folder with one folder per class, CSV file, or built-in data set")]
-Pretrained = Annotated[bool, Option("--pretrained", help="download ImageNet weights from timm's hub")]
-Weights = Annotated[str | None, Option(help="none, pretrained, .safetensors or .pth file, or package:NAME")]
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """Options of every training command."""
 
-    data: Data = None
+    data: Annotated[str | None, Option(help="folder with one folder per class, CSV file, or built-in data set")] = None
     out: Annotated[Path | None, Option(help="folder of a new run; default: runs/NAME")] = None
     sets: Sets = None
     scales: Annotated[int | None, Option(min=1, max=5, help="number of scales; 1: plain backbone")] = None
@@ -66,8 +63,8 @@ class NewRunOptions(RunOptions):
     """Options of the commands that can start a run."""
 
     backbone: Annotated[str | None, Option(help="VGG or timm model; see `racnn backbones`")] = None
-    weights: Weights = None
-    pretrained: Pretrained = False
+    weights: Annotated[str | None, Option(help="none, pretrained, .safetensors or .pth file, or package:NAME")] = None
+    pretrained: Annotated[bool, Option("--pretrained", help="download ImageNet weights from timm's hub")] = False
     quick: Quick = False
 
     def changes(self) -> dict[str, Any]:

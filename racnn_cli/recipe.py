@@ -30,6 +30,7 @@ RECIPES = next(
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Sizes = Annotated[
     tuple[Annotated[int, Field(ge=16, le=4096)], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
@@ -44,21 +45,19 @@ class Section(BaseModel):
 class Augment(Section):
     """Random augmentation of training images; validation and test images are never augmented."""
 
-    scale: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.6, description="smallest share of the image's area that a random crop keeps"
-    )
+    scale: float = Field(0.6, gt=0.0, le=1.0, description="smallest share of the image's area that a random crop keeps")
     flip: Literal["none", "horizontal", "both"] = Field("horizontal", description="random mirroring")
-    rotate: Annotated[float, Field(ge=0.0, le=180.0)] = Field(10.0, description="largest rotation in degrees")
+    rotate: float = Field(10.0, ge=0.0, le=180.0, description="largest rotation in degrees")
     color: Share = Field(0.2, description="strength of brightness, contrast and color changes")
 
 
 class Sample(Section):
     """Size of the drawn data sets `fieldguide` and `clutter`."""
 
-    images: Annotated[int, Field(ge=24, le=100_000)] = Field(480, description="number of images in all splits together")
-    size: Annotated[int, Field(ge=64, le=4096)] = Field(256, description="side of an image in pixels")
-    distance: Annotated[int, Field(ge=1, le=16)] = Field(
-        1, description="clutter: objects are n times smaller, among n² times as many fragments"
+    images: int = Field(480, ge=24, le=100_000, description="number of images in all splits together")
+    size: int = Field(256, ge=64, le=4096, description="side of an image in pixels")
+    distance: int = Field(
+        1, ge=1, le=16, description="clutter: objects are n times smaller, among n² times as many fragments"
     )
 
 
@@ -66,24 +65,20 @@ class Data(Section):
     """Where the images come from and how each becomes a square source image."""
 
     path: str = Field("", description="folder with one folder per class, CSV file, or name of a built-in data set")
-    source: Annotated[int, Field(ge=0, le=8192)] = Field(
-        0, description="side in pixels of the square source of all crops; 0: the size of scale 1"
+    source: int = Field(
+        0, ge=0, le=8192, description="side in pixels of the square source of all crops; 0: the size of scale 1"
     )
     fit: Literal["crop", "pad", "squash"] = Field(
         "crop", description="how an image becomes square: center crop, gray borders, or stretched"
     )
-    val: Annotated[float, Field(gt=0.0, lt=0.9)] = Field(
-        0.15, description="share of the images for validation, if the data have no val split"
+    val: float = Field(
+        0.15, gt=0.0, lt=0.9, description="share of the images for validation, if the data have no val split"
     )
-    test: Annotated[float, Field(ge=0.0, lt=0.9)] = Field(
-        0.2, description="share of the images for testing, if the data have no test split"
+    test: float = Field(
+        0.2, ge=0.0, lt=0.9, description="share of the images for testing, if the data have no test split"
     )
-    limit: Annotated[int, Field(ge=0)] = Field(
-        0, description="largest number of images per class and split; 0: no limit"
-    )
-    workers: Annotated[int, Field(ge=0, le=256)] = Field(
-        0, description="processes that load images; 0: load in the training process"
-    )
+    limit: int = Field(0, ge=0, description="largest number of images per class and split; 0: no limit")
+    workers: int = Field(0, ge=0, le=256, description="processes that load images; 0: load in the training process")
     skip_bad: bool = Field(False, description="skip unreadable files instead of stopping")
     augment: Augment = Augment()
     sample: Sample = Sample()
@@ -96,32 +91,24 @@ class Model(Section):
     weights: str = Field(
         description="none (random), pretrained (timm's hub), a .safetensors or .pth file, or package:NAME"
     )
-    scales: Annotated[int, Field(ge=1, le=5)] = Field(3, description="number of scales; 1: the plain backbone")
+    scales: int = Field(3, ge=1, le=5, description="number of scales; 1: the plain backbone")
     sizes: Sizes = Field((), description="input side of each scale in pixels; empty: the backbone's native size")
     zoom: Literal["source", "nested"] = Field(
         "source", description="cut each crop from the source image, or from the previous crop (the paper)"
     )
-    floor: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        1 / 3, description="smallest side of a box, as a share of the previous scale's side"
-    )
-    ceiling: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.95, description="largest side of a box, as a share of the previous scale's side"
-    )
-    side: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+    floor: Fraction = Field(1 / 3, description="smallest side of a box, as a share of the previous scale's side")
+    ceiling: Fraction = Field(0.95, description="largest side of a box, as a share of the previous scale's side")
+    side: Fraction = Field(
         0.5, description="side of the box that an untrained APN proposes and that pretrain-apn targets"
     )
-    apn_hidden: Annotated[int, Field(ge=1, le=65536)] = Field(
-        16, description="output channels of the APN's first layer"
-    )
-    k: Annotated[float, Field(gt=0.0)] = Field(
-        0.5, description="steepness of the boxcar mask per pixel of the cropped image; inf: hard edge"
-    )
+    apn_hidden: int = Field(16, ge=1, le=65536, description="output channels of the APN's first layer")
+    k: Positive = Field(0.5, description="steepness of the boxcar mask per pixel of the cropped image; inf: hard edge")
     gradient: Literal["exact", "boxcar", "bilinear", "none"] = Field(
         "exact",
         description="gradient of the crop with respect to the box: "
         "mask and sampling positions, mask only, positions only, or none",
     )
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="dropout before each classifier")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout before each classifier")
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
@@ -140,39 +127,29 @@ class Model(Section):
 class Train(Section):
     """Settings shared by all stages."""
 
-    batch: Annotated[int, Field(ge=1, le=65536)] = Field(16, description="images per step and process")
-    accumulate: Annotated[int, Field(ge=1)] = Field(
-        1, description="batches whose gradients are added up for one update"
-    )
+    batch: int = Field(16, ge=1, le=65536, description="images per step and process")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are added up for one update")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimizer of all stages")
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="momentum, sgd only")
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.01, description="weight decay")
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="momentum, sgd only")
+    weight_decay: float = Field(0.01, ge=0.0, description="weight decay")
     schedule: Literal["cosine", "step", "constant"] = Field(
         "cosine", description="learning rate schedule within each stage or phase"
     )
-    step_epochs: Annotated[int, Field(ge=1)] = Field(
-        30, description="schedule step only: epochs between two divisions of the learning rate by 10"
+    step_epochs: int = Field(
+        30, ge=1, description="schedule step only: epochs between two divisions of the learning rate by 10"
     )
     warmup: Share = Field(0.1, description="share of a stage's or phase's updates during which the learning rate rises")
-    clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="label smoothing of every classification loss"
-    )
-    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="decay of the moving average of the weights; 0: no average"
-    )
+    clip: float = Field(1.0, ge=0.0, description="largest gradient norm; 0: no clipping")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="label smoothing of every classification loss")
+    ema: float = Field(0.0, ge=0.0, lt=1.0, description="decay of the moving average of the weights; 0: no average")
     batchnorm: Literal["train", "frozen", "synced"] = Field(
         "train",
         description="frozen: keep the statistics of the initial weights; "
         "synced: statistics over the images of all processes",
     )
-    save_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="updates between two checkpoints within an epoch; 0: none"
-    )
-    save_minutes: Annotated[float, Field(ge=0.0)] = Field(
-        10.0, description="minutes between two checkpoints within an epoch; 0: none"
-    )
-    keep: Annotated[int, Field(ge=1)] = Field(1, description="older checkpoints to keep in case the newest is damaged")
+    save_steps: int = Field(0, ge=0, description="updates between two checkpoints within an epoch; 0: none")
+    save_minutes: float = Field(10.0, ge=0.0, description="minutes between two checkpoints within an epoch; 0: none")
+    keep: int = Field(1, ge=1, description="older checkpoints to keep in case the newest is damaged")
     amp: bool = Field(True, description="bfloat16 autocast on CUDA")
     channels_last: bool = Field(True, description="channels-last memory format")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
@@ -183,19 +160,17 @@ class Train(Section):
 class PretrainCnn(Section):
     """Stage 1: fine-tune scale 1."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(10, description="epochs of pretrain-cnn")
+    epochs: int = Field(10, ge=1, le=100_000, description="epochs of pretrain-cnn")
     lr: Positive = Field(3e-4, description="learning rate of the backbone")
     head_lr: Positive = Field(10.0, description="learning rate of the classifier, as a multiple of lr")
-    patience: Annotated[int, Field(ge=0)] = Field(
-        0, description="stop after n epochs without a lower validation loss; 0: never"
-    )
+    patience: int = Field(0, ge=0, description="stop after n epochs without a lower validation loss; 0: never")
 
 
 class PretrainApn(Section):
     """Stage 2: train the APNs to propose the square around the strongest response."""
 
-    epochs: Annotated[int, Field(ge=0, le=100_000)] = Field(
-        5, description="epochs of pretrain-apn; 0: the boxes start at the image's center"
+    epochs: int = Field(
+        5, ge=0, le=100_000, description="epochs of pretrain-apn; 0: the boxes start at the image's center"
     )
     lr: Positive = Field(3e-3, description="learning rate of the APNs")
 
@@ -203,39 +178,31 @@ class PretrainApn(Section):
 class Alternate(Section):
     """Stage 3: rounds of a CNN phase and an APN phase."""
 
-    rounds: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        5, description="largest number of rounds, each a CNN phase and an APN phase"
-    )
-    cnn_epochs: Annotated[int, Field(ge=1)] = Field(2, description="epochs of a CNN phase")
+    rounds: int = Field(5, ge=1, le=10_000, description="largest number of rounds, each a CNN phase and an APN phase")
+    cnn_epochs: int = Field(2, ge=1, description="epochs of a CNN phase")
     ramp: bool = Field(
         True, description="start with short rounds so that the boxes move early: CNN phase r has at most r epochs"
     )
-    apn_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="epochs of an APN phase; 0: keep the boxes of pretrain-apn"
-    )
+    apn_epochs: int = Field(1, ge=0, description="epochs of an APN phase; 0: keep the boxes of pretrain-apn")
     cnn_lr: Positive = Field(1e-4, description="learning rate of the CNN phases")
     apn_lr: Positive = Field(5e-3, description="learning rate of the APN phases")
-    margin: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="margin of the pairwise rank loss")
+    margin: Share = Field(0.05, description="margin of the pairwise rank loss")
     apn_gradient: Literal["perturb", "backprop"] = Field(
         "perturb",
         description="gradient of the rank loss in a box: from perturbed boxes, or through the crop (the paper)",
     )
-    boxes: Annotated[int, Field(ge=2, le=1024, multiple_of=2)] = Field(
-        4, description="perturb only: perturbed boxes per proposal"
+    boxes: int = Field(4, ge=2, le=1024, multiple_of=2, description="perturb only: perturbed boxes per proposal")
+    spread: float = Field(
+        0.2, gt=0.0, le=1.0, description="perturb only: size of a perturbation, as a share of the side and in log-scale"
     )
-    spread: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.2, description="perturb only: size of a perturbation, as a share of the side and in log-scale"
-    )
-    jitter: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.2, description="CNN phase: random shift and log-scale of the boxes, as a share of the box"
-    )
-    tighten: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
-        0.2, description="CNN phase: boxes are randomly shrunk by a factor down to exp(-tighten)"
+    jitter: Share = Field(0.2, description="CNN phase: random shift and log-scale of the boxes, as a share of the box")
+    tighten: float = Field(
+        0.2, ge=0.0, le=2.0, description="CNN phase: boxes are randomly shrunk by a factor down to exp(-tighten)"
     )
     settle: bool = Field(True, description="reduce jitter and tighten each round, to 0 in the last round of several")
-    patience: Annotated[int, Field(ge=1)] = Field(2, description="stop after n rounds without change")
-    tolerance: Annotated[float, Field(ge=0.0)] = Field(
-        0.01, description="smallest relative change of a validation loss that counts as change"
+    patience: int = Field(2, ge=1, description="stop after n rounds without change")
+    tolerance: float = Field(
+        0.01, ge=0.0, description="smallest relative change of a validation loss that counts as change"
     )
 
     def cnn_epochs_of(self, round_: int) -> int:
@@ -250,7 +217,7 @@ class Alternate(Section):
 class Fusion(Section):
     """The last stage: train the fusion head on the descriptors of all scales."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(5, description="epochs of the fusion head")
+    epochs: int = Field(5, ge=1, le=100_000, description="epochs of the fusion head")
     lr: Positive = Field(1e-3, description="learning rate of the fusion head")
 
 
@@ -261,9 +228,7 @@ class Recipe(Section):
         "run", description="name of the recipe, and of the run's folder in runs/"
     )
     about: str = Field("", description="purpose of the recipe in one sentence")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
-        0, description="random seed of the split, the initial weights and the training"
-    )
+    seed: int = Field(0, ge=0, lt=2**31, description="random seed of the split, the initial weights and the training")
     quick: bool = Field(False, description="try every stage with few images and few epochs")
     baseline: bool = Field(False, description="also train the plain backbone with the same budget")
     onnx: bool = Field(False, description="export the trained network at the end of `racnn train`")

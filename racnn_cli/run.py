@@ -48,15 +48,11 @@ def _translate_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> RunError:
-    return RunError(
-        f"{path} could not be written: {error.strerror or error}",
-        "free some space, or choose another folder",
-        failure=True,
-    )
+        raise RunError(
+            f"{path} could not be written: {error.strerror or error}",
+            "free some space, or choose another folder",
+            failure=True,
+        ) from error
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -65,20 +61,18 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    temporary = None
-    try:
-        with _translate_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{path.name}.", suffix=path.suffix)
-            os.close(handle)
-            temporary = Path(name)
+    with _translate_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
             write(temporary)
             temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)  # so that the name survives a power failure
-    finally:
-        if temporary is not None:
+        finally:
             temporary.unlink(missing_ok=True)
 
 
@@ -129,48 +123,31 @@ def refuse_link(path: Path) -> None:
         )
 
 
+class _Member:
+    """A path inside the run folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: Run, _: type[Run]) -> Path:
+        return run.folder / self.name
+
+
 @dataclass(frozen=True)
 class Run:
     """The folder of one training run."""
 
     folder: Path
 
-    @property
-    def recipe_file(self) -> Path:
-        return self.folder / "recipe.toml"
-
-    @property
-    def classes_file(self) -> Path:
-        return self.folder / "classes.json"
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / "weights.safetensors"
-
-    @property
-    def state(self) -> Path:
-        return self.folder / "state"
-
-    @property
-    def data(self) -> Path:
-        """Fingerprint of the data and the split."""
-        return self.state / "data.txt"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.jsonl"
-
-    @property
-    def eval(self) -> Path:
-        return self.folder / "eval.json"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report.html"
-
-    @property
-    def onnx(self) -> Path:
-        return self.folder / "model.onnx"
+    recipe_file = _Member("recipe.toml")
+    classes_file = _Member("classes.json")
+    weights = _Member("weights.safetensors")
+    state = _Member("state")
+    data = _Member("state/data.txt")  # fingerprint of the data and the split
+    log = _Member("log.jsonl")
+    eval = _Member("eval.json")
+    report = _Member("report.html")
+    onnx = _Member("model.onnx")
 
     @classmethod
     def create(
@@ -280,9 +257,7 @@ class Run:
 
     def check_data(self, fingerprint: str) -> None:
         """Raise a RunError if the images or their split have changed since the run was started."""
-        if not self.data.is_file():
-            return
-        if self.data.read_text(encoding="utf-8", errors="replace").strip() != fingerprint:
+        if self.data.is_file() and self.data.read_text(encoding="utf-8", errors="replace").strip() != fingerprint:
             raise RunError(
                 f"the images of {self.folder} have changed since the run was started: files were added, removed or "
                 "renamed. The split has changed with them, so the test split may contain training images",
@@ -305,16 +280,15 @@ class Run:
                     "move it away, or restore the run folder from a backup",
                 )
         lock = FileLock(self.state / "lock", timeout=0, is_singleton=True)
-        try:
+        with _translate_errors(self.state):
             self.state.mkdir(exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise RunError(
-                f"another process is training in {self.folder}",
-                "wait for it, stop it, or start another run with --out DIR",
-            ) from None
-        except OSError as error:
-            raise _unwritable(self.state, error) from error
+            try:
+                lock.acquire()
+            except Timeout:
+                raise RunError(
+                    f"another process is training in {self.folder}",
+                    "wait for it, stop it, or start another run with --out DIR",
+                ) from None
         return lock
 
     def append_log(self, event: Event) -> None:

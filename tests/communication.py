@@ -1,11 +1,11 @@
-"""What share of a training step do two processes spend on averaging their gradients?
+"""Measure which share of a training step two processes spend on averaging their gradients.
 
     torchrun --standalone --nproc-per-node 2 tests/communication.py
 
-Times the CNN phase of a network of random weights in alternating turns: without any communication, with
-DistributedDataParallel as training uses it (buckets that overlap backward), and with one flat all-reduce after the
-backward pass,
-which copies every gradient twice. The share is 1 - (seconds without) / (seconds with), from the medians.
+It times steps of the CNN phase of a network with random weights, alternating between three methods: without
+communication, with DistributedDataParallel as in training (buckets that overlap the backward pass), and with one flat
+all-reduce after the backward pass, which copies every gradient twice. The share is
+1 - (seconds without) / (seconds with), from the medians.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from racnn_cli.training.loop import freeze_all_but, set_training_mode
 
 
 def flat_all_reduce(parameters: list[nn.Parameter]) -> None:
-    """Average all gradients in one message."""
+    """Average all gradients with a single all-reduce."""
     gradients = [parameter.grad for parameter in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -41,15 +41,15 @@ def main() -> None:
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--size", type=int, default=128, help="side of every scale's view, in pixels")
     parser.add_argument("--batch", type=int, default=8, help="images per process")
-    parser.add_argument("--turns", type=int, default=15)
-    given = parser.parse_args()
+    parser.add_argument("--turns", type=int, default=15, help="steps to time per method")
+    options = parser.parse_args()
     distributed.start(torch.device("cpu"))
     torch.manual_seed(0)
     changes = {
-        "model.backbone": given.backbone,
+        "model.backbone": options.backbone,
         "model.weights": "none",
-        "model.sizes": [given.size] * 3,
-        "data.source": 2 * given.size,
+        "model.sizes": [options.size] * 3,
+        "data.source": 2 * options.size,
     }
     recipe = recipes.load("own", (), changes)
     model = build(recipe.model, 100, source=recipe.data.source)
@@ -60,12 +60,12 @@ def main() -> None:
     wrapped = [DistributedDataParallel(module, broadcast_buffers=False) for module in modules]
     side = recipe.data.source
     batch = {
-        "image": torch.rand(given.batch, 3, side, side),
-        "label": torch.arange(given.batch),
-        "key": torch.arange(given.batch) + 1000 * distributed.rank(),
+        "image": torch.rand(options.batch, 3, side, side),
+        "label": torch.arange(options.batch),
+        "key": torch.arange(options.batch) + 1000 * distributed.rank(),
     }
 
-    def step(trained: list[nn.Module], average: bool) -> float:
+    def step(trained: list[nn.Module], *, average: bool) -> float:
         dist.barrier()
         start = time.perf_counter()
         for _, loss in phase.losses(model, trained, batch):
@@ -76,25 +76,26 @@ def main() -> None:
         model.zero_grad(set_to_none=True)
         return seconds
 
-    ways = {
-        "no communication": lambda: step(modules, False),
-        "DistributedDataParallel": lambda: step(wrapped, False),
-        "one flat all-reduce": lambda: step(modules, True),
+    methods = {
+        "no communication": lambda: step(modules, average=False),
+        "DistributedDataParallel": lambda: step(wrapped, average=False),
+        "one flat all-reduce": lambda: step(modules, average=True),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(given.turns + 1):
-        for name, way in ways.items():
-            seconds = way()
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for turn in range(options.turns + 1):
+        for name, run_step in methods.items():
+            seconds = run_step()
             if turn:  # the first turn warms up
                 times[name].append(seconds)
     if distributed.rank() == 0:
-        bare = statistics.median(times["no communication"])
+        baseline = statistics.median(times["no communication"])
         count = sum(parameter.numel() for parameter in parameters)
-        print(f"{given.backbone}, 3 scales of {given.size} px, {given.batch} images per process, {count:,} gradients")
+        setting = f"{options.backbone}, 3 scales of {options.size} px, {options.batch} images per process"
+        print(f"{setting}, {count:,} gradients")
         for name, seconds in times.items():
             median = statistics.median(seconds)
             spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-            print(f"{name:24} {median:.2f} s per step ({spread}), communication {1 - bare / median:.1%}")
+            print(f"{name:24} {median:.2f} s per step ({spread}), communication {1 - baseline / median:.1%}")
 
 
 if __name__ == "__main__":

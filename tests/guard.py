@@ -1,13 +1,13 @@
-"""Does a change of the code leave every trained weight and every figure as it was?
+"""Check that a change to the code leaves every trained weight and every metric unchanged.
 
-    python tests/guard.py FIGURES.json                      # train here, write the hashes
-    python tests/guard.py FIGURES.json --source CHECKOUT    # the same with the code of another checkout
-    python tests/guard.py FIGURES.json --compare OTHER.json # and exit 1 if the two differ
+    python tests/guard.py HASHES.json                      # train with this checkout, write the hashes
+    python tests/guard.py HASHES.json --source CHECKOUT    # train with another checkout
+    python tests/guard.py HASHES.json --compare OTHER.json # and exit with 1 if the two files differ
 
 It trains `tiny` (seeds 0 and 1, 0 and 2 worker processes, once with averaged weights and accumulation) and a short
-`clutter`, on the CPU with one thread, and records the SHA-256 of `weights.safetensors` and of `eval.json` without its
-times, and that of what an exported ONNX file answers for ten images. Hashes are comparable on one machine with one set
-of installed versions only; `tests/guard.json` holds those of commit f4a85a9.
+`clutter`, on the CPU with one thread. It records the SHA-256 of `weights.safetensors`, of `eval.json` without times,
+and of the outputs of an exported ONNX file for ten images. Hashes are comparable only on the same machine with the same
+installed versions; `tests/guard.json` holds those of commit f4a85a9.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ TINY = {
     "tiny, seed 1, 2 workers": ["--seed", "1", "--set", "data.workers=2"],
     "tiny, averaged, accumulated": ["--seed", "0", "--set", "train.ema=0.98", "--set", "train.accumulate=2"],
 }
-NOT_FIGURES = ("seconds", "images_per_second", "version")
-"""Keys of eval.json that may differ: times, and the number of its format, which commit f4a85a9 did not write."""
+IGNORED_KEYS = ("seconds", "images_per_second", "version")
+"""Keys of eval.json that may differ: times, and the version of the format, which commit f4a85a9 did not write."""
 
 
-def racnn(source: Path, folder: Path, *words: str) -> None:
-    """Run the command line of a checkout in a folder."""
+def racnn(source: Path, folder: Path, *arguments: str) -> None:
+    """Run the command line of the checkout `source` in a folder."""
     environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "racnn_cli", *words],
+        [sys.executable, "-m", "racnn_cli", *arguments],
         cwd=folder, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        sys.exit(f"racnn {' '.join(words)} failed:\n{done.stderr}")
+        sys.exit(f"racnn {' '.join(arguments)} failed:\n{done.stderr}")
 
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def figures_hash(file: Path) -> str:
-    """Of eval.json as it is written, without `NOT_FIGURES`."""
-    figures = {key: value for key, value in json.loads(file.read_text()).items() if key not in NOT_FIGURES}
-    return sha256(json.dumps(figures, indent=1).encode())
+def hash_eval(file: Path) -> str:
+    """SHA-256 of eval.json as it is written, without `IGNORED_KEYS`."""
+    metrics = {key: value for key, value in json.loads(file.read_text()).items() if key not in IGNORED_KEYS}
+    return sha256(json.dumps(metrics, indent=1).encode())
 
 
-def answers_hash(file: Path) -> str:
-    """Of what an exported file answers for ten images of noise, of ten sizes."""
+def hash_outputs(file: Path) -> str:
+    """SHA-256 of the outputs of an exported file for ten images of noise, each of another size."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    generator, found = np.random.default_rng(0), hashlib.sha256()
+    generator, digest = np.random.default_rng(0), hashlib.sha256()
     for number in range(10):
         image = generator.random((1, 3, 96 + 8 * number, 120 - 4 * number), dtype=np.float32)
         for output in session.run(["probabilities", "labels", "scales", "boxes"], {"image": image}):
-            found.update(np.ascontiguousarray(output).tobytes())
-    return found.hexdigest()
+            digest.update(np.ascontiguousarray(output).tobytes())
+    return digest.hexdigest()
 
 
 def write_items(folder: Path, count: int = 400) -> None:
-    """Four files in the format of Fashion-MNIST: ten classes of bright shapes with noise."""
+    """Write four files in the format of Fashion-MNIST: ten classes of bright shapes with noise."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for split, images in (("train", count), ("t10k", count // 2)):
@@ -91,17 +91,17 @@ def write_items(folder: Path, count: int = 400) -> None:
 
 
 def record(source: Path) -> dict[str, Any]:
-    """Train everything with the code of a checkout; hashes by name."""
+    """Train everything with the code of the checkout `source`; returns hashes by name."""
     hashes: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for number, (name, words) in enumerate(TINY.items()):
+        for number, (name, arguments) in enumerate(TINY.items()):
             run = folder / f"tiny-{number}"
-            racnn(source, folder, "train", "tiny", "--out", str(run), *words)
+            racnn(source, folder, "train", "tiny", "--out", str(run), *arguments)
             hashes[f"{name}: weights.safetensors"] = sha256((run / "weights.safetensors").read_bytes())
-            hashes[f"{name}: eval.json"] = figures_hash(run / "eval.json")
+            hashes[f"{name}: eval.json"] = hash_eval(run / "eval.json")
         racnn(source, folder, "export", "--onnx", "--run", str(folder / "tiny-0"))
-        hashes["tiny, seed 0: answers of model.onnx"] = answers_hash(folder / "tiny-0" / "model.onnx")
+        hashes["tiny, seed 0: answers of model.onnx"] = hash_outputs(folder / "tiny-0" / "model.onnx")
         write_items(folder / "items")
         racnn(
             source, folder, "bench", "ablation", "--quick", "--seeds", "0", "--data", str(folder / "items"),
@@ -114,6 +114,7 @@ def record(source: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
+    """The CPU and the versions that the hashes depend on."""
     cpu = next(
         (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
          if line.startswith("model name")),
@@ -126,19 +127,19 @@ def machine() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", type=Path, help="file to write")
-    parser.add_argument("--source", type=Path, default=ROOT, help="checkout whose code trains; this one by default")
-    parser.add_argument("--compare", type=Path, help="a file that was written before")
-    given = parser.parse_args()
-    found = {"machine": machine(), "hashes": record(given.source.resolve())}
-    given.figures.write_text(json.dumps(found, indent=1) + "\n")
-    if given.compare is None:
+    parser.add_argument("output", metavar="HASHES.json", type=Path, help="file to write")
+    parser.add_argument("--source", type=Path, default=ROOT, help="checkout to train with (default: this one)")
+    parser.add_argument("--compare", type=Path, help="file of an earlier run")
+    options = parser.parse_args()
+    current = {"machine": machine(), "hashes": record(options.source.resolve())}
+    options.output.write_text(json.dumps(current, indent=1) + "\n")
+    if options.compare is None:
         return
-    before = json.loads(given.compare.read_text())
-    if before["machine"] != found["machine"]:
-        print(f"note: recorded on {before['machine']}, compared on {found['machine']}")
-    names = before["hashes"].keys() | found["hashes"].keys()
-    differ = sorted(name for name in names if before["hashes"].get(name) != found["hashes"].get(name))
+    before = json.loads(options.compare.read_text())
+    if before["machine"] != current["machine"]:
+        print(f"note: recorded on {before['machine']}, compared on {current['machine']}")
+    names = before["hashes"].keys() | current["hashes"].keys()
+    differ = sorted(name for name in names if before["hashes"].get(name) != current["hashes"].get(name))
     for name in differ:
         print(f"differs: {name}")
     print(f"{len(names) - len(differ)} of {len(names)} are the same")

@@ -147,7 +147,7 @@ def check_script(file: Path, images: Path, bare: Path) -> None:
 
 def test_the_two_commands_are_marked_for_ci() -> None:
     for marker, word in (("tests", "pytest"), ("main-job", "racnn train demo")):
-        command = re.search(rf"<!-- {marker} -->\n```sh\n(.*?)\n```", README)
+        command = re.search(rf"<!-- {marker} -->\n```sh\n(.*?)\n```", README, flags=re.DOTALL)
         assert command, marker
         assert word in command[1]
         assert "pip install -c constraints.txt" in command[1]
@@ -259,8 +259,7 @@ def anchors(text: str) -> set[str]:
 
 def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
-    commands = {marked("README.md", marker).strip() for marker in INSTALL}  # .ci/run reads each as one line
-    assert not [line for line in README.splitlines() if len(line) > 100 and line not in commands]
+    assert not [line for line in README.splitlines() if len(line) > 100]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -69,6 +69,7 @@ IDENTIFIERS = {
 IN_SOURCE = {"found": "what it holds"}
 """Identifiers that only tests may use."""
 ALLOWED = {
+    r"\b(?:varied|variants?)\b": ("font-variant",),
     r"\bfault(?:s|y|less)?\b": ("tests/faults", "tests.faults", "faults/", "page fault"),
     r"\bwings?\b": ("racnn_cli/data/datasets/birds.py", "racnn_cli/data/datasets/pose.py"),
 }

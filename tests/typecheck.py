@@ -1,7 +1,7 @@
 """Type-check the package with mypy: `python tests/typecheck.py [mypy options]`.
 
-`backbones/` and `recipes/` are in the repository root but are imported from `racnn_cli`, which mypy does not follow. So
-this runs mypy on a temporary folder of links that has the layout of the installed package.
+`backbones/` and `recipes/` are in the repository root but belong to the package `racnn_cli`, which mypy does not know.
+This script runs mypy on a temporary folder of links with the layout of the installed package.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def link_package(folder: Path) -> None:
-    """Link the package as a wheel installs it into `folder`."""
+    """Make links in `folder` to all parts of the package, as a wheel installs it."""
     package = folder / "racnn_cli"
     package.mkdir()
-    parts = [path for path in (ROOT / "racnn_cli").iterdir() if path.name != "__pycache__"]
-    for path in (*parts, ROOT / "backbones", ROOT / "recipes"):
+    paths = [path for path in (ROOT / "racnn_cli").iterdir() if path.name != "__pycache__"]
+    for path in (*paths, ROOT / "backbones", ROOT / "recipes"):
         (package / path.name).symlink_to(path)
 
 

@@ -1,4 +1,4 @@
-"""A run that was never trained, whose answers and boxes differ loudly from image to image; and its data."""
+"""An untrained run whose predictions and boxes differ clearly between images, and its data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ SIDE = 48
 
 
 def write_data(folder: Path, count: int = 8) -> Path:
-    """80 × 60 pixels of noise with a coloured square whose place is in the CSV; so many a class and split."""
+    """Write `count` images per class and split, and a CSV file with the box of the colored square in each.
+
+    Images are 80 × 60 pixels of noise.
+
+    Returns:
+        the CSV file.
+    """
     folder.mkdir()
     generator = np.random.default_rng(0)
     rows = []
@@ -39,8 +45,9 @@ def write_data(folder: Path, count: int = 8) -> Path:
 
 
 def make_run(folder: Path, data: Path, *, scales: int) -> Run:
+    """Create a run with random weights on a CSV file of images."""
     torch.manual_seed(0)
-    tree = {
+    sections = {
         "name": "try",
         "about": "<script>alert(1)</script>",
         "data": {"path": str(data), "source": SIDE},
@@ -53,11 +60,11 @@ def make_run(folder: Path, data: Path, *, scales: int) -> Run:
         },
         "train": {"batch": 5, "device": "cpu"},
     }
-    recipe = recipes.Recipe.model_validate(tree)
+    recipe = recipes.Recipe.model_validate(sections)
     classes = build_index(recipe.data, seed=0).classes
     run = Run.create(recipe, classes, folder)
     network = models.build(recipe.model, len(classes), source=SIDE)
-    with torch.no_grad():  # loud weights, so that answers and boxes differ from image to image
+    with torch.no_grad():  # large weights, so that predictions and boxes differ between images
         for name, tensor in network.named_parameters():
             if "classifier.weight" in name or "fusion.weight" in name:
                 tensor.normal_(std=3.0)

@@ -19,11 +19,10 @@ from rich.markup import escape
 from racnn_cli import api
 from racnn_cli.bench import BenchResult, Options
 from racnn_cli.bench.summary import new_table, report
-from racnn_cli.core import store
 from racnn_cli.errors import RacnnError
 from racnn_cli.export import quantize
 from racnn_cli.export.check import check
-from racnn_cli.export.graph import ExportedGraph, ExportOptions
+from racnn_cli.export.graph import ExportedGraph
 from racnn_cli.export.images import CheckImages
 from racnn_cli.export.onnx import export_onnx
 from racnn_cli.export.onnx_network import as_input, open_session
@@ -90,7 +89,7 @@ def _measure_model(name: str, sizes: Sequence[int], folder: Path) -> dict[str, A
     }
     trained, _ = api.train("tiny", out=folder / "run", changes=changes, quiet=True)
     float32 = export_onnx(trained)
-    images = CheckImages(trained.recipe(), trained.classes(), max(sizes))
+    images = CheckImages(trained, max(sizes))
     (folder / "images").mkdir()
     for number, square in enumerate(images.squares(4, max(sizes))):
         Image.fromarray(square).save(folder / "images" / f"{number}.png")
@@ -108,10 +107,9 @@ def _measure_model(name: str, sizes: Sequence[int], folder: Path) -> dict[str, A
 
 def _speed_over_torch(trained: Run, images: CheckImages) -> float:
     """Measure the speed of the exported file relative to PyTorch, one image at a time."""
-    network, _ = store.load(trained.folder)
-    graph = ExportedGraph(network, trained.recipe().data.fit, ExportOptions()).eval()
+    graph = ExportedGraph.from_run(trained)
     session = open_session(trained.onnx)
-    image = as_input(images.squares(1, network.source), raw=False)
+    image = as_input(images.squares(1, graph.model.source), raw=False)
 
     def run_torch() -> object:
         with torch.inference_mode():

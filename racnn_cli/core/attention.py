@@ -284,7 +284,7 @@ def _pixels_read(centre: Tensor, half: Tensor, length: int, *, size: int) -> Ten
     N is what the largest box needs. An exported graph reads all pixels: its shapes must not depend on the boxes.
     """
     index = _centres(length, centre) - 0.5
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not len(centre):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not len(centre):  # type: ignore[no-untyped-call]
         return index
     margin = (2 * half * length / size).clamp_min(1.0)
     low = ((centre - half) * length - margin).floor()

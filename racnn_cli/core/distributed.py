@@ -57,18 +57,13 @@ def local_device(device: torch.device) -> torch.device:
 
 def average_buffers(buffers: Iterable[Tensor]) -> None:
     """Average buffers (BatchNorm's statistics) over the processes, in place."""
-    if world() == 1:
-        return
     for values in buffers:
         if values.is_floating_point():
-            dist.all_reduce(values)
-            values /= world()
+            total(values).div_(world())
 
 
 def split_work(rows: list[Any], work: Callable[[list[Any]], dict[Any, Any]]) -> dict[Any, Any]:
     """Apply `work` to the rows, each process to its share, and return the merged results in every process."""
-    if world() == 1:
-        return work(rows)
     results = {key: value for part in gather(work(rows[rank() :: world()])) for key, value in part.items()}
     return {row: results[row] for row in rows if row in results}  # in the order of the rows
 

@@ -67,4 +67,4 @@ def _mix(value: Tensor) -> Tensor:
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
     """Shift int64 values as if they were unsigned."""
-    return (value >> bits) & (2 ** (64 - bits) - 1)
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -70,7 +70,7 @@ class ClassificationMetrics:
     def confusion(self) -> Tensor:
         """Return (K, 3) int64: true class, predicted class and number of images, sorted, without empty pairs."""
         pairs = torch.cat([*self._pairs, torch.zeros(0, dtype=torch.int64)])
-        pairs, images = pairs.unique(return_counts=True)
+        pairs, images = torch.unique(pairs, return_counts=True)
         return torch.stack([pairs // self.classes, pairs % self.classes, images], dim=1)
 
     def per_class(self) -> list[tuple[float | None, int]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class Scale(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Map features (B, C, h, w) to logits (B, N) (paper, equation 1)."""
-        return self.classifier(self.dropout(self.backbone.descriptor(features)))
+        return cast(Tensor, self.classifier(self.dropout(self.backbone.descriptor(features))))
 
     def forward(self, view: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Map a view (B, 3, s, s) to logits (B, N), a descriptor (B, D) and, with an APN, a proposal (B, 3)."""
@@ -148,9 +148,7 @@ class RACNN(nn.Module):
 
     def scale(self, number: int) -> Scale:
         """Return scale `number`, counted from 0."""
-        scale = self.scales[number]
-        assert isinstance(scale, Scale)
-        return scale
+        return cast(Scale, self.scales[number])
 
     def normalise(self, images: Tensor) -> Tensor:
         """Normalize images (B, 3, H, H), uint8 or floats in [0, 1], as the backbone expects."""
@@ -188,7 +186,7 @@ class RACNN(nn.Module):
     def fuse(self, descriptors: Sequence[Tensor]) -> Tensor:
         """Map the descriptors S × (B, D), each normalized to unit length, to the fused logits (B, N)."""
         assert self.fusion is not None
-        return self.fusion(join_descriptors(descriptors))
+        return cast(Tensor, self.fusion(join_descriptors(descriptors)))
 
     def forward(self, images: Tensor, proposals: Sequence[Tensor] | None = None) -> Output:
         """Run all scales.

@@ -49,16 +49,14 @@ def class_name_problems(names: Sequence[str]) -> list[str]:
     return problems
 
 
-def unknown_class_problems(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Classes of the data that the run was not trained on."""
-    unknown = [name for name in names if name not in known]
-    return [f"the run does not know the class {quote_names(unknown)}; it knows {quote_names(known)}"] if unknown else []
-
-
-def missing_class_problems(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Classes of the run that the data lack."""
-    missing = [name for name in known if name not in names]
-    return [f"the run's class {quote_names(missing)} is not in the data"] if missing else []
+def run_class_problems(names: Sequence[str], known: Sequence[str], *, complete: bool = True) -> list[str]:
+    """Classes of the data that the run was not trained on; with `complete` also those of the run that the data lack."""
+    problems = []
+    if unknown := [name for name in names if name not in known]:
+        problems.append(f"the run does not know the class {quote_names(unknown)}; it knows {quote_names(known)}")
+    if complete and (missing := [name for name in known if name not in names]):
+        problems.append(f"the run's class {quote_names(missing)} is not in the data")
+    return problems
 
 
 def split_problems(names: Sequence[str], splits: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -104,7 +102,7 @@ def quote_names(names: Sequence[str]) -> str:
 
 
 def _file_error(row: Row) -> str:
-    prefix = "" if row.location == show(row.path) else f"{row.location}: "
+    prefix = f"{row.location}: " if row.location else ""
     try:
         width, height = check(row.path)
     except DataError as error:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from racnn_cli import recipe
 from racnn_cli.data.decode import read_image
+from racnn_cli.data.geometry import Rect
 from racnn_cli.data.square import load_source
 from racnn_cli.data.types import Index, Item
 from racnn_cli.errors import DataError, RunError
@@ -58,6 +59,16 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
         """
         epoch, position = key
         item = self.items[position]
+        image, box = self.load(item, epoch=epoch, position=position)
+        return {
+            "image": image,
+            "label": torch.tensor(item.label),
+            "box": torch.tensor(box, dtype=torch.float32),
+            "index": torch.tensor(position),
+        }
+
+    def load(self, item: Item, *, epoch: int, position: int) -> tuple[torch.Tensor, Rect]:
+        """Load one image as (3, side, side) uint8, and its box, NaN if unknown."""
         box = (math.nan,) * 4
         if self._augmentation is not None:
             pixels = self._load_uncropped(item.path)  # (H, W, 3)
@@ -67,12 +78,7 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
             if item.box is not None:
                 x0, y0, x1, y1 = geometry.from_file(item.box)
                 box = (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else box
-        return {
-            "image": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),  # (3, side, side)
-            "label": torch.tensor(item.label),
-            "box": torch.tensor(box, dtype=torch.float32),
-            "index": torch.tensor(position),
-        }
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), box
 
     def __getitems__(self, keys: list[Key]) -> dict[str, torch.Tensor] | DataError:
         """Load a batch. An error is returned, because raised in a worker it would be wrapped in a traceback."""
@@ -84,10 +90,10 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _load_uncropped(self, path: Path) -> np.ndarray:
         """Load the image that a random crop is cut from, (H, W, 3) uint8, slightly larger than needed."""
-        share = math.sqrt(self.data.augment.scale)
-        if share == 1.0 or self.data.fit != "crop":
-            return load_source(path, self.data.fit, math.ceil(self.side / share))[0]
-        return read_image(path, min_side=math.ceil(self.side / share)).pixels
+        side = math.ceil(self.side / math.sqrt(self.data.augment.scale))
+        if self.data.augment.scale == 1.0 or self.data.fit != "crop":
+            return load_source(path, self.data.fit, side)[0]
+        return read_image(path, min_side=side).pixels
 
 
 class DataSource(Protocol):
@@ -96,11 +102,9 @@ class DataSource(Protocol):
     @property
     def index(self) -> Index:
         """Its images with their classes and splits."""
-        ...
 
     def dataset(self, split: str, side: int, *, augment: bool) -> ImageDataset:
         """The images of one split as squares of `side` pixels; `augment` for training."""
-        ...
 
 
 def plan(
@@ -113,15 +117,12 @@ def plan(
     images than processes is padded from the start of the order. Without `shuffle` every image is loaded exactly once
     across all processes, and a process may have one step fewer than another.
     """
-    order = np.arange(count)
-    if shuffle:
-        order = np.random.default_rng((seed, epoch)).permutation(count)
+    order = np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
     size = batch * world
     chunks = [order[start : start + size] for start in range(0, count, size)]
     if shuffle and chunks and len(chunks[-1]) < world:
         chunks[-1] = np.concatenate([chunks[-1], np.resize(order, world - len(chunks[-1]))])
-    shares = [[int(position) for position in chunk[rank::world]] for chunk in chunks]
-    return [share for share in shares if share]
+    return [share for chunk in chunks if (share := chunk[rank::world].tolist())]
 
 
 def batches(
@@ -135,7 +136,7 @@ def batches(
     skip: int = 0,
     rank: int = 0,
     world: int = 1,
-    device_pin: bool = False,
+    pin_memory: bool = False,
 ) -> DataLoader[dict[str, torch.Tensor]]:
     """Create a loader for one epoch of a split, in the order of `plan`.
 
@@ -149,7 +150,7 @@ def batches(
         skip: leave out the first `skip` batches, which this epoch has seen already.
         rank: of this process.
         world: number of processes.
-        device_pin: copy batches to pinned memory, for a GPU.
+        pin_memory: copy batches to pinned memory, for a GPU.
 
     Returns:
         A loader of stacked `ImageDataset` samples: `image` (B, 3, side, side) uint8, `label` (B,), `box` (B, 4),
@@ -167,7 +168,7 @@ def batches(
         collate_fn=identity_collate,
         worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator().manual_seed(0),  # otherwise the loader draws from the global generator
-        pin_memory=device_pin,
+        pin_memory=pin_memory,
     )
 
 
@@ -193,9 +194,9 @@ def _worker_error(text: str, workers: int) -> RunError:
             f"a larger /dev/shm (in a container: --shm-size), or --set data.workers=0; {resume}",
             failure=True,
         )
-    reason = re.search(r"DataLoader worker.*", text)
+    reason = text[text.index("DataLoader worker") :].partition("\n")[0]
     return RunError(
-        f"one of the {workers} processes that load images (data.workers) died: {reason[0] if reason else text}",
+        f"one of the {workers} processes that load images (data.workers) died: {reason}",
         f"if the machine ran out of memory, --set data.workers={workers // 2}; {resume}",
         failure=True,
     )
@@ -210,8 +211,5 @@ def _start_worker(_number: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    info = get_worker_info()
-    if info is not None and info.dataset._augmentation is not None:  # type: ignore[attr-defined]
-        from racnn_cli.data.transforms import limit_threads
-
-        limit_threads()
+    if opencv := sys.modules.get("cv2"):
+        opencv.setNumThreads(0)  # a forked thread pool would deadlock

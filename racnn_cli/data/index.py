@@ -60,8 +60,7 @@ def build_index(
         splits = {split: [row for row in rows if row not in bad] for split, rows in splits.items()}
         names = sorted({row.label for rows in splits.values() for row in rows})
     if classes is not None:
-        problems += checks.unknown_class_problems(names, classes)
-        problems += checks.missing_class_problems(names, classes)
+        problems += checks.run_class_problems(names, classes)
     problems += checks.split_problems(names, splits)
     if problems or (errors and not data.skip_bad):
         raise checks.error_report(root, problems, errors)
@@ -82,7 +81,7 @@ def labelled(data: recipe.Data, *, seed: int, classes: list[str]) -> list[Item]:
         DataError: lists every error of the files, and classes that the network does not know.
     """
     root, listing, names = _list_rows(data, seed)
-    problems = checks.class_name_problems(names) + checks.unknown_class_problems(names, classes)
+    problems = checks.class_name_problems(names) + checks.run_class_problems(names, classes, complete=False)
     bad = checks.check_files(listing.rows)
     errors = listing.errors + list(bad.values())
     if not listing.rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,15 +31,15 @@ class Row:
         label: name of its class.
         split: train, val or test; empty if the data set does not say.
         box: ground-truth box, if there is one.
-        location: where the row comes from, for error messages.
+        location: the CSV file and line, for error messages; empty for a folder.
     """
 
     path: Path
     name: str
     label: str
     split: str
-    box: Box | None
-    location: str
+    box: Box | None = None
+    location: str = ""
 
 
 @dataclass
@@ -141,40 +141,29 @@ def _read_rows(file: Path, reader: csv.DictReader[str], columns: list[str]) -> L
         listing.notes.append(f"{show(file)}: ignored columns: {', '.join(map(show, unknown))}")
     lines: dict[str, int] = {}
     for cells in reader:
-        line = reader.line_num
-        location = f"{show(file.name)} line {line}"
+        location = f"{show(file.name)} line {reader.line_num}"
         if None in cells or None in cells.values():
             listing.errors.append(f"{location} does not have {len(columns)} cells like the first line")
             continue
         row = {name: cell.strip() for name, cell in cells.items()}
-        name = row["path"]
+        name, label = row["path"], row["label"]
         split = _SPLIT_ALIASES.get(row.get("split", "").casefold(), "")
         box, box_error = _read_box(row)
         key = os.path.normpath(name)
-        if not name:
-            listing.errors.append(f"{location} has no path")
-        elif "\0" in name:
-            listing.errors.append(f"{location}: {name!r} is not a file name")
-        elif not row["label"]:
-            listing.errors.append(f"{location}: {show(name)} has no label")
-        elif "split" in row and not split:
-            listing.errors.append(f"{location}: split is {row['split']!r}; it must be train, val or test")
-        elif box_error:
-            listing.errors.append(f"{location}: {show(name)}: {box_error}")
-        elif key in lines:
-            listing.errors.append(f"{location}: {show(name)} is already in line {lines[key]}")
-        else:
-            lines[key] = line
-            listing.rows.append(
-                Row(
-                    path=file.parent / name,
-                    name=Path(key).as_posix(),
-                    label=row["label"],
-                    split=split,
-                    box=box,
-                    location=location,
-                )
-            )
+        problems = (
+            (not name, " has no path"),
+            ("\0" in name, f": {name!r} is not a file name"),
+            (not label, f": {show(name)} has no label"),
+            ("split" in row and not split, f": split is {row.get('split')!r}; it must be train, val or test"),
+            (box_error, f": {show(name)}: {box_error}"),
+            (key in lines, f": {show(name)} is already in line {lines.get(key)}"),
+        )
+        if problem := next((message for applies, message in problems if applies), ""):
+            listing.errors.append(location + problem)
+            continue
+        lines[key] = reader.line_num
+        path, name = file.parent / name, Path(key).as_posix()
+        listing.rows.append(Row(path=path, name=name, label=label, split=split, box=box, location=location))
     listing.rows.sort(key=lambda row: row.name)
     return listing
 
@@ -202,27 +191,16 @@ def _read_classes(folder: Path, root: Path, split: str, listing: Listing) -> Non
         if _holds_runs(class_folder):
             listing.notes.append(f"the folder {show(class_folder)} is ignored: it contains a run of racnn")
             continue
-        images, others = [], []
-        for file in _walk(class_folder, listing):
-            suffix = file.suffix.casefold()
-            if suffix in SUFFIXES:
+        images = []
+        for file in _image_files(class_folder, _walk(class_folder, listing), listing):
+            if (suffix := file.suffix.casefold()) in SUFFIXES:
                 images.append(file)
-            elif suffix in _UNSUPPORTED:
-                listing.errors.append(f"{show(file)}: {suffix} files are not supported; convert it to JPEG or PNG")
             else:
-                others.append(file)
-        _note_ignored(class_folder, others, listing)
+                listing.errors.append(f"{show(file)}: {suffix} files are not supported; convert it to JPEG or PNG")
         if not images:
             listing.errors.append(f"the class folder {show(class_folder)} contains no images")
         listing.rows += [
-            Row(
-                path=file,
-                name=file.relative_to(root).as_posix(),
-                label=class_folder.name,
-                split=split,
-                box=None,
-                location=show(file),
-            )
+            Row(path=file, name=file.relative_to(root).as_posix(), label=class_folder.name, split=split)
             for file in images
         ]
 
@@ -239,16 +217,21 @@ def _holds_runs(folder: Path) -> bool:
 
 def _check_loose_files(folder: Path, entries: list[Path], listing: Listing) -> None:
     """Report images beside the class folders, which have no label."""
-    files = [entry for entry in entries if not entry.is_dir()]
-    images = [file for file in files if file.suffix.casefold() in SUFFIXES | _UNSUPPORTED]
+    images = _image_files(folder, (entry for entry in entries if not entry.is_dir()), listing)
     listing.errors += [f"{show(file)} has no label: it is not in a class folder" for file in images]
-    _note_ignored(folder, [file for file in files if file not in images], listing)
 
 
-def _note_ignored(folder: Path, files: list[Path], listing: Listing) -> None:
-    if files:
+def _image_files(folder: Path, files: Iterable[Path], listing: Listing) -> Iterator[Path]:
+    """Yield the images, of supported or unsupported type, and note how many other files are ignored."""
+    others = []
+    for file in files:
+        if file.suffix.casefold() in SUFFIXES | _UNSUPPORTED:
+            yield file
+        else:
+            others.append(file.name)
+    if others:
         listing.notes.append(
-            f"{len(files)} file(s) in {show(folder)} are ignored: not images, such as {show(files[0].name)}"
+            f"{len(others)} file(s) in {show(folder)} are ignored: not images, such as {show(others[0])}"
         )
 
 

@@ -7,21 +7,9 @@ import os
 from pathlib import Path
 
 from racnn_cli import recipe
-from racnn_cli.data.datasets import REGISTRY, BuiltinDataset
+from racnn_cli.data.datasets import NAMES, find_builtin
 from racnn_cli.data.decode import show
 from racnn_cli.errors import DataError
-
-
-def find_builtin(data: recipe.Data) -> tuple[BuiltinDataset, recipe.Data] | None:
-    """The built-in data set that `data.path` = NAME or NAME:PATH names, if any.
-
-    Returns:
-        The registry's entry, and `data` with PATH (or nothing) as its `path`, which the entry interprets.
-    """
-    name, _, path = data.path.partition(":")
-    if name not in REGISTRY:
-        return None
-    return REGISTRY[name], data.model_copy(update={"path": path})
 
 
 def locate(data: recipe.Data, seed: int) -> Path:
@@ -33,8 +21,8 @@ def locate(data: recipe.Data, seed: int) -> Path:
     if not data.path:
         raise DataError(
             "data.path is empty: there are no images to use",
-            "--data FOLDER with one folder per class, --data FILE.csv, or a built-in data set: --data "
-            + " or ".join(REGISTRY),
+            "--data FOLDER with one folder per class, --data FILE.csv, or a built-in data set: "
+            f"--data {' or '.join(NAMES)}",
         )
     if builtin := find_builtin(data):
         entry, data = builtin
@@ -51,7 +39,7 @@ def locate(data: recipe.Data, seed: int) -> Path:
         raise DataError(
             f"data.path = {show(path)} is neither a folder nor a .csv file", "--data FOLDER, or --data FILE.csv"
         )
-    hint = f"--data FOLDER, --data FILE.csv, or one of the built-in data sets {', '.join(REGISTRY)}"
+    hint = f"--data FOLDER, --data FILE.csv, or one of the built-in data sets {', '.join(NAMES)}"
     if similar := _similar_names(path):
         hint = f"did you mean {' or '.join(similar)}? Otherwise {hint}"
     raise DataError(f"data.path = {data.path!r} does not exist", hint)
@@ -63,13 +51,11 @@ def _similar_names(path: Path) -> list[str]:
     while missing.parent != missing and not missing.parent.exists():
         missing = missing.parent
     try:
-        neighbors = [name for name in os.listdir(missing.parent) if not name.startswith(".")]
+        neighbors = sorted((name for name in os.listdir(missing.parent) if not name.startswith(".")), reverse=True)
     except OSError:
         neighbors = []
-    candidates: dict[str, str] = {}
-    for name in sorted(neighbors):
-        candidates.setdefault(name.casefold(), str(missing.parent / name))
-    if missing == path and len(path.parts) == 1:
-        candidates.update({name: name for name in REGISTRY})
+    candidates = {name.casefold(): str(missing.parent / name) for name in neighbors}
+    if len(path.parts) == 1:
+        candidates |= {name: name for name in NAMES}
     matches = difflib.get_close_matches(missing.name.casefold(), candidates, n=3, cutoff=0.6)
     return [show(candidates[match]) for match in matches]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from racnn_cli import recipe
 from racnn_cli.data import checks
+from racnn_cli.data.datasets import find_builtin
 from racnn_cli.data.images import DataSource, ImageDataset
 from racnn_cli.data.index import ShareWork, build_index, check_alone
-from racnn_cli.data.locate import find_builtin
 from racnn_cli.data.types import SPLITS, Index
 
 
@@ -45,8 +45,7 @@ def open_source(
     source = open_builtin(builtin[1], seed)
     names = source.index.classes  # reading the index reports missing files at once
     if classes is not None and classes != names:
-        problems = checks.unknown_class_problems(names, classes)
-        problems += checks.missing_class_problems(names, classes)
+        problems = checks.run_class_problems(names, classes)
         problems = problems or [f"the order of the classes {checks.quote_names(names)} differs from the run's"]
         raise checks.error_report(data.path, problems, [])
     return source

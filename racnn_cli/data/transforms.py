@@ -37,11 +37,6 @@ class Augmentation:
         return self._compose(image=pixels)["image"]
 
 
-def limit_threads() -> None:
-    """Disable OpenCV's thread pool in a worker process, where a forked pool would deadlock."""
-    cv2.setNumThreads(0)
-
-
 def _transforms(data: Data, side: int) -> list[A.BasicTransform]:
     augment = data.augment
     transforms: list[A.BasicTransform] = []

@@ -18,7 +18,7 @@ from racnn_cli.errors import ExportError
 from racnn_cli.export.early_exit import EarlyExitGraph
 from racnn_cli.export.graph import ExportedGraph, ExportOptions, recipe_hash
 from racnn_cli.export.images import CheckImages
-from racnn_cli.export.onnx_network import OnnxMetadata, as_input, open_session, unusable
+from racnn_cli.export.onnx_network import OnnxMetadata, as_input, open_session, run_session, unusable
 from racnn_cli.run import Run
 
 BATCH_SIZES = (1, 2, 7)
@@ -45,7 +45,6 @@ def check(run: Run, path: Path | None, folder: Path) -> dict[str, Any]:
     path = path or run.onnx
     session = open_session(path)
     model, _ = store.load(run.folder)
-    recipe = run.recipe()
     entries = session.get_modelmeta().custom_metadata_map
     if entries.get("recipe_sha256") != recipe_hash(run):
         raise ExportError(
@@ -61,12 +60,12 @@ def check(run: Run, path: Path | None, folder: Path) -> dict[str, Any]:
     options = ExportOptions(
         raw=metadata.layout == "NHWC", top=metadata.top, crops=any(name.startswith("crop_") for name in names)
     )
-    graph = ExportedGraph(model, recipe.data.fit, options)
+    graph = ExportedGraph(model, run.recipe().data.fit, options)
     if metadata.threshold is not None:
-        graph = EarlyExitGraph(model, recipe.data.fit, options, threshold=metadata.threshold)
+        graph = EarlyExitGraph(graph, metadata.threshold)
     if missing := sorted(set(graph.output_names) - names):
         raise unusable(path, f"it has no output {', '.join(missing)}")
-    images = CheckImages(recipe, run.classes(), model.source, files=list_images(folder))
+    images = CheckImages(run, model.source, files=list_images(folder))
     return {"path": str(path)} | compare(graph.eval(), path, images)
 
 
@@ -81,36 +80,33 @@ def compare(graph: ExportedGraph, path: Path, images: CheckImages) -> dict[str, 
         ExportError: the file does not load or run, an output differs by more than the tolerance, or the classes differ.
     """
     session = open_session(path)
-    sides = (images.side, round(LARGER * images.side))
+    sides = [images.side, round(LARGER * images.side)]
     worst = {name: 0.0 for name in graph.output_names if name != "labels"}
     same = count = 0
     for side in sides:
         for squares in np.split(images.squares(sum(BATCH_SIZES), side), np.cumsum(BATCH_SIZES)[:-1]):
             where = f"{images.source} of {side}×{side} px in a batch of {len(squares)}"
-            image = as_input(squares, raw=graph.options.raw)
-            for expected, outputs in _run_both(graph, session, image, path=path):
+            for expected, outputs in _run_both(graph, session, squares, path=path):
                 for name in worst:
-                    difference = _difference(expected[name], outputs[name])
-                    difference /= side if name == "boxes" else 1
+                    difference = _difference(expected[name], outputs[name]) / (side if name == "boxes" else 1)
                     worst[name] = max(worst[name], difference)
                     tolerance = CROPS_TOLERANCE if name.startswith("crop_") else TOLERANCE
                     if not difference <= tolerance:
-                        raise ExportError(
+                        raise not_exportable(
                             f"ONNX Runtime and PyTorch differ by {difference:.2g} in {name} on {where}; at most "
-                            f"{tolerance:g} is allowed",
-                            HINT,
-                            failure=True,
+                            f"{tolerance:g} is allowed"
                         )
                 if not _are_labels(outputs["labels"], expected):
                     raise unusable(path, "its labels are not class numbers")
-                if not _same_classes(outputs["labels"][:, 0], expected["probabilities"]):
-                    raise ExportError(f"ONNX Runtime and PyTorch name different classes on {where}", HINT, failure=True)
-                same += int((outputs["labels"][:, 0] == expected["labels"][:, 0]).sum())
+                best = outputs["labels"][:, 0]
+                if not _same_classes(best, expected["probabilities"]):
+                    raise not_exportable(f"ONNX Runtime and PyTorch name different classes on {where}")
+                same += int((best == expected["labels"][:, 0]).sum())
                 count += len(squares)
     return {
         "checked_on": images.source,
         "batches": list(BATCH_SIZES),
-        "sides": list(sides),
+        "sides": sides,
         "max_difference": worst,
         "agreement": [same, count],
     }
@@ -125,23 +121,31 @@ def validate(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported graph is not valid ONNX: {error}", HINT, failure=True) from error
+        raise not_exportable(f"the exported graph is not valid ONNX: {error}") from error
+
+
+def not_exportable(message: str) -> ExportError:
+    """The error for a network that an exporter cannot handle."""
+    return ExportError(message, HINT, failure=True)
+
+
+def untraceable(action: str, error: Exception) -> ExportError:
+    """The error for a network that an exporter raises `error` on; it keeps the first line of it."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return not_exportable(f"the network cannot be {action}: {reason}")
 
 
 def _run_both(
-    graph: ExportedGraph, session: onnxruntime.InferenceSession, image: np.ndarray, *, path: Path
+    graph: ExportedGraph, session: onnxruntime.InferenceSession, squares: np.ndarray, *, path: Path
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """Yield the outputs of PyTorch and of the file, by name, for each set of additional inputs."""
-    names = graph.output_names
+    names, image = graph.output_names, torch.from_numpy(as_input(squares, raw=graph.options.raw))
     with torch.inference_mode():
-        for extra in graph.extra_inputs(torch.from_numpy(image)):
-            expected = [value.numpy() for value in graph(torch.from_numpy(image), **extra)]
-            inputs = {"image": image} | {name: value.numpy() for name, value in extra.items()}
-            try:
-                outputs = [np.asarray(value) for value in session.run(names, inputs)]
-            except Exception as error:  # ONNX Runtime's errors have no common base
-                raise unusable(path, f"it does not run: {error}") from None
-            yield dict(zip(names, expected, strict=True)), dict(zip(names, outputs, strict=True))
+        for extra in graph.extra_inputs(image):
+            inputs = {"image": image} | extra
+            expected = [value.numpy() for value in graph(**inputs)]
+            arrays = {name: value.numpy() for name, value in inputs.items()}
+            yield dict(zip(names, expected, strict=True)), run_session(session, names, arrays, path=path)
 
 
 def _difference(expected: np.ndarray, output: np.ndarray) -> float:

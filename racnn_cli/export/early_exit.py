@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from onnx_ir.convenience import replace_all_uses_with
 from onnx_ir.tape import Tape
 from torch import Tensor
 
-from racnn_cli.core.model import RACNN, CoarseOutput
+from racnn_cli.core.model import CoarseOutput
 from racnn_cli.errors import ExportError
-from racnn_cli.export.graph import ExportedGraph, ExportOptions, Inputs
+from racnn_cli.export.graph import ExportedGraph
 from racnn_cli.export.images import LabelledImages, input_batches
 from racnn_cli.export.onnx_network import as_input, open_session
 from racnn_cli.run import Run
@@ -38,22 +39,18 @@ class CoarseGraph(ExportedGraph):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Images to the outputs of `EarlyExitGraph` for images that stop here, and `COARSE_OUTPUTS`."""
         model = self.model
-        square, _, _ = self._to_square(self._to_float(image))
+        _, square, _ = self._prepare(image)
         _, logits, descriptor, proposal = model.coarse(model.normalise(square))
         assert proposal is not None
         probabilities = logits.softmax(dim=1)
-        batch, finer = logits.shape[0], len(model.sizes) - 1
-        unused = probabilities.new_zeros(batch, finer, model.classes)
-        outputs = [
-            probabilities,
-            self._top_labels(probabilities),
-            torch.cat([probabilities[:, None], unused], dim=1),
-            probabilities.new_zeros(batch, finer, 4),
-        ]
-        if self.options.crops:
-            outputs += [probabilities.new_zeros(batch, 3, size, size) for size in model.sizes[1:]]
+        batch, finer = logits.shape[0], model.sizes[1:]
+        zeros = partial(probabilities.new_zeros, batch)
+        scales = torch.cat([probabilities[:, None], zeros(len(finer), model.classes)], dim=1)
+        boxes = zeros(len(finer), 4)
+        crops = [zeros(3, size, size) for size in finer if self.options.crops]
         ran = torch.ones(batch, dtype=torch.int64, device=logits.device)
-        return *outputs, ran, logits, descriptor, proposal
+        labels = self._top_labels(probabilities)
+        return probabilities, labels, scales, boxes, *crops, ran, logits, descriptor, proposal
 
 
 class FineGraph(ExportedGraph):
@@ -61,45 +58,40 @@ class FineGraph(ExportedGraph):
 
     extra_outputs = ("ran",)
 
-    def example_inputs(self) -> Inputs:
-        inputs = super().example_inputs()
-        image, axes = inputs["image"]
-        model = self.model
-        widths = (model.classes, model.scale(0).classifier.in_features, 3)
+    def example_inputs(self) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
+        inputs, axes = super().example_inputs()
+        widths = (self.model.classes, self.model.scale(0).classifier.in_features, 3)
         for name, width in zip(COARSE_OUTPUTS, widths, strict=True):
-            inputs[name] = torch.zeros(len(image), width), {0: axes[0]}
-        return inputs
+            inputs[name], axes[name] = torch.zeros(len(inputs["image"]), width), {0: axes["image"][0]}
+        return inputs, axes
 
     def forward(  # type: ignore[override]
         self, image: Tensor, logits: Tensor, descriptor: Tensor, proposal: Tensor
     ) -> tuple[Tensor, ...]:
         """Images and their `COARSE_OUTPUTS` to the outputs of `EarlyExitGraph`."""
         model = self.model
-        image = self._to_float(image)
-        square, left, top = self._to_square(image)
+        image, square, offset = self._prepare(image)
         source = model.normalise(square)
         coarse = CoarseOutput(model.first_view(source), logits, descriptor, proposal)
         output = model.refine(source, coarse)
         ran = torch.full((logits.shape[0],), len(model.sizes), dtype=torch.int64, device=logits.device)
-        return *self._outputs(output, image, square, left=left, top=top), ran
+        return *self._outputs(output, image, square, offset=offset), ran
 
 
 class EarlyExitGraph(ExportedGraph):
     """`ExportedGraph` whose finer scales run only on uncertain images: the PyTorch reference of the file.
 
     Args:
-        model: the network, with at least two scales.
-        fit: as in `ExportedGraph`.
-        options: as in `ExportedGraph`.
+        graph: all scales, at least two.
         threshold: an image stops after scale 1 if its highest probability there is at least this.
     """
 
     extra_outputs = ("ran",)
 
-    def __init__(self, model: RACNN, fit: str, options: ExportOptions, *, threshold: float) -> None:
-        super().__init__(model, fit, options)
+    def __init__(self, graph: ExportedGraph, threshold: float) -> None:
+        super().__init__(graph.model, graph.fit, graph.options)
         self.threshold = threshold
-        self.coarse, self.fine = CoarseGraph(model, fit, options), FineGraph(model, fit, options)
+        self.coarse, self.fine = (kind(graph.model, graph.fit, graph.options) for kind in (CoarseGraph, FineGraph))
 
     def forward(self, image: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, ...]:
         """Classify images; where an image stops early, the values of the finer scales are 0.
@@ -154,7 +146,7 @@ def with_early_exit(graph: ExportedGraph, images: LabelledImages, max_drop: floa
         full_correct=probabilities.argmax(axis=1) == images.labels,
         max_drop=max_drop,
     )
-    return EarlyExitGraph(graph.model, graph.fit, graph.options, threshold=threshold).eval()
+    return EarlyExitGraph(graph, threshold).eval()
 
 
 def choose_threshold(
@@ -174,22 +166,20 @@ def choose_threshold(
         ExportError: not even the most confident image may stop.
     """
     order = np.argsort(-confidence, kind="stable")
+    ranked = confidence[order]
+    following = np.pad(ranked[1:], (0, 1))
     # Correct answers lost if the first 1, 2, ..., n images stop.
     lost = np.cumsum(full_correct[order].astype(int) - coarse_correct[order].astype(int))
-    too_many = np.flatnonzero(100 * lost / len(confidence) > max_drop + 1e-9)
-    stop = int(too_many[0]) if len(too_many) else len(confidence)
-    # Images of equal confidence stop together or not at all.
-    while 0 < stop < len(confidence) and confidence[order[stop - 1]] == confidence[order[stop]]:
-        stop -= 1
-    if not stop:
+    allowed = np.logical_and.accumulate(100 * lost / len(confidence) <= max_drop + 1e-9)
+    stops = np.flatnonzero(allowed & (ranked > following))  # images of equal confidence stop together or not at all
+    if not len(stops):
         raise ExportError(
             f"--early-exit would cost more than {max_drop:g} points of accuracy on {len(confidence)} validation "
             "images: scale 1 is wrong even where it is most confident; no file was written",
             "a larger --max-drop, or export without --early-exit",
             failure=True,
         )
-    last = confidence[order[stop - 1]]
-    return float((last + (confidence[order[stop]] if stop < len(confidence) else 0.0)) / 2)
+    return float((ranked[stops[-1]] + following[stops[-1]]) / 2)
 
 
 def measure(graph: EarlyExitGraph, file: Path, images: LabelledImages) -> dict[str, Any]:
@@ -199,27 +189,25 @@ def measure(graph: EarlyExitGraph, file: Path, images: LabelledImages) -> dict[s
         `threshold`, `images`, `stopped` (images that stop after scale 1), `before` and `after` (accuracy without
         and with early exit), `times_faster`.
     """
-    session = open_session(file)
-    all_scales = {"threshold": np.array(NO_EXIT, np.float32)}
-    labels: dict[bool, list[int]] = {True: [], False: []}
-    seconds, stopped = {True: 0.0, False: 0.0}, 0
-    for turn, square in enumerate([images.squares[0], *images.squares]):  # the first one warms up
-        image = as_input(square[None], raw=graph.options.raw)
-        for exits in (True, False):
+    session, count = open_session(file), len(images.labels)
+    modes: list[dict[str, np.ndarray]] = [{}, {"threshold": np.array(NO_EXIT, np.float32)}]  # with early exit, without
+    labels, ran, seconds = np.zeros((2, count), int), np.zeros((2, count), int), np.zeros((2, count))
+    for number in (0, *range(count)):  # the first image also warms up
+        image = as_input(images.squares[number, None], raw=graph.options.raw)
+        for mode, extra in enumerate(modes):
             start = time.perf_counter()
-            answer, ran = session.run(["labels", "ran"], {"image": image, **({} if exits else all_scales)})
-            if turn:
-                seconds[exits] += time.perf_counter() - start
-                labels[exits].append(int(answer[0, 0]))
-                stopped += exits and int(ran[0]) == 1
-    before, after = (float((np.array(labels[exits]) == images.labels).mean()) for exits in (False, True))
+            (answer,), (ran[mode, number],) = session.run(["labels", "ran"], {"image": image, **extra})
+            seconds[mode, number] = time.perf_counter() - start
+            labels[mode, number] = answer[0]
+    after, before = (labels == images.labels).mean(axis=1).tolist()
+    after_seconds, before_seconds = seconds.sum(axis=1).tolist()
     return {
         "threshold": graph.threshold,
-        "images": len(images.labels),
-        "stopped": stopped,
+        "images": count,
+        "stopped": int((ran[0] == 1).sum()),
         "before": before,
         "after": after,
-        "times_faster": seconds[False] / seconds[True],
+        "times_faster": before_seconds / after_seconds,
     }
 
 
@@ -241,27 +229,21 @@ def join(coarse: ir.Model, fine: ir.Model, threshold: float) -> ir.Model:
 
     by_name = {str(value.name): value for value in graph.outputs}
     (image,) = graph.inputs
-    coarse_outputs = [value for name, value in by_name.items() if name not in COARSE_OUTPUTS]
-    names = [str(value.name) for value in coarse_outputs]
-    for value in by_name.values():
-        value.name = f"coarse/{value.name}"
+    names = [name for name in by_name if name not in COARSE_OUTPUTS]
+    coarse_outputs = [by_name[name] for name in names]
+    for name, value in by_name.items():
+        value.name = f"coarse/{name}"
 
-    limit = ir.Value(
-        name="threshold",
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape([]),
-        const_value=ir.tensor(np.float32(threshold), name="threshold"),
-    )
+    def constant(name: str, value: np.ndarray) -> ir.Value:
+        initializer = ir.val(name, const_value=ir.tensor(value, name=name))
+        graph.register_initializer(initializer)
+        return initializer
+
+    limit = constant("threshold", np.array(threshold, np.float32))
     graph.inputs.append(limit)  # with an initializer, which makes the input optional
-    graph.register_initializer(limit)
-
-    def constant(name: str, value: int | list[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(value, np.int64), name=f"early_exit/{name}")
-        result = ir.val(f"early_exit/{name}", const_value=tensor)
-        graph.register_initializer(result)
-        return result
-
-    first, second, zero = constant("first", [0]), constant("second", [1]), constant("zero", 0)
+    first = constant("early_exit/first", np.array([0], np.int64))
+    second = constant("early_exit/second", np.array([1], np.int64))
+    zero = constant("early_exit/zero", np.array(0, np.int64))
     outer = Tape()
     confidence = outer.op("ReduceMax", [by_name["probabilities"], second], {"keepdims": 0})
     uncertain = outer.op("NonZero", [outer.op("Less", [confidence, limit])])  # (1, K)
@@ -280,22 +262,13 @@ def join(coarse: ir.Model, fine: ir.Model, threshold: float) -> ir.Model:
     ]
     otherwise = Tape()
     unchanged = [otherwise.op("Identity", [value]) for value in coarse_outputs]
-    branches = {
-        "then_branch": ir.Graph([], merged, nodes=[*before.nodes, *nodes, *after.nodes], name="refine"),
-        "else_branch": ir.Graph([], unchanged, nodes=[*otherwise.nodes], name="keep"),
-    }
-    branch = ir.Node(
-        "",
-        "If",
-        [any_uncertain],
-        {name: ir.AttrGraph(name, body) for name, body in branches.items()},
-        outputs=[
-            ir.Value(name=name, type=value.type, shape=value.shape)
-            for name, value in zip(names, coarse_outputs, strict=True)
-        ],
-    )
+    refine = ir.Graph([], merged, nodes=[*before.nodes, *nodes, *after.nodes], name="refine")
+    keep = ir.Graph([], unchanged, nodes=[*otherwise.nodes], name="keep")
+    branches = {"then_branch": ir.AttrGraph("then_branch", refine), "else_branch": ir.AttrGraph("else_branch", keep)}
+    outputs = [ir.Value(name=name, type=by_name[name].type, shape=by_name[name].shape) for name in names]
+    branch = ir.Node("", "If", [any_uncertain], branches, outputs=outputs)
     graph.outputs.clear()
-    graph.outputs.extend(branch.outputs)
+    graph.outputs.extend(outputs)
     graph.extend([*outer.nodes, branch])
     for number, node in enumerate([*outer.nodes, *before.nodes, *after.nodes, *otherwise.nodes]):
         node.outputs[0].name = f"early_exit/{number}"

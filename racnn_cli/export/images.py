@@ -16,7 +16,6 @@ from racnn_cli.data.square import load_source
 from racnn_cli.errors import DataError
 from racnn_cli.export.graph import ExportOptions
 from racnn_cli.export.onnx_network import as_input
-from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 
 BATCH = 8
@@ -38,12 +37,15 @@ def labelled_images(run: Run, split: str, side: int, limit: int | None = None) -
         side: of the squares, in pixels.
         limit: read at most this many images, spread evenly over the split.
     """
-    recipe = run.recipe()
-    source = open_source(recipe.data, seed=recipe.seed, classes=run.classes(), verify=())
-    dataset = source.dataset(split, side, augment=False)
+    dataset = _open(run).dataset(split, side, augment=False)
     positions = range(0, len(dataset), math.ceil(len(dataset) / (limit or len(dataset))))
     labels = [dataset.items[position].label for position in positions]
     return LabelledImages(_squares(dataset, positions), np.array(labels))
+
+
+def _open(run: Run) -> DataSource:
+    recipe = run.recipe()
+    return open_source(recipe.data, seed=recipe.seed, classes=run.classes(), verify=())
 
 
 def _squares(dataset: ImageDataset, positions: Iterable[int]) -> np.ndarray:
@@ -61,8 +63,7 @@ class CheckImages:
     """The images that an exported file is checked on.
 
     Args:
-        recipe: of the run.
-        classes: of the run, in index order.
+        run: the run that was exported.
         side: of the squares that the network was trained on, in pixels.
         files: images to use; None: the run's validation split, or noise if that is missing.
 
@@ -70,16 +71,14 @@ class CheckImages:
         source: description of where the images come from.
     """
 
-    def __init__(self, recipe: Recipe, classes: list[str], side: int, *, files: list[Path] | None = None) -> None:
-        self.fit, self.side = recipe.data.fit, side
-        self.source, self.files = "images of the folder", files or []
+    def __init__(self, run: Run, side: int, *, files: list[Path] | None = None) -> None:
+        self.fit, self.side, self.files = run.recipe().data.fit, side, files
+        self.source = "images of the folder" if files else "noise"
         self._validation: DataSource | None = None
         if files is None:
-            self.source = "validation images"
             with contextlib.suppress(DataError):
-                self._validation = open_source(recipe.data, seed=recipe.seed, classes=classes, verify=())
-        if not self.files and self._validation is None:
-            self.source = "noise"
+                self._validation = _open(run)
+                self.source = "validation images"
 
     def squares(self, count: int, side: int) -> np.ndarray:
         """(count, side, side, 3) uint8; repeats the images if there are fewer than `count`."""

@@ -9,18 +9,18 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir
 import torch
+from onnx.external_data_helper import uses_external_data
 
-from racnn_cli.core import store
 from racnn_cli.errors import ExportError
 from racnn_cli.export import quantize
-from racnn_cli.export.check import HINT, compare, validate
+from racnn_cli.export.check import compare, untraceable, validate
 from racnn_cli.export.early_exit import EarlyExitGraph, join, measure, with_early_exit
 from racnn_cli.export.graph import ExportedGraph, ExportOptions
 from racnn_cli.export.images import CheckImages, labelled_images
@@ -71,29 +71,29 @@ def export_onnx(
     if early_exit and precision != "float32":
         raise ExportError(f"--early-exit writes float32, not {precision}", "leave out one of the two options")
     path, start = require_suffix(path or run.onnx, ".onnx"), time.perf_counter()
-    model, _ = store.load(run.folder)
-    recipe = run.recipe()
-    graph = ExportedGraph(model, recipe.data.fit, options or ExportOptions()).eval()
-    if early_exit and len(model.sizes) == 1:
+    graph = ExportedGraph.from_run(run, options)
+    source = graph.model.source
+    if early_exit and len(graph.model.sizes) == 1:
         raise ExportError(
             f"{run.folder} has a single scale, so there are no finer scales to skip", "export without --early-exit"
         )
-    validation = labelled_images(run, "val", model.source) if early_exit or precision != "float32" else None
-    if early_exit:
-        assert validation is not None
-        graph = with_early_exit(graph, validation, max_drop)
+    validation = None
+    if early_exit or precision != "float32":
+        validation = labelled_images(run, "val", source)
+        if early_exit:
+            graph = with_early_exit(graph, validation, max_drop)
     program = to_onnx(graph, opset)
     program.metadata_props.update(graph.metadata(run))
-    images = CheckImages(recipe, run.classes(), model.source)
     report: dict[str, Any] = {}
 
     def verify(file: Path) -> None:
         validate(file)
-        report.update(compare(graph, file, images))
+        report.update(compare(graph, file, CheckImages(run, source)))
+        if validation is None:
+            return
         if isinstance(graph, EarlyExitGraph):
-            assert validation is not None
             report["early_exit"] = measure(graph, file, validation)
-        elif validation is not None:
+        else:
             report["compressed"] = quantize.compress(
                 run, graph, file, precision=precision, images=validation, max_drop=max_drop
             )
@@ -103,8 +103,8 @@ def export_onnx(
         "path": str(path),
         "bytes": size,
         "opset": opset,
-        "inputs": {str(value.name): _shape(value) for value in program.graph.inputs},
-        "outputs": {str(value.name): _shape(value) for value in program.graph.outputs},
+        "inputs": _shapes(program.graph.inputs),
+        "outputs": _shapes(program.graph.outputs),
         **report,
         "seconds": time.perf_counter() - start,
     }
@@ -125,7 +125,7 @@ def to_onnx(graph: ExportedGraph, opset: int) -> onnx_ir.Model:
     """
     if isinstance(graph, EarlyExitGraph):
         return join(to_onnx(graph.coarse, opset), to_onnx(graph.fine, opset), graph.threshold)
-    inputs, output = graph.example_inputs(), io.StringIO()
+    (inputs, axes), output = graph.example_inputs(), io.StringIO()
     logging_level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -133,20 +133,17 @@ def to_onnx(graph: ExportedGraph, opset: int) -> onnx_ir.Model:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 graph,
-                tuple(example for example, _ in inputs.values()),
+                tuple(inputs.values()),
                 dynamo=True,
                 input_names=list(inputs),
                 output_names=graph.output_names,
-                dynamic_shapes={name: axes for name, (_, axes) in inputs.items()},
+                dynamic_shapes=axes,
                 opset_version=opset,
                 external_data=False,
                 verbose=False,
             )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(
-            f"the network cannot be exported to ONNX opset {opset}: {reason}", HINT, failure=True
-        ) from error
+        raise untraceable(f"exported to ONNX opset {opset}", error) from error
     finally:
         logging.disable(logging_level)
     assert program is not None
@@ -167,20 +164,20 @@ def save(program: onnx_ir.Model, path: Path, verify: Callable[[Path], None]) -> 
     size = sum(value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value)
     outdated = set(path.parent.glob(f"{glob.escape(path.name)}.*.data"))
     weights = path.with_name(f"{path.name}.{os.urandom(4).hex()}.data") if size > PROTOBUF_LIMIT else None
-    done = False
 
     def write(temporary: Path) -> None:
         onnx_ir.save(program, temporary, external_data=weights and weights.name)
         verify(temporary)
-        if weights is not None and not _refers_to(temporary, weights.name):
+        graph = onnx.load(temporary, load_external_data=False).graph
+        if weights and not any(map(uses_external_data, graph.initializer)):
             weights.unlink()  # `verify` replaced the graph with a compressed one that holds its own weights
 
     try:
         write_atomic(path, write)
-        done = True
-    finally:
-        if weights is not None and not done:
+    except BaseException:
+        if weights:
             weights.unlink(missing_ok=True)
+        raise
     for file in outdated:
         file.unlink(missing_ok=True)
     return path.stat().st_size + (weights.stat().st_size if weights and weights.exists() else 0)
@@ -194,11 +191,8 @@ def describe(report: Mapping[str, Any]) -> str:
 
     lines = []
     if "bytes" in report:
-        lines += [
-            f"wrote {report['path']}: {report['bytes'] / 2**20:.1f} MiB, opset {report['opset']}",
-            f"  inputs: {shapes(report['inputs'])}",
-            f"  outputs: {shapes(report['outputs'])}",
-        ]
+        lines.append(f"wrote {report['path']}: {report['bytes'] / 2**20:.1f} MiB, opset {report['opset']}")
+        lines += [f"  {key}: {shapes(report[key])}" for key in ("inputs", "outputs")]
     sizes = " and ".join(f"{side}×{side}" for side in report["sides"])
     same, count = report["agreement"]
     differences = ", ".join(f"{name} {value:.1e}" for name, value in report["max_difference"].items())
@@ -223,15 +217,5 @@ def describe(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _refers_to(path: Path, name: str) -> bool:
-    """Whether a graph keeps weights in a file of that name."""
-    proto = onnx.load(path, load_external_data=False)
-    return any(
-        entry.key == "location" and entry.value == name
-        for tensor in proto.graph.initializer
-        for entry in tensor.external_data
-    )
-
-
-def _shape(value: onnx_ir.Value) -> list[str | int]:
-    return [axis if isinstance(axis, int) else str(axis) for axis in value.shape or ()]
+def _shapes(values: Iterable[onnx_ir.Value]) -> dict[str, list[str | int]]:
+    return {str(v.name): [axis if isinstance(axis, int) else str(axis) for axis in v.shape or ()] for v in values}

@@ -65,11 +65,8 @@ class OnnxNetwork:
     def predict(self, squares: np.ndarray) -> NetworkOutput:
         """As `Network.predict`; raises `ExportError` if the graph does not run or its outputs are not valid."""
         count, classes = len(squares), len(self.classes)
-        try:
-            values = self.session.run(self.output_names, {"image": as_input(squares, raw=self.raw)})
-        except Exception as error:  # ONNX Runtime's errors have no common base
-            raise unusable(self.path, f"it does not run: {error}") from None
-        outputs = dict(zip(self.output_names, map(np.asarray, values), strict=True))
+        inputs = {"image": as_input(squares, raw=self.raw)}
+        outputs = run_session(self.session, self.output_names, inputs, path=self.path)
         outputs.setdefault("boxes", np.zeros((count, 0, 4), np.float32))
         outputs.setdefault("ran", np.full(count, self.scales))
         shapes = {
@@ -121,3 +118,17 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
             "export it again, with `racnn export --format onnx`",
             failure=True,
         ) from error
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, names: list[str], inputs: dict[str, np.ndarray], *, path: Path
+) -> dict[str, np.ndarray]:
+    """Run a file and return its outputs by name.
+
+    Raises:
+        ExportError: the graph does not run.
+    """
+    try:
+        return dict(zip(names, map(np.asarray, session.run(names, inputs)), strict=True))
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        raise unusable(path, f"it does not run: {error}") from None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -101,20 +101,15 @@ class Model:
         network: computes the outputs.
         source: side in pixels of the square that an image becomes, and that all boxes are cut from; None: as in
             training. A larger one shows the finer scales more detail of large photographs.
+
+    Attributes:
+        classes: names in index order.
+        scales: number of scales.
     """
 
     def __init__(self, network: Network, source: int | None = None) -> None:
         self.network, self.source = network, source or network.source
-
-    @property
-    def classes(self) -> list[str]:
-        """Names in index order."""
-        return self.network.classes
-
-    @property
-    def scales(self) -> int:
-        """Number of scales."""
-        return self.network.scales
+        self.classes, self.scales = network.classes, network.scales
 
     def predict(self, images: ImageInput | Iterable[ImageInput], *, batch: int = 16) -> list[Prediction]:
         """Predict the classes of images.
@@ -134,23 +129,17 @@ class Model:
 
     def stream(self, images: ImageInput | Iterable[ImageInput], *, batch: int = 16) -> Iterator[Prediction]:
         """Yield what `predict` returns, batch by batch, for any number of images."""
-        single = isinstance(images, str | Path | Image.Image | Frame) or (
-            isinstance(images, np.ndarray) and images.ndim == 3
-        )
-        if not single and not isinstance(images, Iterable):
-            raise _not_an_image(images)
-        sequence: Any = [images] if single else images
-        queue: Iterator[ImageInput] = iter(sequence)
+        is_array = isinstance(images, np.ndarray) and images.ndim == 3
+        if is_array or isinstance(images, str) or not isinstance(images, Iterable):
+            images = [cast(ImageInput, images)]
+        queue = iter(images)
         while chunk := list(islice(queue, batch)):
             sources = [self._read(image) for image in chunk]
             results = self._predict([source for source in sources if not isinstance(source, str)])
             for image, source in zip(chunk, sources, strict=True):
                 path = image.name if isinstance(image, Frame | Unreadable) else None
                 path = str(image) if isinstance(image, str | Path) else path
-                if isinstance(source, str):
-                    yield Prediction(path, error=source)
-                else:
-                    yield Prediction(path, **next(results))
+                yield Prediction(path, **({"error": source} if isinstance(source, str) else next(results)))
 
     def _read(self, image: ImageInput) -> tuple[np.ndarray, Geometry] | str:
         """The square source (H, H, 3) uint8 and its place in the file, or why the file cannot be read."""
@@ -172,7 +161,9 @@ class Model:
                 )
             image = Image.fromarray(image) if image.size else Image.new("RGB", image.shape[1::-1])
         if not isinstance(image, Image.Image):
-            raise _not_an_image(image)
+            raise DataError(
+                f"{type(image).__name__} is not an image", "give paths, PIL images or (H, W, 3) arrays of type uint8"
+            )
         if 0 in image.size:
             raise DataError(f"an image of {image.width}×{image.height} pixels is empty", "leave it out")
         if image.mode in _TIFF_MODES:
@@ -203,9 +194,3 @@ class Model:
     def _best(self, probabilities: np.ndarray, count: int) -> list[tuple[str, float]]:
         order = np.argsort(-probabilities, kind="stable")[:count]
         return [(self.classes[index], float(probabilities[index])) for index in order]
-
-
-def _not_an_image(value: object) -> DataError:
-    return DataError(
-        f"{type(value).__name__} is not an image", "give paths, PIL images or (H, W, 3) arrays of type uint8"
-    )

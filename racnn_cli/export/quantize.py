@@ -144,21 +144,20 @@ def to_int8(source: Path, target: Path, squares: np.ndarray, *, options: ExportO
 
 def backbone_nodes(proto: onnx.ModelProto, exclude: Sequence[str] = ()) -> list[str]:
     """Names of the nodes in the backbones, except those of some operator types."""
-    names = []
-    for node in proto.graph.node:
-        scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
-        if ".backbone" in scopes and node.op_type not in exclude:
-            names.append(node.name)
-    return names
+    return [
+        node.name
+        for node in proto.graph.node
+        if node.op_type not in exclude
+        and any(entry.key == SCOPES and ".backbone" in entry.value for entry in node.metadata_props)
+    ]
 
 
-class _CalibrationReader(CalibrationDataReader):
+class _CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
     def __init__(self, squares: np.ndarray, options: ExportOptions) -> None:
-        self.batches = input_batches(squares, options)
+        self.inputs = ({"image": batch} for batch in input_batches(squares, options))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        image = next(self.batches, None)
-        return None if image is None else {"image": image}
+        return next(self.inputs, None)
 
 
 def accuracy(session: onnxruntime.InferenceSession, images: LabelledImages, options: ExportOptions) -> float:
@@ -169,13 +168,11 @@ def accuracy(session: onnxruntime.InferenceSession, images: LabelledImages, opti
 
 def speedup(slow: Callable[[], object], fast: Callable[[], object]) -> float:
     """How many times faster the second call is: the median ratio over alternating calls."""
-    ratios = []
-    for turn in range(TURNS + 1):
-        seconds = []
-        for call in (slow, fast):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        if turn:  # the first one warms up
-            ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios)
+    ratios = [_seconds(slow) / _seconds(fast) for _ in range(TURNS + 1)]
+    return statistics.median(ratios[1:])  # the first turn warms up
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -11,7 +11,7 @@ import torch
 
 from racnn_cli.core import store
 from racnn_cli.errors import ExportError
-from racnn_cli.export.check import HINT, TOLERANCE
+from racnn_cli.export.check import TOLERANCE, not_exportable, untraceable
 from racnn_cli.export.graph import ExportedGraph, ExportOptions
 from racnn_cli.export.images import CheckImages
 from racnn_cli.export.onnx import require_suffix
@@ -37,36 +37,26 @@ def export_program(run: Run, path: Path | None = None, *, options: ExportOptions
         RunError: no weights.
     """
     path = require_suffix(path or run.folder / "model.pt2", ".pt2")
-    model, _ = store.load(run.folder)
-    recipe = run.recipe()
-    graph = ExportedGraph(model, recipe.data.fit, options or ExportOptions()).eval()
-    inputs = graph.example_inputs()
+    graph = ExportedGraph.from_run(run, options)
+    inputs, axes = graph.example_inputs()
     try:
-        program = torch.export.export(
-            graph,
-            tuple(example for example, _ in inputs.values()),
-            dynamic_shapes={name: axes for name, (_, axes) in inputs.items()},
-        )
+        program = torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=axes)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"the network cannot be traced by torch.export: {reason}", HINT, failure=True) from error
-    images = CheckImages(recipe, run.classes(), model.source)
+        raise untraceable("traced by torch.export", error) from error
+    squares = CheckImages(run, graph.model.source).squares(3, graph.model.source)
+    image = torch.from_numpy(as_input(squares, raw=graph.options.raw))
     differences: dict[str, float] = {}
 
     def write(temporary: Path) -> None:
-        metadata = json.dumps(graph.metadata(run))
-        torch.export.save(program, temporary, extra_files={"metadata.json": metadata})
+        torch.export.save(program, temporary, extra_files={"metadata.json": json.dumps(graph.metadata(run))})
         loaded = torch.export.load(temporary).module()
-        image = torch.from_numpy(as_input(images.squares(3, model.source), raw=graph.options.raw))
         with torch.inference_mode():
             for name, expected, output in zip(graph.output_names, graph(image), loaded(image), strict=True):
                 differences[name] = float((expected - output).abs().max())
         if differences["probabilities"] > TOLERANCE:
-            raise ExportError(
+            raise not_exportable(
                 f"the program and the network differ by {differences['probabilities']:.2g} in probabilities; no file "
-                "was written",
-                HINT,
-                failure=True,
+                "was written"
             )
 
     write_atomic(path, write)

@@ -36,9 +36,8 @@ class TorchNetwork:
         """As `Network.predict`."""
         output = self.model(torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device))
         scales = torch.stack([logits.float().softmax(dim=1) for logits in output.logits], dim=1)
-        boxes = torch.zeros(len(squares), 0, 4)
-        if output.boxes:
-            boxes = torch.stack([metrics.corners(box.float()) for box in output.boxes], dim=1)
+        corners = [metrics.corners(box.float()) for box in output.boxes]
+        boxes = torch.stack(corners, dim=1) if corners else torch.zeros(len(squares), 0, 4)
         return NetworkOutput(
             probabilities=output.probabilities.float().cpu().numpy(),
             scales=scales.cpu().numpy(),

@@ -24,17 +24,16 @@ class Line:
 
     name: str
     color: str
-    pieces: list[list[tuple[float, float]]]
+    pieces: Sequence[Sequence[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
 class Band:
-    """A range of epochs, `first` to `last`, drawn behind the lines."""
+    """A range of epochs, `first` to `last`, drawn behind the lines; every other one is shaded."""
 
     name: str
     first: int
     last: int
-    shaded: bool
 
 
 def lines(title: str, series: Sequence[Line], bands: Sequence[Band], *, top: float | None = None) -> Markup:
@@ -64,9 +63,9 @@ def lines(title: str, series: Sequence[Line], bands: Sequence[Band], *, top: flo
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     parts = []
-    for band in bands:
+    for number, band in enumerate(bands):
         left, width = x(band.first - 0.5), x(band.last + 0.5) - x(band.first - 0.5)
-        style = "band" if band.shaded else "plain"
+        style = "band" if number % 2 else "plain"
         parts.append(
             f'<rect class="{style}" x="{left}" y="{TOP}" width="{width:.1f}" height="{HEIGHT - TOP - BOTTOM}">'
             f"<title>{escape(band.name)}</title></rect>"

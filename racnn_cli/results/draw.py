@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from racnn_cli.data.decode import UprightImage
 from racnn_cli.data.geometry import Geometry
+from racnn_cli.export.prediction import Prediction
 
 # One color per scale: Okabe and Ito's palette, which color-blind readers can tell apart.
 COLORS = ("#595959", "#D55E00", "#56B4E9", "#F0E442", "#009E73")
@@ -20,13 +23,19 @@ GAP = 12
 Rect = tuple[float, float, float, float]
 
 
+class _LegendEntry(NamedTuple):
+    x: int  # in pixels
+    line: int
+    text: str
+
+
 def upright_boxes(image: UprightImage, boxes: Sequence[Rect]) -> list[Rect]:
     """Convert boxes (x0, y0, x1, y1) from pixels of the file as stored to pixels of the upright image."""
     geometry = Geometry(image.stored_size, image.orientation, (0.0, 0.0), (1.0, 1.0))
     return [geometry.upright_from_stored(box) for box in boxes]
 
 
-def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int) -> Image.Image:
+def panel(pixels: np.ndarray, boxes: Sequence[Sequence[float]], *, height: int, width: int) -> Image.Image:
     """Draw the image with its boxes, and to its right an enlarged view of each box.
 
     Args:
@@ -36,9 +45,7 @@ def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int)
     """
     source = Image.fromarray(pixels)
     factor = min(height / source.height, width / source.width)
-    whole = source.resize(
-        (max(1, round(source.width * factor)), max(1, round(source.height * factor))), Image.Resampling.LANCZOS
-    )
+    whole = source.resize(_scaled(source.width, source.height, factor), Image.Resampling.LANCZOS)
     draw, line = ImageDraw.Draw(whole), max(3, round(height / 160))
     for number, box in enumerate(boxes, start=2):
         _frame(draw, [value * factor for value in box], color=_color(number), line=line)
@@ -59,54 +66,44 @@ def panel(pixels: np.ndarray, boxes: Sequence[Rect], *, height: int, width: int)
     return sheet
 
 
-def sheet(
-    pixels: np.ndarray, boxes: Sequence[Rect], answer: tuple[str, float], scales: Sequence[tuple[str, float]], name: str
-) -> Image.Image:
+def sheet(pixels: np.ndarray, boxes: Sequence[Rect], prediction: Prediction) -> Image.Image:
     """Draw a panel and its caption.
 
     Args:
         pixels, boxes: as in `panel`.
-        answer: predicted class and its probability.
-        scales: the same for each scale on its own, shown as the legend.
-        name: the file's name.
+        prediction: named in the caption, with the answers of its scales as the legend.
     """
     image = panel(pixels, boxes, height=560, width=840)
     width = max(image.width, 480)
-    entries = [
-        (number, f"scale {number}: {label} {probability:.2f}")
-        for number, (label, probability) in enumerate(scales, start=1)
-    ]
-    lines = _wrap(entries, width) if len(scales) > 1 else []
-    paper = Image.new("RGB", (width + 2 * GAP, image.height + 2 * GAP + 46 + 28 * len(lines)), PAPER)
+    legend = _legend(prediction.scales, width) if len(prediction.scales) > 1 else []
+    lines = legend[-1].line + 1 if legend else 0
+    paper = Image.new("RGB", (width + 2 * GAP, image.height + 2 * GAP + 46 + 28 * lines), PAPER)
     paper.paste(image, (GAP + (width - image.width) // 2, GAP))
     draw = ImageDraw.Draw(paper)
     y = image.height + 2 * GAP
     large, small = _font(30), _font(16)
-    label, share = _fit(answer[0], large, width * 0.6), f"{answer[1]:.1%}"
+    label, share = _fit(prediction.label, large, width * 0.6), f"{prediction.probability:.1%}"
     draw.text((GAP, y), label, fill=INK, font=large)
     x = GAP + _length(label, large) + 14
     draw.text((x, y), share, fill=SOFT, font=large)
     room = width + GAP - (x + _length(share, large) + 24)
     if room > 60:
-        draw.text((width + GAP, y + 11), _fit(name, small, room), fill=SOFT, font=small, anchor="ra")
-    y += 50
-    for line in lines:
-        x = GAP
-        for number, text in line:
-            draw.rectangle((x, y + 2, x + 15, y + 17), _color(number), INK)
-            draw.text((x + 23, y), text, fill=INK, font=_font(17))
-            x += _entry_width(text)
-        y += 28
+        name = _fit(Path(prediction.path or "").name, small, room)
+        draw.text((width + GAP, y + 11), name, fill=SOFT, font=small, anchor="ra")
+    for number, entry in enumerate(legend, start=1):
+        left, top = GAP + entry.x, y + 50 + 28 * entry.line
+        draw.rectangle((left, top + 2, left + 15, top + 17), _color(number), INK)
+        draw.text((left + 23, top), entry.text, fill=INK, font=_font(17))
     return paper
 
 
-def _tile(source: Image.Image, box: Rect, *, side: int, scale: int, line: int) -> Image.Image:
+def _tile(source: Image.Image, box: Sequence[float], *, side: int, scale: int, line: int) -> Image.Image:
     """The view of one box, with its aspect ratio kept, on a gray square framed in its scale's color."""
     x0, y0, x1, y1 = box
     x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
     color, room = _color(scale), side - 2 * line
     factor = min(room / (x1 - x0), room / (y1 - y0))
-    size = (max(1, round((x1 - x0) * factor)), max(1, round((y1 - y0) * factor)))
+    size = _scaled(x1 - x0, y1 - y0, factor)
     area = (max(x0, 0.0), max(y0, 0.0), min(x1, source.width), min(y1, source.height))
     crop = source.resize(size, Image.Resampling.BICUBIC, box=area)
     tile = Image.new("RGB", (side, side), color)
@@ -131,21 +128,18 @@ def _frame(draw: ImageDraw.ImageDraw, box: Sequence[float], *, color: str, line:
     draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=color, width=line)
 
 
-def _wrap(entries: list[tuple[int, str]], width: int) -> list[list[tuple[int, str]]]:
-    lines: list[list[tuple[int, str]]] = [[]]
-    used = 0
-    for number, text in entries:
-        short = _fit(text, _font(17), width - 23)
-        if lines[-1] and used + _entry_width(short) > width + 20:
-            lines.append([])
-            used = 0
-        lines[-1].append((number, short))
-        used += _entry_width(short)
-    return lines
-
-
-def _entry_width(text: str) -> int:
-    return 23 + round(_length(text, _font(17))) + 28
+def _legend(scales: Sequence[tuple[str, float]], width: int) -> list[_LegendEntry]:
+    """An entry per scale, wrapped into lines of `width` pixels."""
+    entries: list[_LegendEntry] = []
+    x = line = 0
+    for number, (label, probability) in enumerate(scales, start=1):
+        text = _fit(f"scale {number}: {label} {probability:.2f}", _font(17), width - 23)
+        used = 23 + _length(text, _font(17)) + 28
+        if x and x + used > width + 20:
+            x, line = 0, line + 1
+        entries.append(_LegendEntry(x, line, text))
+        x += used
+    return entries
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
@@ -160,6 +154,10 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 def _length(text: str, font: ImageFont.FreeTypeFont) -> int:
     return round(font.getlength(text))
+
+
+def _scaled(width: float, height: float, factor: float) -> tuple[int, int]:
+    return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def _color(number: int) -> str:

@@ -64,10 +64,12 @@ def gather(names: Iterable[str | Path], stdin: TextIO | None = None) -> list[str
 
 def _expand(name: str, stdin: TextIO | None) -> Sequence[str | Path]:
     if name == "-":
-        lines = _read_lines(stdin)
+        raw = getattr(sys.stdin, "buffer", None) if stdin is None else None
+        lines = [os.fsdecode(line) for line in raw] if raw is not None else list(stdin or sys.stdin)
         if any("\0" in line for line in lines):
             raise DataError("standard input is not a list of file names")
-        return gather(line for line in lines if line and line != "-")
+        names = [line.rstrip("\r\n") for line in lines]
+        return gather(name for name in names if name not in ("", "-"))
     if URL.match(name):
         raise DataError(f"{show(name)} is a URL; racnn downloads no images")
     if CAMERA.fullmatch(name):
@@ -89,16 +91,6 @@ def _expand(name: str, stdin: TextIO | None) -> Sequence[str | Path]:
     if not files:
         raise DataError(f"{show(name)} matches no images")
     return files
-
-
-def _read_lines(stdin: TextIO | None) -> list[str]:
-    """The lines of a list; those of standard input are decoded as file names are."""
-    if stdin is None:
-        raw = getattr(sys.stdin, "buffer", None)
-        lines = [os.fsdecode(line) for line in raw] if raw is not None else list(sys.stdin)
-    else:
-        lines = list(stdin)
-    return [line.rstrip("\r\n") for line in lines]
 
 
 def iterate(sources: Iterable[str | Path], every: int = 1) -> Iterator[Path | Frame | Unreadable]:
@@ -205,8 +197,7 @@ def jsonl_writer(model: Model, out: TextIO) -> Writer:
 
     def write(prediction: Prediction) -> None:
         line = json.dumps(asdict(prediction), ensure_ascii=False)
-        out.write((line if _is_safe(line, out) else json.dumps(asdict(prediction))) + "\n")
-        out.flush()
+        print(line if _is_safe(line, out) else json.dumps(asdict(prediction)), file=out, flush=True)
 
     return write
 
@@ -223,21 +214,19 @@ def _is_safe(text: str, out: TextIO) -> bool:
 def csv_writer(model: Model, out: TextIO) -> Writer:
     """Write a header, then a line per image: the answer, the box of each finer scale, and the error."""
     table = csv.writer(out, lineterminator="\n")
-    header_written = False
+    edges = [f"{edge}_{n}" for n in range(2, model.scales + 1) for edge in ("x0", "y0", "x1", "y1")]
+    rows = [["path", "label", "probability", *edges, "error"]]  # written together with the first prediction
 
     def write(prediction: Prediction) -> None:
-        nonlocal header_written
-        if not header_written:
-            header_written = True
-            boxes = [f"{edge}_{n}" for n in range(2, model.scales + 1) for edge in ("x0", "y0", "x1", "y1")]
-            table.writerow(["path", "label", "probability", *boxes, "error"])
-        edges = [f"{value:.1f}" for box in prediction.boxes for value in box]
-        edges += [""] * (4 * (model.scales - 1) - len(edges))
+        values = [f"{value:.1f}" for box in prediction.boxes for value in box]
+        values += [""] * (len(edges) - len(values))
         probability = "" if prediction.error else f"{prediction.probability:.6f}"
         name, error = (
             text if _is_safe(text, out) else show(text) for text in (prediction.path or "", prediction.error)
         )
-        table.writerow([name, prediction.label, probability, *edges, error])
+        rows.append([name, prediction.label, probability, *values, error])
+        table.writerows(rows)
+        rows.clear()
         out.flush()
 
     return write
@@ -251,14 +240,12 @@ def table_writer(model: Model, out: TextIO) -> Writer:
 
     def write(prediction: Prediction) -> None:
         name = escape(show(prediction.path or "(in memory)"))
-        if prediction.error:
-            error = escape(show(prediction.error))
-            console.print(f"{'':>5}  {'':{width}}  {name}  [red]{error}[/]", soft_wrap=True)
-            return
         label = escape(f"{show(prediction.label):{width}}")
-        box = " ".join(f"{value:.0f}" for value in prediction.boxes[-1]) if prediction.boxes else ""
-        region = f"  [dim]attended region {box}[/]" if box else ""
-        console.print(f"{prediction.probability:5.3f}  {label}  {name}{region}", soft_wrap=True)
+        probability = "" if prediction.error else f"{prediction.probability:.3f}"
+        note = f"  [red]{escape(show(prediction.error))}[/]" if prediction.error else ""
+        if prediction.boxes:
+            note = f"  [dim]attended region {' '.join(f'{value:.0f}' for value in prediction.boxes[-1])}[/]"
+        console.print(f"{probability:5}  {label}  {name}{note}", soft_wrap=True)
 
     return write
 
@@ -294,13 +281,7 @@ class Drawings:
         else:
             stem, file = image.stem, read_image(image)
             pixels, boxes = file.pixels, draw.upright_boxes(file, prediction.boxes)
-        sheet = draw.sheet(
-            pixels,
-            boxes,
-            answer=(prediction.label, prediction.probability),
-            scales=prediction.scales,
-            name=Path(prediction.path or "").name,
-        )
+        sheet = draw.sheet(pixels, boxes, prediction)
         name, number = stem, 1
         while name.lower() in self._names:
             number += 1

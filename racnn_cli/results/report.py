@@ -17,10 +17,9 @@ from racnn_cli.data.decode import read_image, show
 from racnn_cli.data.index import build_index, labelled
 from racnn_cli.data.types import Item
 from racnn_cli.errors import RacnnError
-from racnn_cli.events import EpochEvent, EvalResult, Record
+from racnn_cli.events import EpochEvent, EvalResult
 from racnn_cli.export.loading import load
 from racnn_cli.export.prediction import Prediction
-from racnn_cli.recipe import Recipe
 from racnn_cli.results import chart, draw, tables
 from racnn_cli.run import Run, write_text
 
@@ -64,7 +63,7 @@ def write_report(run: Run) -> Path:
         RunError: eval.json is missing or damaged, or the page cannot be written.
     """
     recipe, result, epochs = run.recipe(), run.read_eval(), run.epochs()
-    classes, names = run.classes(), list(result.per_class)
+    names = list(result.per_class)
     matrix, confused = None, []
     if len(names) > MATRIX_CLASSES:
         errors = sorted((cell for cell in result.confusion if cell[0] != cell[1]), key=lambda cell: -cell[2])
@@ -72,7 +71,7 @@ def write_report(run: Run) -> Path:
     else:
         matrix = chart.confusion(result.confusion, names)
     try:
-        cards, gallery_note = _gallery(run, recipe, result, classes)
+        cards, gallery_note = _gallery(run, result)
     except RacnnError as error:  # whatever is wrong with the data or the weights, the figures are still shown
         cards, gallery_note = [], f"No images: {error.message}."
     duration = _duration(sum(event.seconds for event in epochs))
@@ -116,59 +115,44 @@ def _charts(epochs: Sequence[EpochEvent]) -> list[str]:
     """Line charts of the validation figures and the training losses over all epochs."""
     if not epochs:
         return []
-    bands: list[chart.Band] = []
-    first = 1
-    for (stage, phase, _), group in itertools.groupby(epochs, key=_phase):
-        last = first + len(list(group)) - 1
+    numbered = list(enumerate(epochs, start=1))
+    bands = []
+    for (stage, phase, _), group in itertools.groupby(numbered, key=lambda pair: _phase(pair[1])):
+        numbers = [number for number, _ in group]
         name = (phase or stage).removesuffix(" phase").removesuffix(" head")
-        bands.append(chart.Band(name=name, first=first, last=last, shaded=len(bands) % 2 == 1))
-        first = last + 1
+        bands.append(chart.Band(name, numbers[0], numbers[-1]))
 
     def line(name: str, color: str, values: Sequence[float | None], *, per_phase: bool = False) -> chart.Line:
         """The line of a figure that some epochs lack; `per_phase` starts a new piece at every phase."""
-        pieces: list[list[tuple[float, float]]] = []
-        previous = None
-        for number, (event, value) in enumerate(zip(epochs, values, strict=True), start=1):
-            if value is None:
-                previous = None
-                continue
-            if previous is None or (per_phase and _phase(event) != previous):
-                pieces.append([])
-            pieces[-1].append((number, value))
-            previous = _phase(event)
+        keys = [(value is None, per_phase and _phase(event)) for event, value in zip(epochs, values, strict=True)]
+        groups = itertools.groupby(zip(keys, enumerate(values, start=1), strict=True), key=lambda entry: entry[0])
+        pieces = [[(number, value) for _, (number, value) in group if value is not None] for _, group in groups]
         return chart.Line(name, color, pieces)
 
-    def scale_lines(key: str) -> list[chart.Line]:
+    def scale_lines(name: str, part: str, key: str, first: int = 1) -> list[chart.Line]:
+        """The lines of a figure in the list `part` of each epoch, whose first entry is of scale `first`."""
+        records = [getattr(event.val, part) for event in epochs]
         return [
-            line(f"scale {n + 1}", f"s{n + 1}", [_figure(val.scales, n, key) for val in vals]) for n in range(count)
+            line(f"{name} {n}", f"s{n}", [getattr(r[n - first], key) if n - first < len(r) else None for r in records])
+            for n in range(first, count + 1)
         ]
 
-    vals = [event.val for event in epochs]
-    count = max(len(val.scales) for val in vals)
-    accuracy = scale_lines("top1")
-    if count > 1:
-        accuracy += [
-            line("average", "average", [val.average.top1 if val.average else None for val in vals]),
-            line("fused", "fused", [val.fused.top1 if val.fused else None for val in vals]),
-        ]
+    count = max(len(event.val.scales) for event in epochs)
+    accuracy = scale_lines("scale", "scales", "top1")
+    for name in ("average", "fused") if count > 1 else ():
+        answers = [getattr(event.val, name) for event in epochs]
+        accuracy.append(line(name, name, [answer and answer.top1 for answer in answers]))
     losses = [
         line(name, _loss_color(name), [event.train_loss.get(name) for event in epochs], per_phase=True)
         for name in dict.fromkeys(name for event in epochs for name in event.train_loss)
     ]
-    sides = [
-        line(f"to scale {n + 2}", f"s{n + 2}", [_figure(val.boxes, n, "side_mean") for val in vals])
-        for n in range(count - 1)
-    ]
+    sides = scale_lines("to scale", "boxes", "side_mean", first=2)
     return [
         chart.lines("Validation top-1", accuracy, bands, top=1.0),
-        chart.lines("Validation NLL", scale_lines("nll"), bands),
+        chart.lines("Validation NLL", scale_lines("scale", "scales", "nll"), bands),
         chart.lines("Training losses", losses, bands),
         chart.lines("Mean side of the boxes, relative to the previous scale", sides, bands, top=1.0),
     ]
-
-
-def _figure(records: Sequence[Record], number: int, key: str) -> float | None:
-    return getattr(records[number], key) if number < len(records) else None
 
 
 def _loss_color(name: str) -> str:
@@ -177,14 +161,14 @@ def _loss_color(name: str) -> str:
     return f"s{digits[-1]}" if digits else "fused"
 
 
-def _gallery(run: Run, recipe: Recipe, result: EvalResult, classes: list[str]) -> tuple[list[Card], str]:
+def _gallery(run: Run, result: EvalResult) -> tuple[list[Card], str]:
     """Images of the split with what each scale sees, wrong answers first, and a note about the choice."""
+    recipe, classes = run.recipe(), run.classes()
     if result.split == "all":
         data = recipe.data.model_copy(update={"path": result.data})
         items = labelled(data, seed=recipe.seed, classes=classes)
     else:
-        index = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=())
-        items = index.splits[result.split]
+        items = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=()).splits[result.split]
     items = items[:: max(1, len(items) // CANDIDATES)][:CANDIDATES]
     answers = load(run).predict([item.path for item in items])
     pairs = [(item, answer) for item, answer in zip(items, answers, strict=True) if not answer.error]
@@ -200,10 +184,7 @@ def _gallery(run: Run, recipe: Recipe, result: EvalResult, classes: list[str]) -
 def _card(item: Item, answer: Prediction, label: str) -> Card:
     image = read_image(item.path, min_side=480)
     factor = image.pixels.shape[1] / image.stored_size[image.orientation >= 5]  # JPEGs are read reduced
-    boxes = [
-        (x0 * factor, y0 * factor, x1 * factor, y1 * factor)
-        for x0, y0, x1, y1 in draw.upright_boxes(image, answer.boxes)
-    ]
+    boxes = [[value * factor for value in box] for box in draw.upright_boxes(image, answer.boxes)]
     file = io.BytesIO()
     draw.panel(image.pixels, boxes, height=240, width=320).save(file, "JPEG", quality=82)
     jpeg = base64.b64encode(file.getvalue()).decode("ascii")

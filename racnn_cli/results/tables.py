@@ -65,14 +65,15 @@ def _box(box: EvalBoxes) -> list[str]:
 
 def tables(result: EvalResult) -> list[rich.table.Table]:
     """The accuracy, and the boxes if there is more than one scale, for the terminal."""
-    outputs = []
-    for table in [accuracy(result), boxes(result)] if result.boxes else [accuracy(result)]:
-        output = rich.table.Table(
-            title=table.title, caption=table.caption, title_justify="left", caption_justify="left", min_width=46
-        )
-        for number, name in enumerate(table.columns):
-            output.add_column(name, justify="right" if number else "left")
-        for name, values in table.rows:
-            output.add_row(name, *values, style="bold" if name == "fused" else None)
-        outputs.append(output)
-    return outputs
+    return [_to_rich(accuracy(result)), *([_to_rich(boxes(result))] if result.boxes else [])]
+
+
+def _to_rich(table: Table) -> rich.table.Table:
+    output = rich.table.Table(
+        title=table.title, caption=table.caption, title_justify="left", caption_justify="left", min_width=46
+    )
+    for number, name in enumerate(table.columns):
+        output.add_column(name, justify="right" if number else "left")
+    for name, values in table.rows:
+        output.add_row(name, *values, style="bold" if name == "fused" else None)
+    return output

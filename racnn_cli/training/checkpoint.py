@@ -43,7 +43,7 @@ class Progress:
     Attributes:
         done: stages that are finished.
         stage: the stage under way; empty between stages.
-        round, phase: of `alternate`: rounds that are finished, and what comes next in this one. `judge`: measure the
+        round, phase: of `alternate`: rounds that are finished, and the next step of this one. `judge`: measure the
             round and decide whether it was the last one.
         epoch, step: position in the present phase; `step` counts batches.
         batch: images per step, over all processes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +22,7 @@ BETWEEN_STAGES = {"train.optimizer", "train.ema", "train.weight_decay", "pretrai
 
 def flatten(recipe: Recipe) -> dict[str, object]:
     """Dotted key to value."""
-    flat: dict[str, object] = {}
-    for key in recipes.key_names():
-        value: object = recipe
-        for part in key.split("."):
-            value = getattr(value, part)
-        flat[key] = value
-    return flat
+    return {key: operator.attrgetter(key)(recipe) for key in recipes.key_names()}
 
 
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[object, object]]:

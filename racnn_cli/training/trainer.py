@@ -22,6 +22,7 @@ from racnn_cli.errors import Interrupted, RecipeError, RunError
 from racnn_cli.events import AnyEvent, Validation, WarningEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
+from racnn_cli.threads import crowded
 from racnn_cli.training import checkpoint, resume
 from racnn_cli.training.checkpoint import Checkpoint, Progress
 from racnn_cli.training.console import Console, describe_position
@@ -188,7 +189,15 @@ class Trainer:
             boxes=boxes,
         )
         console.say(f"resuming {run.folder} {describe_position(trainer.progress)}")
+        trainer._warn_if_crowded()
         return trainer
+
+    def _warn_if_crowded(self) -> None:
+        """Say once if processes compete for the cores, which the CPU's threads suffer from."""
+        if self.device.type == "cpu" and hasattr(os, "getloadavg"):
+            processes, load = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.getloadavg()[0]
+            if warning := crowded(torch.get_num_threads(), processes, os.cpu_count() or 1, load):
+                self.console.say(f"warning: {warning}")
 
     def close(self) -> None:
         """Let other processes have the run folder."""
@@ -236,7 +245,7 @@ class Trainer:
             skip=skip,
             rank=distributed.rank(),
             world=distributed.world(),
-            device_pin=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
         )
 
     def interruptible(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -313,6 +322,7 @@ class Trainer:
             f"{recipe.data.path}: {len(index.classes)} classes, {counts} images; source {recipe.data.source} px"
         )
         console.say(f"run folder {self.run.folder}, device {self.device}, seed {recipe.seed}")
+        self._warn_if_crowded()
         for note in index.notes:
             console.say(f"note: {note}")
         if index.skipped:

@@ -476,7 +476,7 @@ def test_predict_prints_one_json_line_per_image(racnn, here, data) -> None:
     is_error(racnn("predict", "runs/latest"), "no images were given")
     is_error(racnn("predict", "runs/latest", file, "--run", "runs/latest"), "both name a network")
     is_error(racnn("predict", "none.onnx", data), "none.onnx does not exist", hint="racnn export")
-    is_error(racnn("predict", "https://example.org/a.jpg"), "address")
+    is_error(racnn("predict", "https://example.org/a.jpg"), "URL")
     (here / "empty").mkdir()
     is_error(racnn("predict", "empty"), "empty")
     is_error(racnn("predict", "nothing.jpg"), "nothing.jpg")

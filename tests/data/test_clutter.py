@@ -21,6 +21,8 @@ from racnn_cli.core.model import RACNN, build
 from racnn_cli.data.datasets.clutter import CLASSES, Clutter, compose, read_items
 from racnn_cli.data.images import batches
 from racnn_cli.errors import DataError
+from racnn_cli.training import stages
+from racnn_cli.training.phases import BoxSource
 from racnn_cli.training.trainer import Trainer
 
 COUNTS = {"train": 60, "t10k": 30}
@@ -440,14 +442,14 @@ def test_training_on_clutter_logs_box_metrics_and_settles_the_boxes(here, folder
     )
     settings, jitter = [], attention.jitter
 
-    def record(boxes: torch.Tensor, amount: float, floor: float, ceiling: float, tighten: float, chance: torch.Tensor):
+    def record(boxes: torch.Tensor, amount: float, floor: float, ceiling: float, tighten: float, uniform: torch.Tensor):
         settings.append((round(amount, 6), round(tighten, 6)))
-        return jitter(boxes, amount, floor, ceiling, tighten, chance)
+        return jitter(boxes, amount, floor, ceiling, tighten, uniform)
 
     monkeypatch.setattr(attention, "jitter", record)
-    started = Trainer.start(recipe, here / "mine", quiet=True, source=clutter(folder))
-    started.run_all()
-    assert started.context.model.classes == 10
+    trainer = Trainer.start(recipe, out=here / "mine", quiet=True, source=clutter(folder))
+    stages.run_all(trainer)
+    assert trainer.model.classes == 10
     assert settings == [(0.3, 0.5)] * 2 + [(0.15, 0.25)] * 2  # 2 batches per round, none in the last one
     events = [json.loads(line) for line in (here / "mine" / "log.jsonl").read_text().splitlines()]
     epochs = [event for event in events if event["event"] == "epoch"]
@@ -463,16 +465,17 @@ def test_training_on_clutter_logs_box_metrics_and_settles_the_boxes(here, folder
     ]  # fmt: skip
 
 
-def test_training_with_a_guide_uses_its_boxes(here, folder) -> None:
+def test_training_with_given_boxes_uses_them(here, folder) -> None:
     recipe = options(
         **{f"{stage}__epochs": 1 for stage in ("pretrain_cnn", "pretrain_apn", "fusion")},
         train__batch=20,
         alternate__rounds=1,
         alternate__apn_epochs=0,
     )
-    started = Trainer.start(recipe, here / "mine", quiet=True, source=clutter(folder), guide=true_boxes)
-    started.run_all()
+    boxes = BoxSource(proposals=true_boxes)
+    trainer = Trainer.start(recipe, out=here / "mine", quiet=True, source=clutter(folder), boxes=boxes)
+    stages.run_all(trainer)
     lines = (here / "mine" / "log.jsonl").read_text().splitlines()
     rounds = [event for event in map(json.loads, lines) if event["event"] == "round"]
     assert rounds[0]["val"]["boxes"][0]["iou_mean"] == pytest.approx(1.0, abs=1e-4)
-    assert started.validate().boxes[0].hit_rate == 1.0
+    assert trainer.validate().boxes[0].hit_rate == 1.0

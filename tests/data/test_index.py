@@ -439,7 +439,7 @@ def test_a_builtin_data_set_opens_its_own_source(tmp_path, monkeypatch) -> None:
         calls.append((data.path, seed))
         return own
 
-    entry = BuiltinDataset(name="drawn", about="", boxes=False, path=None, open=open_own)
+    entry = BuiltinDataset(name="drawn", about="", open=open_own)
     monkeypatch.setitem(REGISTRY, "drawn", entry)
     assert open_source(recipe.Data(path="drawn"), seed=4) is own
     assert open_source(recipe.Data(path="drawn:some:folder"), seed=5, classes=["a", "b"]) is own

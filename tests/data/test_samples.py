@@ -16,6 +16,7 @@ from racnn_cli import fetch, recipe
 from racnn_cli.data import datasets
 from racnn_cli.data.datasets import clutter, fieldguide, files, plankton
 from racnn_cli.data.index import build_index
+from racnn_cli.data.source import open_source
 from racnn_cli.errors import DataError, RacnnError
 
 JPEG = b"not decoded, only copied"
@@ -188,6 +189,18 @@ def test_samples_names_the_folder_without_its_files(tmp_path, monkeypatch, name)
     with pytest.raises(DataError, match="nowhere has neither") as caught:
         datasets.write(name, tmp_path / "out", recipe.Sample(), seed=0)
     assert "dataset-fashion-mnist" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["plankton", "fieldguide"])
+def test_a_path_for_a_data_set_that_takes_none_is_refused(tmp_path, name):
+    data = recipe.Data(path=f"{name}:xyz")
+    for use in (open_source, build_index):
+        with pytest.raises(DataError, match=f"{name} takes no path .found '{name}:xyz'") as caught:
+            use(data, seed=0)
+        assert caught.value.hint == f"write {name} alone"
+    with pytest.raises(DataError, match="takes no path"):
+        datasets.write(data.path, tmp_path / "out", recipe.Sample(), seed=0)
     assert not (tmp_path / "out").exists()
 
 

@@ -152,7 +152,7 @@ def test_a_file_that_disagrees_is_deleted(
     run: Run, exported: dict, reuse_graph: None, tmp_path: Path, monkeypatch
 ) -> None:
     network, _ = store.load(run.folder)
-    images = CheckImages(run.recipe(), run.classes(), SIDE, files=[])
+    images = CheckImages(run, SIDE, files=[])
     graph = ExportedGraph(network, "crop", ExportOptions()).eval()
     compare(graph, run.onnx, images)
     assert network.fusion is not None
@@ -215,13 +215,18 @@ def test_a_file_is_checked_again_later(run: Run, exported: dict, data: Path, tmp
         check(run, older, data.parent)
 
 
-@pytest.mark.parametrize("change", [{"top": "x"}, {"threshold": "high"}, {"source": "0"}, {"top": "4000000"}])
+@pytest.mark.parametrize("change", [{"top": "x"}, {"threshold": "high"}, {"source": "0"}, {"top": "1"}])
 def test_check_refuses_false_metadata(
     run: Run, exported: dict, data: Path, tmp_path: Path, change: dict[str, str | None]
 ) -> None:
     file = edit_metadata(run.onnx, tmp_path / "false.onnx", change)
     with pytest.raises(ExportError):
         check(run, file, data.parent)
+
+
+def test_check_limits_the_number_of_labels_to_the_classes(run: Run, exported: dict, data: Path, tmp_path: Path) -> None:
+    file = edit_metadata(run.onnx, tmp_path / "many.onnx", {"top": "4000000"})
+    assert check(run, file, data.parent)["agreement"] == [20, 20]
 
 
 def test_check_refuses_a_file_without_labels(run: Run, exported: dict, data: Path, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Kill a training anywhere, continue with `--resume`, and compare with a training that was left in peace.
+"""Interrupt a training run anywhere, continue it with `--resume`, and compare it with an uninterrupted run.
 
     python tests/faults/campaign.py --points 200 --seed 0
 
-A point is a seeded moment of a run: the n-th call made by the toolkit's own code, half of the points while a file is
-being written. There the process is killed (SIGKILL), told to stop (SIGTERM, SIGINT), or an exception is thrown; now
-and then its continuation meets the same. In the end everything that training leaves must be what it would have been:
-weights byte for byte, log and eval.json but for their times.
+A point is a seeded moment of a run: the n-th call that the package's own code makes; about half of the points are
+while a file is being written. There the process is killed (SIGKILL), asked to stop (SIGTERM, SIGINT), or an exception
+is raised. Now and then the resumed process is interrupted too. In the end the run must have the same files as the
+uninterrupted one: weights byte for byte, log and eval.json except for their times.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from safetensors import torch as safe
 
 import racnn_cli
 from racnn_cli import (
-    api,  # noqa: F401  (everything that a child needs is imported once)
+    api,  # noqa: F401  (imported here once, so that no child process has to)
     evaluation,  # noqa: F401
 )
 from racnn_cli import recipe as recipes
 from racnn_cli.cli import main
 from racnn_cli.results import report  # noqa: F401
 
-OURS = (str(Path(racnn_cli.__file__).parent), str(Path(safe.__file__).parent))
+SOURCES = (str(Path(racnn_cli.__file__).parent), str(Path(safe.__file__).parent))
 KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "exception")
 TIMES = ("seconds", "images_per_second")
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"train__save_steps": 1},
     "2 workers": {"data__workers": 2, "train__save_steps": 3},
-    "everything": {  # all that has a state or draws random numbers
+    "everything": {  # everything that keeps state or draws random numbers
         "train__optimizer": "sgd",
         "train__ema": 0.9,
         "train__accumulate": 2,
@@ -64,16 +64,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Thrown(RuntimeError):
-    """What is thrown into a training that must not die of it."""
+class InjectedError(RuntimeError):
+    """The exception that the campaign raises inside a training run."""
 
 
 class Injector:
-    """Counts the calls that the toolkit's code makes, and strikes at one of them.
+    """A profile function that counts the calls of the package's code and interrupts one of them.
 
     Args:
-        where: `anywhere`, or `writing`: only calls while a file is being written count.
-        at: the number of the call, from 1; 0: never, only count.
+        where: `anywhere`, or `writing` to count only calls while a file is being written.
+        at: the number of the call to interrupt, from 1; 0: none, only count.
         kind: one of `KINDS`.
     """
 
@@ -86,9 +86,9 @@ class Injector:
         code = frame.f_code
         if code.co_name == "write_atomic":
             self.depth += {"call": 1, "return": -1}.get(event, 0)
-        if event not in ("call", "c_call") or not code.co_filename.startswith(OURS):
+        if event not in ("call", "c_call") or not code.co_filename.startswith(SOURCES):
             return
-        if os.getpid() != self.process:  # a worker that reads images
+        if os.getpid() != self.process:  # a worker process that reads images
             return
         self.counts["anywhere"] += 1
         self.counts["writing"] += self.depth > 0
@@ -96,89 +96,126 @@ class Injector:
             self.at = 0
             if self.kind == "exception":
                 sys.setprofile(None)
-                raise Thrown("thrown by the campaign")
+                raise InjectedError("raised by the campaign")
             os.kill(self.process, getattr(signal, self.kind))
 
 
-def child(words: list[str], said: Path, injector: Injector | None = None, told: Path | None = None) -> int:
-    """`racnn WORDS` in a process of its own; returns its exit status, as a shell shows it."""
+def run_child(
+    arguments: list[str], output: Path, injector: Injector | None = None, counts_file: Path | None = None
+) -> int:
+    """Run `racnn ARGUMENTS` in a child process.
+
+    Args:
+        arguments: of the command.
+        output: file for what it prints.
+        injector: interrupts the process.
+        counts_file: file for the injector's counts, as JSON.
+
+    Returns:
+        the exit status, as a shell shows it.
+    """
     pid = os.fork()
     if pid:
         status = os.waitpid(pid, 0)[1]
         return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
     code = 70
     try:
-        with said.open("w") as file:
+        with output.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.argv = ["racnn", *words]
+        sys.argv = ["racnn", *arguments]
         if injector is not None:
             injector.process = os.getpid()
             sys.setprofile(injector)
         try:
             main()
             code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except Thrown:
+        except SystemExit as error:
+            code = int(error.code or 0)
+        except InjectedError:
             code = 71
         finally:
             sys.setprofile(None)
-        if told is not None and injector is not None:
-            told.write_text(json.dumps(injector.counts))
+        if counts_file is not None and injector is not None:
+            counts_file.write_text(json.dumps(injector.counts))
     finally:
         os._exit(code)
 
 
-def left(run: Path) -> dict[str, Any]:
-    """Everything that a finished training leaves, without its times."""
+def read_results(run: Path) -> dict[str, Any]:
+    """The contents of a finished run folder, without times."""
 
-    def timeless(value: Any) -> Any:
+    def without_times(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: timeless(one) for key, one in value.items() if key not in TIMES}
-        return [timeless(one) for one in value] if isinstance(value, list) else value
+            return {key: without_times(entry) for key, entry in value.items() if key not in TIMES}
+        return [without_times(entry) for entry in value] if isinstance(value, list) else value
 
     return {
         "weights": (run / "weights.safetensors").read_bytes(),
-        "log": [timeless(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()],
-        "eval": timeless(json.loads((run / "eval.json").read_text())),
+        "log": [without_times(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()],
+        "eval": without_times(json.loads((run / "eval.json").read_text())),
         "recipe": (run / "recipe.toml").read_text(),
         "classes": (run / "classes.json").read_text(),
         "report": (run / "report.html").is_file(),
-        "left behind": sorted(path.name for path in run.rglob(".*")),
+        "temporary files": sorted(path.name for path in run.rglob(".*")),
     }
 
 
 def campaign(
-    points: int, seed: int, folder: Path, say: Callable[[str], None] = lambda line: None
+    points: int, seed: int, folder: Path, log: Callable[[str], None] = lambda line: None
 ) -> list[dict[str, Any]]:
-    """Strike at so many points, spread over the cases.
+    """Interrupt training at n points, spread over the cases.
+
+    Args:
+        points: how many.
+        seed: of their choice.
+        folder: for the data and the runs.
+        log: called with each result as a line of JSON.
 
     Returns:
-        one entry a point: `case`, `where`, `kind`, `at`, `of`, `status` (of the struck process), `again` (whether its
-        continuation was struck, too), `survived` (it could be continued to its end), `identical`, `differs`.
+        one entry per point: `case`, `where`, `kind`, `at`, `of`, `status` (of the interrupted process), `again`
+        (whether the resumed process was interrupted too), `survived` (the run could be finished), `identical`,
+        `differs` (what is not identical).
     """
     torch.set_num_threads(1)
     data = write_blobs(folder / "data", {"train": 4, "val": 2, "test": 2})
-    draw, found = random.Random(seed), []
+    draw, results = random.Random(seed), []
     for number, (case, keys) in enumerate(CASES.items()):
         recipe = tiny(data, **{"train__batch": 4} | keys)
         file = folder / f"case-{number}.toml"
         file.write_text(recipes.dump(recipe))
-        whole, said, told = folder / f"whole-{number}", folder / "said.txt", folder / "counts.json"
-        if child(["train", str(file), "--out", str(whole)], said, Injector(), told):
-            raise RuntimeError(said.read_text())
-        counts, expected = json.loads(told.read_text()), left(whole)
+        uninterrupted = folder / f"uninterrupted-{number}"
+        output, counts_file = folder / "output.txt", folder / "counts.json"
+        if run_child(["train", str(file), "--out", str(uninterrupted)], output, Injector(), counts_file):
+            raise RuntimeError(output.read_text())
+        counts, expected = json.loads(counts_file.read_text()), read_results(uninterrupted)
         for _ in range(points // len(CASES) + (number < points % len(CASES))):
-            found.append(strike(case, file, folder / "struck", said, counts, expected, draw))
-            say(json.dumps(found[-1]))
-    return found
+            results.append(
+                try_point(
+                    draw,
+                    case=case,
+                    file=file,
+                    run=folder / "interrupted",
+                    output=output,
+                    counts=counts,
+                    expected=expected,
+                )
+            )
+            log(json.dumps(results[-1]))
+    return results
 
 
-def strike(
-    case: str, file: Path, run: Path, said: Path, counts: dict[str, int], expected: dict[str, Any], draw: random.Random
+def try_point(
+    draw: random.Random,
+    *,
+    case: str,
+    file: Path,
+    run: Path,
+    output: Path,
+    counts: dict[str, int],
+    expected: dict[str, Any],
 ) -> dict[str, Any]:
-    """One point: strike, go on until the end, compare."""
+    """Interrupt a run at one random point, resume it until it is finished, and compare it with `expected`."""
     shutil.rmtree(run, ignore_errors=True)
     where, kind = draw.choice(list(counts)), draw.choice(KINDS)
     entry: dict[str, Any] = {"case": case, "where": where, "kind": kind, "of": counts[where]}
@@ -189,37 +226,38 @@ def strike(
         injectors.append(Injector("anywhere", draw.randint(1, counts["anywhere"]), draw.choice(KINDS)))
 
     def command() -> list[str]:
-        there = (run / "recipe.toml").is_file()
-        return ["train", "--resume", "--run", str(run)] if there else ["train", str(file), "--out", str(run)]
+        exists = (run / "recipe.toml").is_file()
+        return ["train", "--resume", "--run", str(run)] if exists else ["train", str(file), "--out", str(run)]
 
-    statuses = [child(command(), said, injector) for injector in injectors]
+    statuses = [run_child(command(), output, injector) for injector in injectors]
     entry["status"] = statuses[0]
-    entry["survived"] = child(command(), said) == 0
+    entry["survived"] = run_child(command(), output) == 0
     entry["identical"], entry["differs"] = False, []
     if entry["survived"]:
-        now = left(run)
-        entry["differs"] = [name for name in expected if now[name] != expected[name]]
+        results = read_results(run)
+        entry["differs"] = [name for name in expected if results[name] != expected[name]]
         entry["identical"] = not entry["differs"]
         if "log" in entry["differs"]:
-            pairs = zip(now["log"], expected["log"], strict=False)
-            entry["lines"] = [len(now["log"]), len(expected["log"]), next((p for p in pairs if p[0] != p[1]), None)]
+            pairs = zip(results["log"], expected["log"], strict=False)
+            first = next((pair for pair in pairs if pair[0] != pair[1]), None)
+            entry["lines"] = [len(results["log"]), len(expected["log"]), first]
     else:
-        entry["said"] = said.read_text()[-2000:]
+        entry["output"] = output.read_text()[-2000:]
     return entry
 
 
-def table(found: list[dict[str, Any]]) -> Iterator[str]:
-    """A line a case and kind: points tried, survived, bit-identical."""
-    yield f"{'case':12} {'struck by':10} {'points':>6} {'survived':>8} {'identical':>9}"
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
+    """One line per case and kind: points tried, survived, bit-identical."""
+    yield f"{'case':12} {'kind':10} {'points':>6} {'survived':>8} {'identical':>9}"
     keys = [(case, kind) for case in CASES for kind in KINDS]
     for key in [*keys, None]:
-        some = [entry for entry in found if key in (None, (entry["case"], entry["kind"]))]
+        entries = [entry for entry in results if key in (None, (entry["case"], entry["kind"]))]
         name = key or ("all", "")
         counts = Counter()
-        for entry in some:
+        for entry in entries:
             counts.update(survived=entry["survived"], identical=entry["identical"])
-        if some:
-            yield f"{name[0]:12} {name[1]:10} {len(some):6} {counts['survived']:8} {counts['identical']:9}"
+        if entries:
+            yield f"{name[0]:12} {name[1]:10} {len(entries):6} {counts['survived']:8} {counts['identical']:9}"
 
 
 if __name__ == "__main__":
@@ -228,9 +266,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        os.chdir(place)
-        results = campaign(options.points, options.seed, Path(place), lambda line: print(line, file=sys.stderr))
-    print("\n".join(table(results)))
+    with tempfile.TemporaryDirectory() as temporary:
+        os.chdir(temporary)
+        entries = campaign(options.points, options.seed, Path(temporary), lambda line: print(line, file=sys.stderr))
+    print("\n".join(table(entries)))
     print(f"seed {options.seed}, {(time.monotonic() - start) / 60:.0f} minutes")
-    sys.exit(any(not entry["identical"] for entry in results))
+    sys.exit(any(not entry["identical"] for entry in entries))

@@ -1,4 +1,4 @@
-"""The short form of the campaign; `python tests/faults/campaign.py --points 200` is the long one."""
+"""A short run of the campaign; `python tests/faults/campaign.py --points 200` is a long one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CAMPAIGN = Path(__file__).with_name("campaign.py")
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="the campaign forks")
-def test_a_training_that_is_struck_anywhere_ends_bit_identical() -> None:
-    words = [sys.executable, str(CAMPAIGN), "--points", "6", "--seed", "3"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    found = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-    assert len(found) == 6, done.stderr
-    assert [entry for entry in found if not entry["identical"]] == []
+def test_a_run_interrupted_anywhere_ends_bit_identical() -> None:
+    command = [sys.executable, str(CAMPAIGN), "--points", "6", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    results = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert len(results) == 6, done.stderr
+    assert [entry for entry in results if not entry["identical"]] == []
     assert done.returncode == 0, done.stdout

@@ -1,11 +1,11 @@
-"""Feed broken files to everything that reads files: each must be read, or refused with one clear error.
+"""Feed broken files to every reader of files: each file must be read, or refused with one clear error.
 
     python tests/hostile/fuzz.py --inputs 100000 --seed 0
 
-An input is a valid file, changed at random (bits flipped, spans cut, doubled, spliced, extreme numbers put in),
-a pure function of the seed and its number. What is counted: files that were read, files that were refused with a
-`RacnnError`, and everything else, which must be nothing: another exception, a crash of the process, more than
-`LIMIT` seconds, more than `MEMORY` bytes.
+An input is a valid file with random changes: flipped bits, deleted, repeated or spliced spans, extreme numbers. It is
+a pure function of the seed and the input's number. The table counts files that were read, files that were refused
+with a `RacnnError`, and errors. An error is any other exception, a crash of the process, more than `LIMIT` seconds, or
+more than `MEMORY` bytes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from racnn_cli.errors import RacnnError
 from racnn_cli.results.report import write_report
 from racnn_cli.run import Run
 
-LIMIT = 10  # seconds an input
-MEMORY = 6 * 2**30  # bytes of address space, most of which torch has taken before the first input
-CHUNK = 2000  # inputs a process
-MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a page is fsynced each time
+LIMIT = 10  # seconds per input
+MEMORY = 6 * 2**30  # bytes of address space; torch takes most of it before the first input
+CHUNK = 2000  # inputs per process
+MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # every report is written with fsync
 
 NUMBERS = [
     "0",
@@ -114,7 +114,7 @@ def csv_seeds() -> list[bytes]:
 
 def image_seeds() -> list[bytes]:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    found = []
+    files = []
     for kind, mode in [("PNG", m) for m in ("RGB", "RGBA", "P", "L", "1", "I;16")] + [
         (k, "RGB") for k in ("JPEG", "WEBP", "BMP", "TIFF")
     ]:
@@ -124,26 +124,27 @@ def image_seeds() -> list[bytes]:
         exif[0x0112] = 6
         file = io.BytesIO()
         image.save(file, kind, **({"exif": exif} if mode == "RGB" and kind != "BMP" else {}))
-        found.append(file.getvalue())
-    return found
+        files.append(file.getvalue())
+    return files
 
 
 NAMES = ["red", "green", "blue"]
-SEEN = {"top1": 0.5, "nll": 1.25}
+SCALE_FIGURES = {"top1": 0.5, "nll": 1.25}
+VALIDATION = {"scales": [SCALE_FIGURES, SCALE_FIGURES], "average": SCALE_FIGURES, "fused": SCALE_FIGURES}
 EVENTS = [
     {"event": "epoch", "stage": "alternate", "phase": phase, "round": 1, "epoch": number, "seconds": 1.5}
-    | {"train_loss": {"rank 1-2": 0.25}, "val": {"scales": [SEEN, SEEN], "average": SEEN, "fused": SEEN}}
+    | {"train_loss": {"rank 1-2": 0.25}, "val": VALIDATION}
     | {"lr": 1e-3, "views": number, "images_per_second": 9.5}
     for number, phase in enumerate(("CNN phase", "APN phase", "fusion head"), start=1)
 ]
 EVENTS.append({"event": "warning", "stage": "alternate", "round": 1, "kind": "bound", "text": "boxes sit at it"})
-FIGURES = SEEN | {"top5": 1.0, "ece": 0.125}
-SIDE = {"side_mean": 0.5, "side_min": 0.25, "side_max": 0.75, "at_floor": 0.0, "at_ceiling": 0.0}
+FIGURES = SCALE_FIGURES | {"top5": 1.0, "ece": 0.125}
+BOX_FIGURES = {"side_mean": 0.5, "side_min": 0.25, "side_max": 0.75, "at_floor": 0.0, "at_ceiling": 0.0}
 RESULT = {
     **{"split": "test", "data": "birds", "images": 6, "classes": 3, "interval": [0.25, 0.75], "baseline": None},
     **{"scales": [FIGURES, FIGURES], "average": FIGURES, "fused": FIGURES, "seconds": 1.0, "images_per_second": 8.0},
     "per_class": {name: {"top1": 0.5, "n": 2} for name in NAMES},
-    "boxes": [SIDE | {"iou_mean": 0.5, "hit_rate": 1.0, "coverage_mean": 0.75}],
+    "boxes": [BOX_FIGURES | {"iou_mean": 0.5, "hit_rate": 1.0, "coverage_mean": 0.75}],
     "confusion": [[0, 0, 1], [0, 1, 1], [1, 1, 2], [2, 2, 2]],
 }
 
@@ -163,17 +164,17 @@ def read_recipe(file: Path) -> None:
 
 
 def read_run(file: Path) -> None:
-    """The same bytes as each of a run folder's text files, and the page that is made of them."""
+    """Use the same bytes as each text file of a run folder in turn, and write the report."""
     run = Run(file.parent / "run")
     if not run.state.is_dir():
         run.state.mkdir(parents=True)
         run.recipe_file.write_text(recipes.dump(recipes.load("tiny", (), {"data.path": "nowhere"})))
     content = file.read_bytes()
-    good = {run.classes_file: json_seeds()[0], run.log: json_seeds()[1], run.eval: json_seeds()[2]}
+    valid = {run.classes_file: json_seeds()[0], run.log: json_seeds()[1], run.eval: json_seeds()[2]}
     refused: list[RacnnError] = []
-    for changed_file in (*good, run.data):
-        for path, whole in good.items():
-            path.write_bytes(content if path == changed_file else whole)
+    for changed_file in (*valid, run.data):
+        for path, valid_content in valid.items():
+            path.write_bytes(content if path == changed_file else valid_content)
         run.data.write_bytes(content if changed_file == run.data else b"0" * 64)
         try:
             run.classes()
@@ -181,7 +182,7 @@ def read_run(file: Path) -> None:
             write_report(run)
         except RacnnError as error:
             refused.append(error)
-    if len(refused) > 2:  # as the data's fingerprint always, and classes.json or eval.json but not both
+    if len(refused) > 2:  # always the fingerprint, and for valid content at most one of classes.json and eval.json
         raise refused[0]
 
 
@@ -194,50 +195,50 @@ TARGETS: dict[str, tuple[str, Callable[[], list[bytes]], Callable[[Path], object
 }
 
 
-def changed(draw: random.Random, seeds: list[bytes]) -> bytes:
-    """A valid file with a few changes."""
+def mutate(draw: random.Random, seeds: list[bytes]) -> bytes:
+    """Make a few random changes to one of the valid files."""
     content = bytearray(draw.choice(seeds))
     for _ in range(draw.choice((1, 1, 2, 3, 5, 8))):
         at = draw.randrange(len(content) + 1)
         span = min(draw.choice((1, 2, 4, 8, 64, 1024)), len(content) - at)
-        way = draw.randrange(8)
-        if way == 0 and at < len(content):
+        kind = draw.randrange(8)
+        if kind == 0 and at < len(content):
             content[at] ^= 1 << draw.randrange(8)
-        elif way == 1 and at < len(content):
+        elif kind == 1 and at < len(content):
             content[at] = draw.choice((0, 1, 127, 128, 255))
-        elif way == 2:
+        elif kind == 2:
             del content[at : at + span]
-        elif way == 3:
+        elif kind == 3:
             content[at:at] = content[at : at + span] * draw.choice((1, 2, 50))
-        elif way == 4:
+        elif kind == 4:
             content[at:at] = draw.choice(WORDS).encode()
-        elif way == 5:
+        elif kind == 5:
             del content[at:]
-        elif way == 6:
-            other = draw.choice(seeds)
-            cut = draw.randrange(len(other) + 1)
-            content[at:] = other[cut:]
+        elif kind == 6:
+            donor = draw.choice(seeds)
+            cut = draw.randrange(len(donor) + 1)
+            content[at:] = donor[cut:]
         else:
             number = draw.choice((0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1))
             content[at : at + 4] = number.to_bytes(4, draw.choice(("little", "big")))
     return bytes(content)
 
 
-class Hang(BaseException):
-    """An input took too long."""
+class InputTimeout(BaseException):
+    """An input took longer than `LIMIT` seconds."""
 
 
-def one(read: Callable[[Path], object], file: Path, content: bytes) -> str:
-    """`read`, `refused`, or what happened in their place."""
+def try_input(read: Callable[[Path], object], file: Path, content: bytes) -> str:
+    """Write the file and read it; returns `read`, `refused`, or a description of the error."""
     file.write_bytes(content)
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
         read(file)
     except RacnnError as error:
-        whole = str(error)
-        hidden = not whole.replace("\n", "").isprintable() and "\x1b" in whole
-        return "an escape sequence in a message" if hidden else "refused"
-    except Hang:
+        message = str(error)
+        has_escape = not message.replace("\n", "").isprintable() and "\x1b" in message
+        return "an escape sequence in a message" if has_escape else "refused"
+    except InputTimeout:
         return f"more than {LIMIT} s"
     except BaseException:
         return traceback.format_exc()[-1500:]
@@ -247,60 +248,66 @@ def one(read: Callable[[Path], object], file: Path, content: bytes) -> str:
 
 
 def fuzz(name: str, inputs: int, seed: int, folder: Path) -> dict[str, int | list[str]]:
-    """So many inputs for one reader, in processes of their own.
+    """Try n inputs on one reader, in child processes.
+
+    Args:
+        name: key of `TARGETS`.
+        inputs: how many.
+        seed: of the changes.
+        folder: for the input files.
 
     Returns:
-        `inputs`, `read`, `refused`, and `errors`: what else happened, with the number of the input.
+        the counts `inputs`, `read` and `refused`, and `errors`: a description of each, with the input's number.
     """
-    title, make, read = TARGETS[name]
-    seeds, counts, errors = make(), {"read": 0, "refused": 0}, []
+    file_name, make_seeds, read = TARGETS[name]
+    seeds, counts, errors = make_seeds(), {"read": 0, "refused": 0}, []
     for start in range(0, inputs, CHUNK):
-        told, at = folder / "told.json", folder / "at"
+        results_file, number_file = folder / "results.json", folder / "number"
         pid = os.fork()
         if not pid:
             code = 1
             try:
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-                watch()
+                handle_timeouts()
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-                answers = {"read": 0, "refused": 0, "errors": []}
+                results = {"read": 0, "refused": 0, "errors": []}
                 for number in range(start, min(start + CHUNK, inputs)):
-                    at.write_text(str(number))
-                    content = changed(random.Random(f"{name} {seed} {number}"), seeds)
-                    answer = one(read, folder / title, content)
-                    if answer in answers:
-                        answers[answer] += 1
+                    number_file.write_text(str(number))
+                    content = mutate(random.Random(f"{name} {seed} {number}"), seeds)
+                    outcome = try_input(read, folder / file_name, content)
+                    if outcome in results:
+                        results[outcome] += 1
                     else:
-                        answers["errors"].append(f"{name} {number}: {answer}")
-                told.write_text(json.dumps(answers))
+                        results["errors"].append(f"{name} {number}: {outcome}")
+                results_file.write_text(json.dumps(results))
                 code = 0
             finally:
                 os._exit(code)
         status = os.waitpid(pid, 0)[1]
         if status:
-            errors.append(f"{name} {at.read_text()}: the process died, status {status}")
+            errors.append(f"{name} {number_file.read_text()}: the process died, status {status}")
             continue
-        answers = json.loads(told.read_text())
-        errors += answers.pop("errors")
-        counts = {key: counts[key] + answers[key] for key in counts}
+        results = json.loads(results_file.read_text())
+        errors += results.pop("errors")
+        counts = {key: counts[key] + results[key] for key in counts}
     return {"inputs": inputs, **counts, "errors": errors}
 
 
-def _hang(number: int, frame: FrameType | None) -> None:
-    raise Hang
+def _raise_timeout(number: int, frame: FrameType | None) -> None:
+    raise InputTimeout
 
 
-def watch() -> None:
-    """Let an input that takes too long end as a `Hang`."""
-    signal.signal(signal.SIGALRM, _hang)
+def handle_timeouts() -> None:
+    """Raise `InputTimeout` when the timer of `try_input` expires."""
+    signal.signal(signal.SIGALRM, _raise_timeout)
 
 
 HEADER = f"{'':12} {'inputs':>8} {'read':>8} {'refused':>8} {'errors':>7} {'seconds':>8}"
 
 
-def line(name: str, found: Mapping[str, Any], seconds: float) -> str:
-    """A reader's row of the table."""
-    counts = f"{found['inputs']:8} {found['read']:8} {found['refused']:8} {len(found['errors']):7}"
+def table_row(name: str, results: Mapping[str, Any], seconds: float) -> str:
+    """One row of the table, for one reader."""
+    counts = f"{results['inputs']:8} {results['read']:8} {results['refused']:8} {len(results['errors']):7}"
     return f"{name:12} {counts} {seconds:8.0f}"
 
 
@@ -311,12 +318,12 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=list(TARGETS), action="append")
     options = parser.parse_args()
     print(HEADER)
-    wrong = []
-    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as place:
+    problems = []
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as temporary:
         for target in options.only or TARGETS:
-            began = time.monotonic()
-            result = fuzz(target, options.inputs, options.seed, Path(place))
-            wrong += result["errors"]
-            print(line(target, result, time.monotonic() - began), flush=True)
-    print("\n".join(wrong[:20]), file=sys.stderr)
-    sys.exit(bool(wrong))
+            start_time = time.monotonic()
+            target_results = fuzz(target, options.inputs, options.seed, Path(temporary))
+            problems += target_results["errors"]
+            print(table_row(target, target_results, time.monotonic() - start_time), flush=True)
+    print("\n".join(problems[:20]), file=sys.stderr)
+    sys.exit(bool(problems))

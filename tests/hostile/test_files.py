@@ -1,4 +1,4 @@
-"""FileSource that mean harm: each is refused or passed over with one clear sentence, and does nothing."""
+"""Malicious files: each is refused or skipped with one clear message, and does no harm."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from safetensors.torch import load_file
 from untrained import make_run, write_data
 
 from racnn_cli import api
-from racnn_cli.errors import RacnnError
+from racnn_cli.core import store
+from racnn_cli.errors import ExportError, RunError
 from racnn_cli.export.loading import load
 from racnn_cli.run import Run
-from racnn_cli.training import checkpoint
+from racnn_cli.training import checkpoint, stages
 from racnn_cli.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "<script>alert(1)<\\script> [bold red]"
-WICKED = "x\n\x1b[2J[red]\u202egnp.png"  # clears the screen, breaks the line, turns the text around
+MALICIOUS_NAME = "x\n\x1b[2J[red]\u202egnp.png"  # clears the screen, breaks the line, reverses the text
 
 
 @pytest.fixture
-def said(racnn) -> Callable[..., tuple[int, str]]:
-    """Exit code of a command, and all that it printed."""
+def command(racnn) -> Callable[..., tuple[int, str]]:
+    """A function that runs a command and returns its exit code and everything that it printed."""
 
-    def call(*words: object) -> tuple[int, str]:
-        code, out, err = racnn(*words)
+    def call(*arguments: object) -> tuple[int, str]:
+        code, out, err = racnn(*arguments)
         assert "Traceback" not in out + err
         return code, out + err
 
@@ -48,34 +49,34 @@ def said(racnn) -> Callable[..., tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    place = tmp_path_factory.mktemp("hostile")
-    return make_run(place / "run", write_data(place / "data", count=2), scales=2)
+    folder = tmp_path_factory.mktemp("hostile")
+    return make_run(folder / "run", write_data(folder / "data", count=2), scales=2)
 
 
 # ---- pickles
 
 
-class Shell:
+class Payload:
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
         return os.mkdir, ("harm",)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_pickle_runs_nothing(here: Path, said) -> None:
+def test_a_pickle_executes_no_code(here: Path, command) -> None:
     write_recipe(here / "mine.toml", write_blobs(here / "data"))
-    torch.save({"state_dict": {"a": torch.ones(1)}, "more": Shell()}, here / "zipped.pth")
-    (here / "plain.pt").write_bytes(pickle.dumps(Shell()))
+    torch.save({"state_dict": {"a": torch.ones(1)}, "more": Payload()}, here / "zipped.pth")
+    (here / "plain.pt").write_bytes(pickle.dumps(Payload()))
     (here / "bare.bin").write_bytes(b"\x80\x02}.")
     for name in ("zipped.pth", "plain.pt", "bare.bin"):
-        code, text = said("train", "mine.toml", "--weights", name, "--out", "mine")
+        code, text = command("train", "mine.toml", "--weights", name, "--out", "mine")
         assert code == 2, text
         assert text.startswith(f"error: weights '{name}'"), text
     assert not (here / "harm").exists()
     assert not (here / "mine").exists()
 
 
-def test_a_zip_bomb_of_weights_is_refused(here: Path, said) -> None:
-    """A .pth is a zip file; its members are stored as they are, and what says otherwise is refused."""
+def test_weights_in_a_zip_bomb_are_refused(here: Path, command) -> None:
+    """A .pth file is a zip file whose members are stored; a file with compressed members is refused."""
     torch.save({"a": torch.zeros(4)}, here / "good.pth")
     with (
         zipfile.ZipFile(here / "good.pth") as good,
@@ -85,7 +86,7 @@ def test_a_zip_bomb_of_weights_is_refused(here: Path, said) -> None:
             bomb.writestr(member, bytes(2**28) if member.endswith("data/0") else good.read(member))
     assert (here / "bomb.pth").stat().st_size < 2**20
     write_recipe(here / "mine.toml", write_blobs(here / "data"))
-    code, text = said("train", "mine.toml", "--weights", "bomb.pth", "--out", "mine")
+    code, text = command("train", "mine.toml", "--weights", "bomb.pth", "--out", "mine")
     assert code == 2, text
     assert text.startswith("error: weights 'bomb.pth'"), text
 
@@ -94,15 +95,15 @@ def test_a_zip_bomb_of_weights_is_refused(here: Path, said) -> None:
 
 
 @pytest.fixture
-def odd(here: Path) -> Path:
-    """A folder of files that call themselves images."""
+def odd_images(here: Path) -> Path:
+    """A folder of unusual images, and of other files that are named like images."""
     folder = here / "odd"
     folder.mkdir()
     Image.new("RGB", (100_000, 1), "red").save(folder / "long.png")
     Image.new("RGB", (1, 60_000), "red").save(folder / "tall.jpg")
     Image.new("1", (20_000, 9_500)).save(folder / "bomb.png")
-    Image.new("RGB", (30, 20), "blue").save(folder / WICKED)
-    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:  # from a time before UTF-8
+    Image.new("RGB", (30, 20), "blue").save(folder / MALICIOUS_NAME)
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:  # a name in Latin-1, not UTF-8
         Image.new("RGB", (20, 30), "blue").save(file, "PNG")
     (folder / "page.jpg").write_text("<!DOCTYPE html><html><body>404</body></html>")
     (folder / "zero.jpg").symlink_to("/dev/zero")
@@ -124,60 +125,60 @@ REFUSED = {
 }
 
 
-def test_odd_images_are_rows_of_a_prediction(run: Run, odd: Path, said) -> None:
-    names = [str(odd / name) for name in sorted(os.listdir(odd))]
-    code, text = said("predict", *names, "--run", run.folder, "--format", "jsonl", "--save", "drawn")
+def test_odd_images_are_rows_of_a_prediction(run: Run, odd_images: Path, command) -> None:
+    names = [str(odd_images / name) for name in sorted(os.listdir(odd_images))]
+    code, text = command("predict", *names, "--run", run.folder, "--format", "jsonl", "--save", "drawn")
     rows = {Path(row["path"]).name: row for row in map(json.loads, text.splitlines()[: len(names)])}
     assert code == 1
     for name, reason in REFUSED.items():
         assert reason in rows[name]["error"], name
-    good = {name for name, row in rows.items() if not row["error"]}
-    assert good == {"long.png", "tall.jpg", WICKED, os.fsdecode(b"caf\xe9.png")}
+    readable = {name for name, row in rows.items() if not row["error"]}
+    assert readable == {"long.png", "tall.jpg", MALICIOUS_NAME, os.fsdecode(b"caf\xe9.png")}
     assert len(os.listdir("drawn")) == 4
     for name, (width, height) in {"long.png": (100_000, 1), "tall.jpg": (1, 60_000)}.items():
         (x0, y0, x1, y1), *_ = rows[name]["boxes"]
         assert 0 <= x0 < x1 <= width, name
         assert 0 <= y0 < y1 <= height, name
     for style in ("table", "csv"):
-        _, text = said("predict", *names, "--run", run.folder, "--format", style)
-        assert ("\x1b" in text) == (style == "csv")  # a name in a CSV file must stay what it is
+        _, text = command("predict", *names, "--run", run.folder, "--format", style)
+        assert ("\x1b" in text) == (style == "csv")  # a name in a CSV file must not be changed
 
 
-def test_csv_on_a_terminal_does_nothing_to_it(run: Run, odd: Path) -> None:
+def test_csv_on_a_terminal_has_no_escape_sequences(run: Run, odd_images: Path) -> None:
     pty = pytest.importorskip("pty")
     reader, writer = pty.openpty()
-    words = [sys.executable, "-m", "racnn_cli", "predict", str(odd / WICKED), "--run", str(run.folder)]
-    subprocess.run([*words, "--format", "csv"], stdout=writer, stderr=subprocess.PIPE, check=True)
+    program = [sys.executable, "-m", "racnn_cli", "predict", str(odd_images / MALICIOUS_NAME), "--run", str(run.folder)]
+    subprocess.run([*program, "--format", "csv"], stdout=writer, stderr=subprocess.PIPE, check=True)
     os.close(writer)
     text = os.read(reader, 10_000)
     assert b"[2J[red]" in text
     assert b"\x1b" not in text
 
 
-def test_odd_images_among_the_training_data_are_named_at_once(odd: Path, here: Path, said) -> None:
+def test_odd_images_in_the_training_data_are_all_named(odd_images: Path, here: Path, command) -> None:
     data = write_blobs(here / "data")
-    for path in odd.iterdir():
+    for path in odd_images.iterdir():
         path.rename(data / "train" / "red" / path.name)
     write_recipe(here / "mine.toml", data)
-    code, text = said("train", "mine.toml", "--out", "mine")
+    code, text = command("train", "mine.toml", "--out", "mine")
     assert code == 2
     assert f"{len(REFUSED)} error(s)" in text
     assert all(name in text and reason in text for name, reason in REFUSED.items())
     assert not (here / "mine").exists()
-    code, text = said("train", "mine.toml", "--out", "mine", "--skip-bad")
+    code, text = command("train", "mine.toml", "--out", "mine", "--skip-bad")
     assert code == 0, text
     assert "\x1b" not in text
     assert "\u202e" not in text
 
 
-def test_names_are_text_and_nothing_else(here: Path, said) -> None:
+def test_names_are_shown_as_text_only(here: Path, command) -> None:
     data = write_blobs(here / "data")
     for split in ("train", "val", "test"):
         (data / split / "red").rename(data / split / SCRIPT)
-        (data / split / "blue" / "00.png").rename(data / split / "blue" / WICKED)
+        (data / split / "blue" / "00.png").rename(data / split / "blue" / MALICIOUS_NAME)
     write_recipe(here / "mine.toml", data)
-    for words in (["train", "mine.toml", "--out", "mine"], ["eval"], ["report"], ["predict", "data"]):
-        code, text = said(*words)
+    for arguments in (["train", "mine.toml", "--out", "mine"], ["eval"], ["report"], ["predict", "data"]):
+        code, text = command(*arguments)
         assert code == 0, text
         assert "\x1b" not in text
         assert "\u202e" not in text
@@ -186,11 +187,11 @@ def test_names_are_text_and_nothing_else(here: Path, said) -> None:
     assert "&lt;script&gt;alert" in page
 
 
-def test_a_class_name_that_moves_the_cursor_is_refused(here: Path, said) -> None:
+def test_a_class_name_with_control_characters_is_refused(here: Path, command) -> None:
     data = write_blobs(here / "data")
     (data / "train" / "red").rename(data / "train" / "r\x1b[2Jed")
     write_recipe(here / "mine.toml", data)
-    code, text = said("train", "mine.toml", "--out", "mine")
+    code, text = command("train", "mine.toml", "--out", "mine")
     assert code == 2
     assert r"'r\x1b[2Jed' contains control characters" in text
 
@@ -199,7 +200,7 @@ def test_a_class_name_that_moves_the_cursor_is_refused(here: Path, said) -> None
     ("content", "reason"),
     [
         (b"path,label\na\0b.png,red\n", "is not a file name"),
-        (b"path,label\n\0\0\0\n", "has not 2 cells"),
+        (b"path,label\n\0\0\0\n", "does not have 2 cells"),
         (b"\0path,label\nx.png,red\n", "has no column path"),
         (b"path,label\nx.png,r\0d\n", "control characters"),
         (b"path,label\n/dev/zero,red\n/dev/stdin,blue\n", "is not a regular file"),
@@ -207,10 +208,10 @@ def test_a_class_name_that_moves_the_cursor_is_refused(here: Path, said) -> None
         (b"path,label\nx.png," + b"r" * 10**6 + b"\n", "field larger than field limit"),
     ],
 )
-def test_a_hostile_csv(here: Path, content: bytes, reason: str, said) -> None:
+def test_a_malicious_csv_file(here: Path, content: bytes, reason: str, command) -> None:
     Image.new("RGB", (4, 4)).save(here / "x.png")
     (here / "mine.csv").write_bytes(content)
-    code, text = said("train", "tiny", "--data", "mine.csv", "--out", "mine")
+    code, text = command("train", "tiny", "--data", "mine.csv", "--out", "mine")
     assert code == 2
     assert reason in text
     assert not (here / "mine").exists()
@@ -236,27 +237,27 @@ def test_a_hostile_csv(here: Path, content: bytes, reason: str, said) -> None:
         "name = '\\u001b[2J'",
     ],
 )
-def test_a_hostile_recipe(here: Path, line: str, said) -> None:
+def test_a_malicious_recipe(here: Path, line: str, command) -> None:
     file = write_recipe(here / "mine.toml", write_blobs(here / "data"))
     key = line.partition(" =")[0]
-    code, text = said("train", file, "--set", line.replace(" = ", "="), "--out", "mine")
+    code, text = command("train", file, "--set", line.replace(" = ", "="), "--out", "mine")
     assert code == 2, text
     assert key in text
     assert "\x1b" not in text
     assert not (here / "mine").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits its address space")
-def test_a_network_that_no_memory_holds(here: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the test limits the address space")
+def test_a_network_that_does_not_fit_in_memory(here: Path) -> None:
     import resource
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
 
-    words = ["train", "tiny", "--out", "mine", "--set", "model.apn_hidden=65536"]
-    words += ["--scales", "2", "--set", "model.sizes=[4096,4096]"]
+    arguments = ["train", "tiny", "--out", "mine", "--set", "model.apn_hidden=65536"]
+    arguments += ["--scales", "2", "--set", "model.sizes=[4096,4096]"]
     done = subprocess.run(
-        [sys.executable, "-m", "racnn_cli", *words],
+        [sys.executable, "-m", "racnn_cli", *arguments],
         preexec_fn=limit,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -269,24 +270,24 @@ def test_a_network_that_no_memory_holds(here: Path) -> None:
     assert not (here / "mine").exists()
 
 
-# ---- what the system refuses
+# ---- limits of the system
 
 
-def test_names_that_are_too_long_are_said_to_be(here: Path, said) -> None:
+def test_names_that_are_too_long_are_in_the_message(here: Path, command) -> None:
     name = "x" * 300
-    for words in (["predict", name], ["eval", "--run", name], ["train", name], ["train", "own", "--data", name]):
-        code, text = said(*words)
+    for arguments in (["predict", name], ["eval", "--run", name], ["train", name], ["train", "own", "--data", name]):
+        code, text = command(*arguments)
         assert code
         assert name[:50] in text
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
-def test_output_that_goes_nowhere(run: Run, here: Path) -> None:
-    command = f"{sys.executable} -m racnn_cli predict {run.folder} {run.folder.parent / 'data'}"
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_cannot_be_written(run: Run, here: Path) -> None:
+    program = f"{sys.executable} -m racnn_cli predict {run.folder} {run.folder.parent / 'data'}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for place, code in ((">/dev/full", 1), (">&-", 0), ("| true", 0)):
+    for redirection, code in ((">/dev/full", 1), (">&-", 0), ("| true", 0)):
         done = subprocess.run(
-            f"{command} {place}", shell=True, env=environment, capture_output=True, text=True, check=False
+            f"{program} {redirection}", shell=True, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
@@ -294,76 +295,77 @@ def test_output_that_goes_nowhere(run: Run, here: Path) -> None:
         assert ("No space left" in done.stderr) == (code == 1)
 
 
-# ---- run folders that somebody else packed
+# ---- run folders from somebody else
 
 
 @pytest.fixture
-def mine(here: Path) -> Run:
-    trainer = Trainer.start(tiny(write_blobs(here / "data")), here / "mine", quiet=True)
-    trainer.run_stage("pretrain-cnn")
+def trained_run(here: Path) -> Run:
+    """A run whose first stage is finished."""
+    trainer = Trainer.start(tiny(write_blobs(here / "data")), out=here / "mine", quiet=True)
+    stages.run_stage(trainer, "pretrain-cnn")
     trainer.close()
     return Run(here / "mine")
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "state", "state/lock"])
-def test_a_link_in_a_run_folder_is_not_written_through(mine: Run, here: Path, name: str, said) -> None:
-    path = mine.folder / name
-    assert said("predict", here / "data", "--run", mine.folder)[0] == 0  # to read from it is no harm
-    path.rename(here / "own")
-    path.symlink_to(here / "own")
+def test_a_link_in_a_run_folder_is_not_written_through(trained_run: Run, here: Path, name: str, command) -> None:
+    path = trained_run.folder / name
+    assert command("predict", here / "data", "--run", trained_run.folder)[0] == 0  # reading from it is allowed
+    path.rename(here / "target")
+    path.symlink_to(here / "target")
     (here / ".secret").write_text("mine")
-    before = sorted(p.stat().st_mtime_ns for p in (here / "own", here / ".secret"))
-    for words in (["train", "--resume"], ["alternate"], ["pretrain-apn"]):
-        code, text = said(*words, "--run", mine.folder)
+    before = sorted(p.stat().st_mtime_ns for p in (here / "target", here / ".secret"))
+    for arguments in (["train", "--resume"], ["alternate"], ["pretrain-apn"]):
+        code, text = command(*arguments, "--run", trained_run.folder)
         assert code == 2
         assert f"{path} is a link" in text
-    assert sorted(p.stat().st_mtime_ns for p in (here / "own", here / ".secret")) == before
+    assert sorted(p.stat().st_mtime_ns for p in (here / "target", here / ".secret")) == before
 
 
 @pytest.mark.parametrize("name", ["baseline", "baseline/log.jsonl", "baseline/state"])
-def test_nor_is_one_of_its_baseline(here: Path, name: str, said) -> None:
+def test_a_link_in_the_folder_of_a_baseline_is_not_written_through(here: Path, name: str, command) -> None:
     data = write_blobs(here / "data")
     api.train(tiny(data, baseline=True, alternate__rounds=1), out=here / "mine", quiet=True)
     path = here / "mine" / name
-    path.rename(here / "own")
-    path.symlink_to(here / "own")
-    before = (here / "own").stat().st_mtime_ns
+    path.rename(here / "target")
+    path.symlink_to(here / "target")
+    before = (here / "target").stat().st_mtime_ns
     (here / "mine" / "eval.json").unlink()
-    code, text = said("train", "--resume", "--run", "mine")
+    code, text = command("train", "--resume", "--run", "mine")
     assert code == 2
     assert f"{Path('mine') / name} is a link" in text
-    assert (here / "own").stat().st_mtime_ns == before
+    assert (here / "target").stat().st_mtime_ns == before
 
 
-def test_a_run_folder_may_itself_be_a_link(mine: Run, here: Path) -> None:
-    (here / "short").symlink_to(mine.folder)
+def test_a_run_folder_may_itself_be_a_link(trained_run: Run, here: Path) -> None:
+    (here / "short").symlink_to(trained_run.folder)
     api.resume(Run.open(here / "short"), quiet=True)
-    assert mine.eval.is_file()
+    assert trained_run.eval.is_file()
 
 
 @pytest.mark.parametrize("names", [["\x1b[2J", "b", "c"], ["a\nb", "b", "c"], [], [1, 2, 3], {"a": 1}, None])
-def test_classes_that_are_no_names(run: Run, names: object, tmp_path: Path) -> None:
+def test_classes_that_are_not_names(run: Run, names: object, tmp_path: Path) -> None:
     copy = Run(tmp_path)
     copy.recipe_file.write_text(run.recipe_file.read_text())
     copy.classes_file.write_text(json.dumps(names))
-    with pytest.raises(RacnnError, match="is not a list of class names"):
+    with pytest.raises(RunError, match="is not a list of class names"):
         load(copy)
 
 
 def forge(run: Run, change: Callable[[dict[str, torch.Tensor], dict[str, object]], None]) -> None:
-    """A checkpoint whose checksum is right and whose contents are not."""
-    newest = checkpoint.saved(run)[0]
+    """Write a checkpoint with changed contents and a valid checksum as the only one of the run."""
+    newest, *older = checkpoint.list_checkpoints(run)
     tensors = load_file(newest)
-    position = vars(checkpoint.Progress()).copy()
-    change(tensors, position)
-    for path in checkpoint.saved(run)[1:]:
+    progress = vars(checkpoint.Progress()).copy()
+    change(tensors, progress)
+    for path in older:
         path.unlink()
-    told = json.dumps(position)
-    checkpoint.save_tensors(newest, tensors, {"progress": told, "sha256": checkpoint._checksum(tensors, told)})
+    text = json.dumps(progress)
+    store.save_tensors(newest, tensors, {"progress": text, "sha256": checkpoint._checksum(tensors, text)})
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("key", "value"),
     [
         ("phase", "sleep"),
         ("epoch", -3),
@@ -376,46 +378,46 @@ def forge(run: Run, change: Callable[[dict[str, torch.Tensor], dict[str, object]
         ("logged", -5),
     ],
 )
-def test_a_forged_position(mine: Run, place: str, value: object, said) -> None:
-    def change(tensors: dict[str, torch.Tensor], position: dict[str, object]) -> None:
-        position[place] = value
+def test_forged_progress(trained_run: Run, key: str, value: object, command) -> None:
+    def change(tensors: dict[str, torch.Tensor], progress: dict[str, object]) -> None:
+        progress[key] = value
 
-    forge(mine, change)
-    code, text = said("train", "--resume", "--run", mine.folder)
+    forge(trained_run, change)
+    code, text = command("train", "--resume", "--run", trained_run.folder)
     assert code == 1
     assert "does not say where the run stood" in text
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 1), (1,), ()])
 @pytest.mark.parametrize("name", ["optimizer.x.step", "evil.weight", "optimizer.0.exp_avg", "averaged.none"])
-def test_forged_tensors(mine: Run, name: str, shape: tuple[int, ...], said) -> None:
-    def change(tensors: dict[str, torch.Tensor], position: dict[str, object]) -> None:
+def test_forged_tensors(trained_run: Run, name: str, shape: tuple[int, ...], command) -> None:
+    def change(tensors: dict[str, torch.Tensor], progress: dict[str, object]) -> None:
         tensors[name] = torch.ones(shape)
-        position |= {"stage": "pretrain-cnn", "epoch": 1}
+        progress |= {"stage": "pretrain-cnn", "epoch": 1}
 
-    forge(mine, change)
-    code, text = said("train", "--resume", "--run", mine.folder)
+    forge(trained_run, change)
+    code, text = command("train", "--resume", "--run", trained_run.folder)
     assert code == 1
     assert "no checkpoint of racnn does" in text or "is of other parameters" in text
 
 
-def test_files_without_an_end_are_not_read(run: Run, tmp_path: Path, said) -> None:
-    for name, command in (("classes.json", "eval"), ("eval.json", "report")):
+def test_named_pipes_in_a_run_folder_are_not_read(run: Run, tmp_path: Path, command) -> None:
+    for name, subcommand in (("classes.json", "eval"), ("eval.json", "report")):
         copy = Run(tmp_path / name)
         shutil.copytree(run.folder, copy.folder)
         (copy.folder / name).unlink(missing_ok=True)
         os.mkfifo(copy.folder / name)
-        code, text = said(command, "--run", copy.folder)
+        code, text = command(subcommand, "--run", copy.folder)
         assert code
         assert f"{name} is " in text
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "state/lock", "state"])
-def test_nor_are_they_written_to(mine: Run, name: str, said) -> None:
-    path = mine.folder / name
-    path.rename(mine.folder.parent / "own")
+def test_named_pipes_in_a_run_folder_are_not_written_to(trained_run: Run, name: str, command) -> None:
+    path = trained_run.folder / name
+    path.rename(trained_run.folder.parent / "target")
     os.mkfifo(path)
-    code, text = said("alternate", "--run", mine.folder)
+    code, text = command("alternate", "--run", trained_run.folder)
     assert code == 2
     assert f"{path} is no " in text
 
@@ -431,30 +433,30 @@ def test_nor_are_they_written_to(mine: Run, name: str, said) -> None:
         {"seconds": "long"},
     ],
 )
-def test_a_report_of_a_damaged_log(run: Run, tmp_path: Path, event: dict[str, object], said) -> None:
+def test_a_report_of_a_damaged_log(run: Run, tmp_path: Path, event: dict[str, object], command) -> None:
     copy = Run(tmp_path / "copy")
     shutil.copytree(run.folder, copy.folder)
-    said("eval", "--run", copy.folder)
-    good = {"event": "epoch", "stage": "alternate", "phase": "CNN phase", "round": 1, "epoch": 1, "seconds": 1.0}
-    good |= {"train_loss": {"loss": 1.0}, "val": {"scales": [{"top1": 0.5, "nll": 1.0}]}}
-    copy.log.write_text("".join(json.dumps(entry) + "\n" for entry in (good, good | event)))
-    code, text = said("report", "--run", copy.folder)
+    command("eval", "--run", copy.folder)
+    epoch = {"event": "epoch", "stage": "alternate", "phase": "CNN phase", "round": 1, "epoch": 1, "seconds": 1.0}
+    epoch |= {"train_loss": {"loss": 1.0}, "val": {"scales": [{"top1": 0.5, "nll": 1.0}]}}
+    copy.log.write_text("".join(json.dumps(entry) + "\n" for entry in (epoch, epoch | event)))
+    code, text = command("report", "--run", copy.folder)
     assert code == 0 or "is not UTF-8" in text
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="its file names are bytes")
-def test_a_name_that_is_not_utf8_is_no_hindrance(here: Path, said) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are bytes")
+def test_a_file_name_that_is_not_utf8_works(here: Path, command) -> None:
     data = write_blobs(here / "data")
     for split in ("train", "test"):
-        place = os.fsencode(data / split / "red")
-        os.rename(place + b"/00.png", place + b"/caf\xe9.png")
+        folder = os.fsencode(data / split / "red")
+        os.rename(folder + b"/00.png", folder + b"/caf\xe9.png")
     write_recipe(here / "mine.toml", data, alternate__rounds=1)
-    code, text = said("train", "mine.toml", "--out", "mine")
+    code, text = command("train", "mine.toml", "--out", "mine")
     assert code == 0, text
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
     for style in ("csv", "jsonl", "table"):
-        words = [sys.executable, "-m", "racnn_cli", "predict", "data/test", "--run", "mine", "--format", style]
-        done = subprocess.run(words, env=environment, capture_output=True, check=False)
+        program = [sys.executable, "-m", "racnn_cli", "predict", "data/test", "--run", "mine", "--format", style]
+        done = subprocess.run(program, env=environment, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
         assert rb"caf\udce9.png" in done.stdout
 
@@ -463,7 +465,7 @@ def test_a_name_that_is_not_utf8_is_no_hindrance(here: Path, said) -> None:
 
 
 def write_onnx(file: Path, location: str = "", shape: tuple[int, ...] = (1, 3), **metadata: object) -> Path:
-    """A graph that answers with one stored tensor, which may lie in another file."""
+    """Write a graph whose outputs are one stored tensor, which may be in another file."""
     names = ("probabilities", "scales", "boxes")
     tensor = TensorProto(name="stored", data_type=TensorProto.FLOAT, dims=shape)
     if location:
@@ -472,10 +474,10 @@ def write_onnx(file: Path, location: str = "", shape: tuple[int, ...] = (1, 3), 
             tensor.external_data.add(key=key, value=value)
     else:
         tensor.raw_data = np.zeros(shape, np.float32).tobytes()
-    names_of_nodes = ("Identity", "Identity", "Identity") if shape else ("Evil\x1b[2J", "Identity", "Identity")
+    operators = ("Identity", "Identity", "Identity") if shape else ("Evil\x1b[2J", "Identity", "Identity")
     model = helper.make_model(
         helper.make_graph(
-            [helper.make_node(kind, ["stored"], [name]) for kind, name in zip(names_of_nodes, names, strict=True)],
+            [helper.make_node(operator, ["stored"], [name]) for operator, name in zip(operators, names, strict=True)],
             "graph",
             [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["b", 3, "h", "w"])],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names],
@@ -484,20 +486,20 @@ def write_onnx(file: Path, location: str = "", shape: tuple[int, ...] = (1, 3), 
         opset_imports=[helper.make_opsetid("", 20)],
         ir_version=10,
     )
-    told = {"classes": '["a", "b", "c"]', "source": 64, "sizes": "[64, 64]", "fit": "crop", "layout": "NCHW"}
-    for key, value in (told | metadata).items():
+    valid = {"classes": '["a", "b", "c"]', "source": 64, "sizes": "[64, 64]", "fit": "crop", "layout": "NCHW"}
+    for key, value in (valid | metadata).items():
         model.metadata_props.add(key=key, value=str(value))
     onnx.save(model, file) if not location else file.write_bytes(model.SerializeToString())
     return file
 
 
 @pytest.mark.parametrize("location", ["{}/secret.bin", "../secret.bin", "link.bin", "/dev/zero", "in/../../secret.bin"])
-def test_weights_elsewhere_are_not_read(here: Path, location: str) -> None:
+def test_weights_outside_of_the_file_are_not_read(here: Path, location: str) -> None:
     (here / "secret.bin").write_bytes(np.ones(3, np.float32).tobytes())
-    (here / "got").mkdir()
-    (here / "got" / "link.bin").symlink_to(here / "secret.bin")
-    with pytest.raises(RacnnError, match=r"cannot load .*xternal data"):
-        load(write_onnx(here / "got" / "model.onnx", location.format(here)))
+    (here / "downloads").mkdir()
+    (here / "downloads" / "link.bin").symlink_to(here / "secret.bin")
+    with pytest.raises(ExportError, match=r"cannot load .*xternal data"):
+        load(write_onnx(here / "downloads" / "model.onnx", location.format(here)))
 
 
 @pytest.mark.parametrize(
@@ -514,25 +516,25 @@ def test_weights_elsewhere_are_not_read(here: Path, location: str) -> None:
         {"layout": ""},
     ],
 )
-def test_metadata_that_lie(here: Path, metadata: dict[str, object]) -> None:
+def test_invalid_metadata(here: Path, metadata: dict[str, object]) -> None:
     key = next(iter(metadata))
-    with pytest.raises(RacnnError, match=f"missing or invalid metadata: {key}"):
+    with pytest.raises(ExportError, match=f"missing or invalid metadata: {key}"):
         load(write_onnx(here / "model.onnx", **metadata))
 
 
-def test_a_graph_whose_parts_have_wicked_names(here: Path, said) -> None:
+def test_a_graph_with_malicious_operator_names(here: Path, command) -> None:
     Image.new("RGB", (9, 9)).save(here / "a.png")
-    code, text = said("predict", write_onnx(here / "model.onnx", shape=()), "a.png")
+    code, text = command("predict", write_onnx(here / "model.onnx", shape=()), "a.png")
     assert code == 1
     assert "\x1b" not in text
     assert r"Evil\x1b[2J" in text
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 3), (2, 2, 3), (0,)])
-def test_a_graph_that_answers_something_else(here: Path, shape: tuple[int, ...], said) -> None:
+def test_a_graph_with_outputs_of_another_shape(here: Path, shape: tuple[int, ...], command) -> None:
     Image.new("RGB", (9, 9)).save(here / "a.png")
     file = write_onnx(here / "model.onnx", shape=shape)
-    code, text = said("predict", file, "a.png")
+    code, text = command("predict", file, "a.png")
     assert code == 2
     assert "\x1b" not in text
     assert "is not a network that racnn can use: its" in text

@@ -380,7 +380,8 @@ def test_panel_shows_the_boxes_and_their_views() -> None:
     assert panel.getpixel(first) == (255, 0, 0)  # the center of scale 2's view
     assert panel.getpixel((first[0] + 70, first[1])) == (0, 0, 0)
     assert panel.getpixel((second[0] + 70, second[1])) == (255, 0, 0)  # scale 3 sees only red
-    sheet = draw.sheet(pixels, [], ("a label that is much too long " * 9, 0.5), [("a", 0.5)], "name.jpg")
+    prediction = Prediction("name.jpg", "a label that is much too long " * 9, 0.5, scales=[("a", 0.5)])
+    sheet = draw.sheet(pixels, [], prediction)
     assert sheet.width == 864
 
 

@@ -1,4 +1,4 @@
-"""Warnings about a run's validation figures: each is given once, with what to try."""
+"""Warnings about a run's validation figures: each is printed once, with what to try."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from racnn_cli.training.health import warnings
 
 def validation(*top1: float, **box: float) -> Validation:
     boxes = {"at_floor": 0.0, "at_ceiling": 0.0, "centre_std": 0.1, "side_mean": 0.5, "side_std": 0.05} | box
-    answers = [{"top1": share, "nll": 1.0} for share in top1]
-    return Validation.model_validate({"scales": answers, "boxes": [boxes] * (len(top1) - 1)})
+    scales = [{"top1": value, "nll": 1.0} for value in top1]
+    return Validation.model_validate({"scales": scales, "boxes": [boxes] * (len(top1) - 1)})
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def test_a_warning_about_boxes_names_its_figure_and_a_key(recipe, box, kind, wor
     assert all(word in texts[kind] for word in words), texts[kind]
 
 
-def test_a_less_accurate_finer_scale_is_named_if_significant(recipe) -> None:
+def test_a_significantly_less_accurate_finer_scale_is_named(recipe) -> None:
     assert list(warnings(validation(0.8, 0.6, 0.7), recipe, 200)) == ["worse 1"]
     assert warnings(validation(0.8, 0.76), recipe, 200) == {}  # within two standard errors
     assert list(warnings(validation(0.8, 0.76), recipe, 20_000)) == ["worse 1"]
     assert warnings(validation(1.0, 0.5), recipe, 10) == {}
-    assert warnings(validation(0.8, 0.1), recipe, 200, finer=False) == {}  # it has not been trained yet
+    assert warnings(validation(0.8, 0.1), recipe, 200, finer=False) == {}  # not trained yet
 
 
 def test_a_run_prints_and_logs_a_warning_once(tmp_path, monkeypatch, capfd) -> None:
@@ -57,5 +57,5 @@ def test_a_run_prints_and_logs_a_warning_once(tmp_path, monkeypatch, capfd) -> N
     logged = [event.kind for event in run.read_log() if event.event == "warning"]
     assert {"floor 2", "ceiling 2"} <= set(logged)
     assert len(logged) == len(set(logged))
-    shown = capfd.readouterr().err
-    assert shown.count("warning: 100% of scale 2's boxes have the smallest size allowed (side 0.49)") == 1
+    err = capfd.readouterr().err
+    assert err.count("warning: 100% of scale 2's boxes have the smallest size allowed (side 0.49)") == 1

@@ -1,4 +1,4 @@
-"""Stopping and going on: by Ctrl-C, by a signal, by a loss that is not finite; and nothing is lost."""
+"""Stop and resume: after Ctrl-C, a signal or a loss that is not finite, a run continues and nothing is lost."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from safetensors.torch import load_file
 from racnn_cli import api, evaluation
 from racnn_cli.cli import main
 from racnn_cli.data import images
-from racnn_cli.errors import Interrupted, RacnnError
+from racnn_cli.errors import Interrupted, RecipeError, RunError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 from racnn_cli.training import checkpoint, phases
 from racnn_cli.training.console import Console
 from racnn_cli.training.resume import flatten
 
-# Where a run is stopped: the stage as the loop names it, and how many steps of it in this process are made
-# before. 24 images in batches of 6 are 4 steps an epoch; the fourth is the last of its epoch.
+# Where a run is stopped: the title of a phase, and the number of its steps that this process runs before the signal.
+# 24 images in batches of 6 are 4 steps per epoch; the fourth is the last of its epoch.
 STOPS = [
     ("pretrain-cnn", 2),
     ("pretrain-cnn", 4),
@@ -39,7 +39,7 @@ STOPS = [
 ]
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "averaged": {  # everything that has a state or draws random numbers
+    "averaged": {  # everything that keeps state or draws random numbers
         "train__optimizer": "sgd",
         "train__ema": 0.9,
         "train__accumulate": 2,
@@ -61,112 +61,116 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stop_at(monkeypatch) -> Callable[..., None]:
-    """Raise a signal right after so many steps of a stage, once."""
+    """A function that arranges for a signal after a given number of steps of a phase, once."""
     plan: dict[str, Any] = {}
-    begin, step = Console.begin, Console.step
+    original_begin, original_step = Console.begin, Console.step
 
-    def begun(self: Console, name: str, **rest: Any) -> None:
-        plan["now"], plan["made"] = name, 0
-        begin(self, name, **rest)
+    def begin(self: Console, name: str, **options: Any) -> None:
+        plan["phase"], plan["steps"] = name, 0
+        original_begin(self, name, **options)
 
-    def stepped(self: Console, *rest: Any, **keys: Any) -> None:
-        step(self, *rest, **keys)
-        plan["made"] += 1
-        if (plan["now"], plan["made"]) == plan.get("at"):
+    def step(self: Console, *args: Any, **options: Any) -> None:
+        original_step(self, *args, **options)
+        plan["steps"] += 1
+        if (plan["phase"], plan["steps"]) == plan.get("at"):
             del plan["at"]
             for _ in range(plan["times"]):
                 signal.raise_signal(plan["number"])
 
-    def arm(stage: str, steps: int, number: int = signal.SIGINT, times: int = 1) -> None:
-        plan.update(at=(stage, steps), number=number, times=times)
+    def schedule(phase: str, steps: int, number: int = signal.SIGINT, times: int = 1) -> None:
+        plan.update(at=(phase, steps), number=number, times=times)
 
-    monkeypatch.setattr(Console, "begin", begun)
-    monkeypatch.setattr(Console, "step", stepped)
-    return arm
+    monkeypatch.setattr(Console, "begin", begin)
+    monkeypatch.setattr(Console, "step", step)
+    return schedule
 
 
-def timeless_log(run: Run) -> list[dict[str, Any]]:
+def log_without_times(run: Run) -> list[dict[str, Any]]:
     times = ("seconds", "images_per_second")
     return [{key: value for key, value in event.to_json().items() if key not in times} for event in run.read_log()]
 
 
-def trained(recipe: Recipe, out: Path) -> Run:
+def train(recipe: Recipe, out: Path) -> Run:
     api.train(recipe, out=out, quiet=True)
     return Run.open(out)
 
 
+def differing_tensors(first: Run, second: Run) -> list[str]:
+    """Names of the weights that are not bit-identical."""
+    expected, weights = load_file(first.weights), load_file(second.weights)
+    assert expected.keys() == weights.keys()
+    return [name for name in expected if not torch.equal(expected[name], weights[name])]
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_stopped_in_every_stage_ends_bit_identical(here, data, stop_at, case) -> None:
+def test_a_run_stopped_in_every_stage_ends_bit_identical(here, data, stop_at, case) -> None:
     recipe = tiny(data, **CASES[case])
-    whole = trained(recipe, here / "whole")
+    uninterrupted = train(recipe, here / "uninterrupted")
 
-    steps = 2 if case == "averaged" else 1  # twice as many batches an epoch
+    factor = 2 if case == "averaged" else 1  # twice as many batches per epoch
 
-    def go_on() -> None:
-        if (here / "parts").exists():
-            api.resume(Run.open(here / "parts"), quiet=True)
+    def start_or_resume() -> None:
+        if (here / "mine").exists():
+            api.resume(Run.open(here / "mine"), quiet=True)
         else:
-            api.train(recipe, out=here / "parts", quiet=True)
+            api.train(recipe, out=here / "mine", quiet=True)
 
-    for stage, after in STOPS:
-        stop_at(stage, after * steps)
+    for phase, steps in STOPS:
+        stop_at(phase, steps * factor)
         with pytest.raises(Interrupted):
-            go_on()
-    api.resume(Run.open(here / "parts"), quiet=True)
+            start_or_resume()
+    api.resume(Run.open(here / "mine"), quiet=True)
 
-    parts = Run.open(here / "parts")
-    assert timeless_log(parts) == timeless_log(whole)
-    one, two = load_file(whole.weights), load_file(parts.weights)
-    assert one.keys() == two.keys()
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
-    assert sorted(parts.state.glob("*.safetensors"), reverse=True) == checkpoint.list_checkpoints(parts)
-    assert len(checkpoint.list_checkpoints(parts)) == 2  # the newest, and one in case that it is damaged
-    assert [p.name for p in parts.state.iterdir() if p.name.startswith(".")] == []
+    run = Run.open(here / "mine")
+    assert log_without_times(run) == log_without_times(uninterrupted)
+    assert differing_tensors(uninterrupted, run) == []
+    assert sorted(run.state.glob("*.safetensors"), reverse=True) == checkpoint.list_checkpoints(run)
+    assert len(checkpoint.list_checkpoints(run)) == 2  # the newest, and one in case that it is damaged
+    assert [path.name for path in run.state.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("at", [1, 2, 5, 7, 9, 11, 13])
-def test_a_signal_while_it_validates_costs_nothing(here, data, monkeypatch, at) -> None:
-    """At an epoch's end, a round's, a stage's: the validation is not finished first."""
+@pytest.mark.parametrize("call", [1, 2, 5, 7, 9, 11, 13])
+def test_a_signal_during_validation_loses_nothing(here, data, monkeypatch, call) -> None:
+    """At the end of an epoch, a round or a stage; training stops before the validation is finished."""
     recipe = tiny(data, train__ema=0.9)
-    whole = trained(recipe, here / "whole")
-    honest, calls = evaluation.measure, []
+    uninterrupted = train(recipe, here / "uninterrupted")
+    measure, calls = evaluation.measure, []
 
-    def interrupted(model, batches, *rest, **options):
+    def interrupted_measure(model, batches, *args, **options):
         calls.append(0)
-        if len(calls) == at:
+        if len(calls) == call:
             signal.raise_signal(signal.SIGTERM)
-        return honest(model, batches, *rest, **options)
+        return measure(model, batches, *args, **options)
 
-    monkeypatch.setattr(evaluation, "measure", interrupted)
+    monkeypatch.setattr(evaluation, "measure", interrupted_measure)
     with pytest.raises(Interrupted):
-        api.train(recipe, out=here / "parts", quiet=True)
-    assert len(calls) == at
-    api.resume(Run.open(here / "parts"), quiet=True)
-    parts = Run.open(here / "parts")
-    assert timeless_log(parts) == timeless_log(whole)
-    one, two = load_file(whole.weights), load_file(parts.weights)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+        api.train(recipe, out=here / "mine", quiet=True)
+    assert len(calls) == call
+    run = Run.open(here / "mine")
+    api.resume(run, quiet=True)
+    assert log_without_times(run) == log_without_times(uninterrupted)
+    assert differing_tensors(uninterrupted, run) == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(here, data, stop_at, monkeypatch, capsys, number, code) -> None:
+def test_a_signal_saves_and_prints_how_to_resume(here, data, stop_at, monkeypatch, capsys, number, code) -> None:
     file = write_recipe(here / "mine.toml", data)
     stop_at("pretrain-cnn", 1, number)
     monkeypatch.setattr(sys, "argv", ["racnn", "train", str(file), "--out", "mine"])
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    assert end.value.code == code
-    said = capsys.readouterr().err
-    assert f"stopped by {signal.Signals(number).name}" in said
-    assert "racnn train --resume --run mine" in said
-    assert "Traceback" not in said
+    assert exit_info.value.code == code
+    err = capsys.readouterr().err
+    assert f"stopped by {signal.Signals(number).name}" in err
+    assert "racnn train --resume --run mine" in err
+    assert "Traceback" not in err
     assert signal.getsignal(number) == before
     assert checkpoint.list_checkpoints(Run(here / "mine"))
     monkeypatch.setattr(sys, "argv", ["racnn", "train", "--resume", "--run", "mine"])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    assert not end.value.code
+    assert not exit_info.value.code
     assert (here / "mine" / "eval.json").is_file()
 
 
@@ -179,7 +183,7 @@ def test_a_second_ctrl_c_stops_at_once(here, data, stop_at) -> None:
 
 
 def test_resume_of_a_finished_run_trains_nothing(here, data) -> None:
-    run = trained(tiny(data), here / "mine")
+    run = train(tiny(data), here / "mine")
     weights, log = run.weights.read_bytes(), run.log.read_bytes()
     run.eval.unlink()
     result = api.resume(run, quiet=True)
@@ -189,77 +193,76 @@ def test_resume_of_a_finished_run_trains_nothing(here, data) -> None:
     assert run.eval.is_file()
 
 
-def test_lost_weights_of_a_finished_run_come_back(here, data) -> None:
-    run = trained(tiny(data), here / "mine")
+def test_lost_weights_of_a_finished_run_are_restored(here, data) -> None:
+    run = train(tiny(data), here / "mine")
     weights = run.weights.read_bytes()
     run.weights.unlink()
     api.resume(run, quiet=True)
     assert run.weights.read_bytes() == weights
 
 
-def test_weights_without_a_checkpoint_are_not_trained_over(here, data, racnn) -> None:
-    run = trained(tiny(data), here / "mine")
+def test_weights_without_a_checkpoint_are_not_overwritten(here, data, racnn) -> None:
+    run = train(tiny(data), here / "mine")
     shutil.rmtree(run.state)
     before = {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
-    for words in (["train", "--resume"], ["pretrain-cnn"], ["alternate"]):
-        said = racnn(*words, "--run", run.folder)
-        assert said.code == 2
-        assert "no checkpoint to continue from" in said.err
+    for command in (["train", "--resume"], ["pretrain-cnn"], ["alternate"]):
+        result = racnn(*command, "--run", run.folder)
+        assert result.code == 2
+        assert "no checkpoint to continue from" in result.err
     assert {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()} == before
 
 
-def test_a_baseline_without_the_log_of_its_run_is_not_begun(here, data) -> None:
-    run = trained(tiny(data), here / "mine")
+def test_a_baseline_is_not_started_without_the_log_of_its_run(here, data) -> None:
+    run = train(tiny(data), here / "mine")
     run.recipe_file.write_text(run.recipe_file.read_text().replace("baseline = false", "baseline = true"))
     run.log.unlink()
-    with pytest.raises(RacnnError, match=r"log\.jsonl does not say how many rounds"):
+    with pytest.raises(RunError, match=r"log\.jsonl does not say how many rounds"):
         api.resume(run, quiet=True)
     assert not (run.folder / "baseline").exists()
 
 
-def test_what_the_optimizer_is_bound_to_cannot_change_in_mid_stage(here, data, stop_at) -> None:
+def test_optimizer_settings_cannot_change_in_the_middle_of_a_stage(here, data, stop_at) -> None:
     stop_at("pretrain-cnn", 1)
     with pytest.raises(Interrupted):
         api.train(tiny(data, model__scales=1, model__sizes=[64]), out=here / "mine", quiet=True)
     run = Run.open(here / "mine")
     before = run.recipe_file.read_bytes()
     for key, value in (("train.optimizer", "sgd"), ("train.weight_decay", 0.0), ("train.ema", 0.5)):
-        with pytest.raises(RacnnError, match=f"in the middle of pretrain-cnn; {key} cannot change"):
+        with pytest.raises(RecipeError, match=f"in the middle of pretrain-cnn; {key} cannot change"):
             api.resume(run, {key: value}, quiet=True)
-    with pytest.raises(RacnnError, match="quick"):
+    with pytest.raises(RecipeError, match="quick"):
         api.resume(run, {"quick": True}, quiet=True)
     assert run.recipe_file.read_bytes() == before
 
 
-def test_an_epoch_goes_on_in_smaller_batches_with_the_same_images(here, data, stop_at, monkeypatch) -> None:
-    """As the hint says where memory ran out: half the batch, twice as many of them an update."""
+def test_an_epoch_continues_in_smaller_batches_with_the_same_images(here, data, stop_at, monkeypatch) -> None:
+    """As the hint for a lack of memory says: half the batch size, twice as many batches per update."""
     recipe = tiny(data, model__scales=1, model__sizes=[64], model__backbone="test_convnext", pretrain_cnn__epochs=1)
-    whole = trained(recipe, here / "whole")
+    uninterrupted = train(recipe, here / "uninterrupted")
     stop_at("pretrain-cnn", 1)
     with pytest.raises(Interrupted):
-        api.train(recipe, out=here / "parts", quiet=True)
-    run = Run.open(here / "parts")
-    with pytest.raises(RacnnError, match=r"after 12 images; updates of 10 .* do not divide"):
+        api.train(recipe, out=here / "mine", quiet=True)
+    run = Run.open(here / "mine")
+    with pytest.raises(RecipeError, match=r"after 12 images; updates of 10 .* do not divide"):
         api.resume(run, {"train.batch": 5, "train.accumulate": 2}, quiet=True)
     read: list[int] = []
-    honest = images.ImageDataset.__getitem__
+    getitem = images.ImageDataset.__getitem__
     monkeypatch.setattr(
-        images.ImageDataset, "__getitem__", lambda self, key: (read.append(key[1]), honest(self, key))[1]
+        images.ImageDataset, "__getitem__", lambda self, key: (read.append(key[1]), getitem(self, key))[1]
     )
     api.resume(run, {"train.batch": 3, "train.accumulate": 2}, quiet=True)
     order = images.plan(24, batch=6, epoch=0, seed=3, shuffle=True)
-    assert read[:12] == [position for step in order[2:] for position in step]
-    losses = [r.epochs()[0].train_loss for r in (whole, run)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    one, two = load_file(whole.weights), load_file(run.weights)
-    for name in one:  # one update of 6 is two batches of 3, but for rounding
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+    assert read[:12] == [position for batch in order[2:] for position in batch]
+    expected_losses, losses = uninterrupted.epochs()[0].train_loss, run.epochs()[0].train_loss
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    expected, weights = load_file(uninterrupted.weights), load_file(run.weights)
+    for name in expected:  # one batch of 6 and two batches of 3 give the same update, except for rounding
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
-def test_the_baseline_that_was_stopped_goes_on_with_its_run(here, data, stop_at) -> None:
+def test_a_stopped_baseline_continues_with_its_run(here, data, stop_at) -> None:
     recipe = tiny(data, baseline=True)
-    api.train(recipe, out=here / "whole", quiet=True)
-    steps = len(Run(here / "whole").read_log())
+    uninterrupted = train(recipe, here / "uninterrupted")
     stop_at("pretrain-cnn", 1)
     with pytest.raises(Interrupted):
         api.train(recipe, out=here / "mine", quiet=True)
@@ -267,55 +270,55 @@ def test_the_baseline_that_was_stopped_goes_on_with_its_run(here, data, stop_at)
     stop_at("alternate: fusion head", 1)
     with pytest.raises(Interrupted):
         api.resume(run, quiet=True)
-    # The next call of the loop named pretrain-cnn is the baseline's: what to type is still the run itself.
+    # The next pretrain-cnn phase is the baseline's, but the command to type still names the run itself.
     stop_at("pretrain-cnn", 1)
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(Interrupted) as interruption:
         api.resume(run, quiet=True)
     assert (run.folder / "baseline" / "recipe.toml").is_file()
-    assert stopped.value.hint == f"`racnn train --resume --run {here / 'mine'}` continues"
+    assert interruption.value.hint == f"`racnn train --resume --run {here / 'mine'}` continues"
     result = api.resume(run, quiet=True)
     assert result.baseline is not None
-    assert len(run.read_log()) >= steps
+    assert len(run.read_log()) >= len(uninterrupted.read_log())
 
 
-def no_memory(loss: torch.Tensor) -> torch.Tensor:
+def run_out_of_memory(loss: torch.Tensor) -> torch.Tensor:
     raise torch.OutOfMemoryError("no memory left")
 
 
 @pytest.mark.parametrize(
     ("error", "before", "after"),
     [
-        (no_memory, {"train.batch": 6, "train.accumulate": 1}, {"train.batch": 3, "train.accumulate": 2}),
+        (run_out_of_memory, {"train.batch": 6, "train.accumulate": 1}, {"train.batch": 3, "train.accumulate": 2}),
         (lambda loss: loss / 0, {"pretrain_cnn.lr": 3e-4}, {"pretrain_cnn.lr": 3e-5}),
     ],
 )
-def test_what_a_failed_baseline_says_to_type_reaches_it(here, data, monkeypatch, error, before, after) -> None:
-    real = api.baseline_recipe
+def test_the_command_in_the_hint_of_a_failed_baseline_changes_it(here, data, monkeypatch, error, before, after) -> None:
+    original = api.baseline_recipe
 
-    def begun(*args: Any, **keys: Any) -> Recipe:  # the next loss is the baseline's first
-        explode(monkeypatch, "classification_loss", 1, error)
-        return real(*args, **keys)
+    def baseline_recipe(*args: Any, **keys: Any) -> Recipe:  # the next loss is the baseline's first
+        replace_loss(monkeypatch, "classification_loss", 1, error)
+        return original(*args, **keys)
 
-    monkeypatch.setattr(api, "baseline_recipe", begun)
-    with pytest.raises(RacnnError) as caught:
+    monkeypatch.setattr(api, "baseline_recipe", baseline_recipe)
+    with pytest.raises(RunError) as caught:
         api.train(tiny(data, baseline=True, alternate__rounds=1), out=here / "mine", quiet=True)
     assert caught.value.exit_code == 1
-    run, base = Run.open(here / "mine"), Run.open(here / "mine" / "baseline")
-    began = flatten(base.recipe())
-    assert before.items() <= began.items()
-    said = caught.value.hint.split("`")[1]
-    # Keys of which a baseline has values of its own stay as they are, also where the run's are repeated.
-    monkeypatch.setattr(sys, "argv", [*shlex.split(said), "--set", "pretrain_cnn.epochs=1", "--set", "name=blobs"])
-    with pytest.raises(SystemExit) as end:
+    run, baseline = Run.open(here / "mine"), Run.open(here / "mine" / "baseline")
+    values = flatten(baseline.recipe())
+    assert before.items() <= values.items()
+    command = caught.value.hint.split("`")[1]
+    # Keys for which a baseline has values of its own do not change, even if the run's values are repeated.
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--set", "pretrain_cnn.epochs=1", "--set", "name=blobs"])
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    assert not end.value.code
-    assert flatten(base.recipe()) == {**began, **after}
-    assert base.eval.is_file()
-    # The run itself was trained with the old values, and says so.
+    assert not exit_info.value.code
+    assert flatten(baseline.recipe()) == {**values, **after}
+    assert baseline.eval.is_file()
+    # The recipe of the run still has the values that the run was trained with.
     assert before.items() <= flatten(run.recipe()).items()
 
 
-def test_resume_with_more_epochs_goes_further(here, data, stop_at) -> None:
+def test_resume_with_more_epochs_trains_longer(here, data, stop_at) -> None:
     recipe = tiny(data, model__scales=1, model__sizes=[64])
     stop_at("pretrain-cnn", 2)
     with pytest.raises(Interrupted):
@@ -326,102 +329,103 @@ def test_resume_with_more_epochs_goes_further(here, data, stop_at) -> None:
     assert run.recipe().pretrain_cnn.epochs == 3
 
 
-# ---- not finite
+# ---- losses and gradients that are not finite
 
 
-def explode(monkeypatch, name: str, call: int, value: Callable[[Any], Any]) -> None:
-    """Let the `call`-th use of a loss in the stages be something else."""
-    real = getattr(phases, name)
-    made = [0]
+def replace_loss(monkeypatch, name: str, call: int, change: Callable[[Any], Any]) -> None:
+    """Apply `change` to the value of the `call`-th call of a loss function in the phases."""
+    original = getattr(phases, name)
+    calls = [0]
 
     def loss(*args: Any, **keys: Any) -> Any:
-        made[0] += 1
-        return value(real(*args, **keys)) if made[0] == call else real(*args, **keys)
+        calls[0] += 1
+        value = original(*args, **keys)
+        return change(value) if calls[0] == call else value
 
     monkeypatch.setattr(phases, name, loss)
 
 
-def infinite_slope(loss: torch.Tensor) -> torch.Tensor:
-    return loss + (loss * 0).sqrt()  # the value is that of the loss; the slope of the root at 0 is not finite
+def with_infinite_gradient(loss: torch.Tensor) -> torch.Tensor:
+    return loss + (loss * 0).sqrt()  # the same value, but the gradient of the square root at 0 is not finite
 
 
 @pytest.mark.parametrize(
-    ("value", "part"),
+    ("change", "reason"),
     [
         (lambda loss: loss * float("nan"), "the loss `classification 1` is nan"),
         (lambda loss: loss / 0, "the loss `classification 1` is inf"),
-        (infinite_slope, "the gradient's norm is nan"),
+        (with_infinite_gradient, "the gradient's norm is nan"),
     ],
 )
-def test_what_is_not_finite_stops_before_the_update(here, data, monkeypatch, value, part) -> None:
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(here, data, monkeypatch, change, reason) -> None:
     recipe = tiny(data, model__scales=1, model__sizes=[64])
-    explode(monkeypatch, "classification_loss", 7, value)  # the third of four steps in the second epoch
-    with pytest.raises(RacnnError) as caught:
+    replace_loss(monkeypatch, "classification_loss", 7, change)  # the third of four steps in the second epoch
+    with pytest.raises(RunError) as caught:
         api.train(recipe, out=here / "mine", quiet=True)
     assert caught.value.exit_code == 1
     message = caught.value.message
     assert "pretrain-cnn, epoch 2, step 3" in message
-    assert part in message
+    assert reason in message
     newest = checkpoint.list_checkpoints(Run(here / "mine"))[0]
     assert f"{newest} is intact" in message
     assert "lr" in caught.value.hint
 
-    # The checkpoint is that of the first epoch: going on from it is the run that never failed.
+    # The checkpoint is that of the first epoch, and continuing from it gives the run that never failed.
     tensors = load_file(newest)
     assert all(torch.isfinite(t).all() for t in tensors.values())
     api.resume(Run.open(here / "mine"), quiet=True)
-    whole = trained(recipe, here / "whole")
-    one, two = load_file(whole.weights), load_file(here / "mine" / "weights.safetensors")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    uninterrupted = train(recipe, here / "uninterrupted")
+    assert differing_tensors(uninterrupted, Run(here / "mine")) == []
 
 
-def test_not_finite_in_the_first_epoch_says_that_nothing_is_saved(here, data, monkeypatch) -> None:
-    explode(monkeypatch, "classification_loss", 1, lambda loss: loss * float("nan"))
-    with pytest.raises(RacnnError, match="no checkpoint was written yet"):
+def test_a_loss_that_is_not_finite_in_the_first_epoch_leaves_no_checkpoint(here, data, monkeypatch) -> None:
+    replace_loss(monkeypatch, "classification_loss", 1, lambda loss: loss * float("nan"))
+    with pytest.raises(RunError, match="no checkpoint was written yet"):
         api.train(tiny(data), out=here / "mine", quiet=True)
 
 
-def test_not_finite_in_an_apn_phase_names_it(here, data, monkeypatch) -> None:
-    explode(monkeypatch, "rank_loss", 5, lambda loss: loss * float("nan"))  # four boxes are tried a step
-    with pytest.raises(RacnnError, match=r"alternate: APN phase, epoch 1, step 2: the loss `rank 1-2` is nan"):
+def test_a_loss_that_is_not_finite_in_an_apn_phase_is_named(here, data, monkeypatch) -> None:
+    replace_loss(monkeypatch, "rank_loss", 5, lambda loss: loss * float("nan"))  # four boxes are tried per step
+    with pytest.raises(RunError, match=r"alternate: APN phase, epoch 1, step 2: the loss `rank 1-2` is nan"):
         api.train(tiny(data), out=here / "mine", quiet=True)
 
 
-def test_one_command_starts_a_run_and_goes_on_with_it(racnn, here, data) -> None:
+def test_one_command_starts_a_run_and_continues_it(racnn, here, data) -> None:
     write_recipe(here / "mine.toml", data)
-    words = ["train", "mine.toml", "--out", "mine", "--resume"]
-    assert racnn(*words).code == 0
+    arguments = ["train", "mine.toml", "--out", "mine", "--resume"]
+    assert racnn(*arguments).code == 0
     before, log = load_file(here / "mine" / "weights.safetensors"), (here / "mine" / "log.jsonl").read_text()
-    assert racnn(*words).code == 0
+    assert racnn(*arguments).code == 0
     assert (here / "mine" / "log.jsonl").read_text() == log
     after = load_file(here / "mine" / "weights.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # What was changed on the way stays, and the command that is given again need not say so.
+    # A value that was changed in between stays, although the same command does not repeat the change.
     file = here / "mine" / "recipe.toml"
     file.write_text(file.read_text().replace("batch = 6", "batch = 4"))
-    said = racnn(*words)
-    assert said.code == 0
-    assert "note: the run's own train.batch = 4 is kept, not 6" in said.out + said.err
-    said = racnn(*words, "--set", "model.apn_hidden=8")
-    assert said.code == 2
-    assert "model.apn_hidden is 16 in mine, asked for 8" in said.err
-    for wrong in (["mine.toml", "--resume"], ["--out", "mine", "--resume"], [*words[1:], "--run", "mine"]):
-        said = racnn("train", *wrong)
-        assert said.code == 2, wrong
-        assert "--out DIR --resume" in said.err
+    result = racnn(*arguments)
+    assert result.code == 0
+    assert "note: the run's own train.batch = 4 is kept, not 6" in result.out + result.err
+    result = racnn(*arguments, "--set", "model.apn_hidden=8")
+    assert result.code == 2
+    assert "model.apn_hidden is 16 in mine, asked for 8" in result.err
+    for wrong in (["mine.toml", "--resume"], ["--out", "mine", "--resume"], [*arguments[1:], "--run", "mine"]):
+        result = racnn("train", *wrong)
+        assert result.code == 2, wrong
+        assert "--out DIR --resume" in result.err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_a_gpu_the_same_images_come_and_the_weights_are_near(here, data, stop_at) -> None:
-    """Not bit for bit: some of its kernels add up in an order of their own."""
+def test_on_a_gpu_a_resumed_run_has_the_same_images_and_close_weights(here, data, stop_at) -> None:
+    """Not bit for bit: some kernels sum in an order that is not deterministic."""
     recipe = tiny(data, train__device="cuda", train__amp=False, train__optimizer="sgd", pretrain_cnn__lr=0.01)
-    api.train(recipe, out=here / "whole", quiet=True)
+    uninterrupted = train(recipe, here / "uninterrupted")
     stop_at("alternate: CNN phase", 1)
     with pytest.raises(Interrupted):
-        api.train(recipe, out=here / "parts", quiet=True)
-    api.resume(Run.open(here / "parts"), quiet=True)
-    one, two = (load_file(here / name / "weights.safetensors") for name in ("whole", "parts"))
-    for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-    logs = [[e.to_json().get("views") for e in Run(here / name).read_log()] for name in ("whole", "parts")]
-    assert logs[0] == logs[1]
+        api.train(recipe, out=here / "mine", quiet=True)
+    run = Run.open(here / "mine")
+    api.resume(run, quiet=True)
+    weights = load_file(run.weights)
+    for name, expected in load_file(uninterrupted.weights).items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    views = [[event.to_json().get("views") for event in each.read_log()] for each in (uninterrupted, run)]
+    assert views[0] == views[1]

@@ -1,4 +1,4 @@
-"""The stages: as typed one by one, what moves and what does not, and that they teach what they promise."""
+"""The stages: run one by one from the command line, what they change and what stays frozen, and that they learn."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def data(tmp_path_factory) -> Path:
     return write_blobs(tmp_path_factory.mktemp("blobs") / "data")
 
 
-# ---- as typed
+# ---- from the command line
 
 
-def test_the_stages_as_typed(racnn, here, data) -> None:
+def test_the_stages_as_commands(racnn, here, data) -> None:
     three = {"model__scales": 3, "model__sizes": [64, 64, 64], "alternate__rounds": 1}
     file = write_recipe(here / "mine.toml", data, **three)
 
@@ -39,8 +39,8 @@ def test_the_stages_as_typed(racnn, here, data) -> None:
     run = Run.open(None)
     state = load_file(run.weights)
     for name in [n.removeprefix("scales.0.") for n in state if n.startswith("scales.0.") and ".apn." not in n]:
-        for other in ("scales.1.", "scales.2."):
-            assert torch.equal(state["scales.0." + name], state[other + name]), name
+        for finer in ("scales.1.", "scales.2."):
+            assert torch.equal(state["scales.0." + name], state[finer + name]), name
 
     code, _, err = racnn("alternate", "--scales", 3)
     assert code == 2
@@ -66,19 +66,19 @@ def test_the_stages_as_typed(racnn, here, data) -> None:
     code, out, err = racnn("export", "--onnx")
     assert code == 0, err
     assert run.onnx.is_file()
-    code, out, err = racnn("export", "--safetensors", "--out", "shipped")
+    code, out, err = racnn("export", "--safetensors", "--out", "exported")
     assert code == 0, err
     image = next((data / "test" / "red").glob("*.png"))
-    one = racnn_cli.predict("shipped", [image])[0]
-    two = racnn_cli.load(run.folder).predict([image])[0]
-    assert (one.label, one.probability) == (two.label, two.probability)
-    assert one.label in ("blue", "green", "red")
+    exported = racnn_cli.predict("exported", [image])[0]
+    prediction = racnn_cli.load(run.folder).predict([image])[0]
+    assert (exported.label, exported.probability) == (prediction.label, prediction.probability)
+    assert exported.label in ("blue", "green", "red")
 
     code, _, err = racnn("pretrain-apn")
     assert code == 2
     assert "past pretrain-apn already" in err
-    stages_done = [e.stage for e in run.read_log() if e.event == "stage"]
-    assert stages_done == ["pretrain-cnn", "pretrain-apn", "alternate"]
+    finished = [e.stage for e in run.read_log() if e.event == "stage"]
+    assert finished == ["pretrain-cnn", "pretrain-apn", "alternate"]
     assert run.recipe().fusion.epochs == 1
 
 
@@ -86,8 +86,8 @@ def test_every_epoch_is_one_line_of_the_log(here, data) -> None:
     run, result = api.train(tiny(data), out=here / "mine", quiet=True)
     events = [event.to_json() for event in run.read_log()]
     epochs = [e for e in events if e["event"] == "epoch"]
-    phases = ["", "", "", "", "CNN phase", "APN phase", "CNN phase", "APN phase", "fusion head", "fusion head"]
-    assert [e["phase"] for e in epochs] == phases
+    names = ["", "", "", "", "CNN phase", "APN phase", "CNN phase", "APN phase", "fusion head", "fusion head"]
+    assert [e["phase"] for e in epochs] == names
     assert [e["round"] for e in epochs] == [0] * 4 + [1, 1, 2, 2, 3, 3]
     assert [e["views"] for e in epochs] == list(range(1, 11))
     assert [set(e["train_loss"]) for e in epochs[::2]] == [
@@ -110,14 +110,14 @@ def test_every_epoch_is_one_line_of_the_log(here, data) -> None:
     assert result.images == 12
 
 
-def test_quick_goes_the_whole_way(here, data) -> None:
+def test_quick_runs_every_stage(here, data) -> None:
     run, _ = api.train(tiny(data, quick=True), out=here / "mine", quiet=True)
     recipe = run.recipe()
     assert recipe.alternate.rounds == 1
     assert [e.stage for e in run.read_log() if e.event == "stage"] == list(stages.NAMES)
 
 
-def test_the_same_seed_is_the_same_run_and_another_seed_is_not(here, data) -> None:
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(here, data) -> None:
     short = {"model__scales": 1, "model__sizes": [64], "pretrain_cnn__epochs": 1}
     states = []
     for number, seed in enumerate((1, 1, 2)):
@@ -128,9 +128,9 @@ def test_the_same_seed_is_the_same_run_and_another_seed_is_not(here, data) -> No
     assert not torch.equal(states[0][name], states[2][name])
 
 
-# ---- frozen is frozen
+# ---- frozen parameters and buffers
 
-KINDS: list[tuple[Callable[..., Phase], Callable[[str], bool]]] = [
+PHASES: list[tuple[Callable[..., Phase], Callable[[str], bool]]] = [
     (phases.pretrain_cnn, lambda name: name.startswith("scales.0.") and ".apn." not in name),
     (phases.pretrain_apn, lambda name: ".apn." in name),
     (phases.cnn_phase, lambda name: name.startswith("scales.") and ".apn." not in name),
@@ -140,54 +140,53 @@ KINDS: list[tuple[Callable[..., Phase], Callable[[str], bool]]] = [
 
 
 @pytest.mark.parametrize("batchnorm", ["train", "frozen"])
-def test_what_is_frozen_stays_bit_identical_and_the_rest_moves(here, data, batchnorm) -> None:
+def test_each_phase_changes_what_it_trains_and_nothing_else(here, data, batchnorm) -> None:
     recipe = tiny(
         data,
         model__scales=3,
         model__sizes=[64, 64, 64],
         train__batchnorm=batchnorm,
-        alternate__margin=1.0,  # so that the rank loss always has a slope
+        alternate__margin=1.0,  # so that the rank loss always has a gradient
         model__side=0.6,
         fusion__lr=0.1,
-        **{f"{phase}__epochs": 1 for phase in ("pretrain_cnn", "pretrain_apn", "fusion")},
+        **{f"{section}__epochs": 1 for section in ("pretrain_cnn", "pretrain_apn", "fusion")},
     )
-    context = Trainer.start(recipe, out=here / "mine", quiet=True)
-    model = context.model
-    with torch.no_grad():  # classifiers that start near 0 give the features hardly any gradient
+    trainer = Trainer.start(recipe, out=here / "mine", quiet=True)
+    model = trainer.model
+    with torch.no_grad():  # classifiers with weights near 0 give the features hardly any gradient
         for number in range(3):
             model.scale(number).classifier.weight.normal_()
-    for make, moves in KINDS:
-        stage = make(recipe)
+    for make_phase, is_trained in PHASES:
+        phase = make_phase(recipe)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        fit(context, stage)
+        fit(trainer, phase)
         buffers = {name for name, _ in model.named_buffers()}
         for name, tensor in model.state_dict().items():
             same = torch.equal(before[name], tensor)
-            if not moves(name) or (name in buffers and batchnorm == "frozen"):
-                assert same, f"{stage.title} changed {name}"
-            elif stage.part != "fusion":  # the fusion head goes back to its start where that was the best
-                assert not same, f"{stage.title} did not move {name}"
+            if not is_trained(name) or (name in buffers and batchnorm == "frozen"):
+                assert same, f"{phase.title} changed {name}"
+            elif phase.part != "fusion":  # the fusion head is restored to its start if that had the lowest loss
+                assert not same, f"{phase.title} did not change {name}"
         assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_the_fusion_head_learns_where_the_scales_disagree(here, data) -> None:
-    """The classifiers of scale 2 are turned upside down: their mean is useless, a learned head is not."""
+    """With the classifier of scale 2 negated, the mean of the scales is wrong; a trained head can correct it."""
     recipe = tiny(data, fusion__epochs=6, fusion__lr=0.05, data__augment__color=0.0, pretrain_cnn__epochs=8)
-    started = Trainer.start(recipe, out=here / "mine", quiet=True)
-    context = started
-    longer = {"alternate.cnn_epochs": 8, "alternate.ramp": False, "alternate.cnn_lr": 3e-3}
-    fit(context, phases.cnn_phase(recipe.override(longer)))
+    trainer = Trainer.start(recipe, out=here / "mine", quiet=True)
+    changes = {"alternate.cnn_epochs": 8, "alternate.ramp": False, "alternate.cnn_lr": 3e-3}
+    fit(trainer, phases.cnn_phase(recipe.override(changes)))
     with torch.no_grad():
-        context.model.scale(1).classifier.weight.mul_(-3)
-    stages.start_fusion(started)
-    before = started.validate().fused.nll
-    fit(context, phases.fusion(recipe))
-    after = started.validate()
+        trainer.model.scale(1).classifier.weight.mul_(-3)
+    stages.start_fusion(trainer)
+    before = trainer.validate().fused.nll
+    fit(trainer, phases.fusion(recipe))
+    after = trainer.validate()
     assert after.fused.nll < 0.7 * before
     assert after.fused.nll < after.average.nll
 
 
-# ---- it learns
+# ---- learning
 
 EASY = {
     "train__batch": 8,
@@ -199,7 +198,7 @@ EASY = {
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext"])
-def test_colours_are_learned_in_seconds(here, tmp_path_factory, backbone) -> None:
+def test_colors_are_learned_in_seconds(here, tmp_path_factory, backbone) -> None:
     easy = write_blobs(tmp_path_factory.mktemp("easy") / "data", {"train": 16, "val": 6, "test": 8})
     recipe = tiny(easy, model__backbone=backbone, alternate__cnn_lr=5e-4, **EASY)
     _, result = api.train(recipe, out=here / "mine", quiet=True)
@@ -207,11 +206,11 @@ def test_colours_are_learned_in_seconds(here, tmp_path_factory, backbone) -> Non
     assert all(scale.top1 >= 0.9 for scale in result.scales)
 
 
-@pytest.mark.parametrize("slope", ["perturb", "backprop"])
-def test_the_apns_learn_where_to_look(here, tmp_path_factory, slope) -> None:
-    """Discs that are always up and left of the centre: peak pre-training and rank loss both go there."""
-    place = tmp_path_factory.mktemp("corner") / "data"
-    corner = write_blobs(place, {"train": 16, "val": 4, "test": 4}, centre=(0.28, 0.3), radius=9, noise=60)
+@pytest.mark.parametrize("gradient", ["perturb", "backprop"])
+def test_the_apns_learn_where_the_objects_are(here, tmp_path_factory, gradient) -> None:
+    """The discs are always up and left of the center: pre-training and rank loss both move the boxes there."""
+    folder = tmp_path_factory.mktemp("corner") / "data"
+    corner = write_blobs(folder, {"train": 16, "val": 4, "test": 4}, centre=(0.28, 0.3), radius=9, noise=60)
     recipe = tiny(
         corner,
         data__augment__scale=1.0,
@@ -223,44 +222,43 @@ def test_the_apns_learn_where_to_look(here, tmp_path_factory, slope) -> None:
         alternate__cnn_lr=1e-3,
         alternate__apn_epochs=8,
         alternate__apn_lr=5e-3,
-        alternate__apn_gradient=slope,
+        alternate__apn_gradient=gradient,
         **EASY,
     )
-    started = Trainer.start(recipe, out=here / "mine", quiet=True)
-    context = started
-    apn = context.model.scale(0).apn
+    trainer = Trainer.start(recipe, out=here / "mine", quiet=True)
+    apn = trainer.model.scale(0).apn
     assert apn is not None
 
-    def looking() -> tuple[torch.Tensor, float]:
-        """Mean box on the training images, and mean distance to the peak target."""
+    def mean_box() -> tuple[torch.Tensor, float]:
+        """Mean box (3,) on the training images, and its mean distance to the peak target."""
         boxes, targets = [], []
         with torch.no_grad():
-            for batch in context.batches("train", augment=False):
-                output = context.model.eval()(batch["image"])
-                features = context.model.scale(0).backbone(output.views[0])
+            for batch in trainer.batches("train", augment=False):
+                output = trainer.model.eval()(batch["image"])
+                features = trainer.model.scale(0).backbone(output.views[0])
                 boxes.append(output.proposals[0])
                 targets.append(attention.peak_target(features, recipe.model.side))
-        found, wanted = torch.cat(boxes), torch.cat(targets)
-        return found.mean(0), (found - wanted).abs().sum(1).mean().item()
+        distances = (torch.cat(boxes) - torch.cat(targets)).abs().sum(1)
+        return torch.cat(boxes).mean(0), distances.mean().item()
 
     untrained = {name: tensor.clone() for name, tensor in apn.state_dict().items()}
-    stages.run_stage(started, "pretrain-cnn")
-    at_start, far = looking()
-    stages.run_stage(started, "pretrain-apn")
-    after_peak, near = looking()
-    assert near < 0.6 * far
-    assert (after_peak[:2] < at_start[:2] - 0.1).all()
+    stages.run_stage(trainer, "pretrain-cnn")
+    untrained_box, distance_before = mean_box()
+    stages.run_stage(trainer, "pretrain-apn")
+    pretrained_box, distance_after = mean_box()
+    assert distance_after < 0.6 * distance_before
+    assert (pretrained_box[:2] < untrained_box[:2] - 0.1).all()
 
-    fit(context, phases.cnn_phase(recipe))
-    apn.load_state_dict(untrained)  # forget the peak, so that the rank loss has to find the way,
-    with torch.no_grad():  # from a place that is far from it
+    fit(trainer, phases.cnn_phase(recipe))
+    apn.load_state_dict(untrained)  # undo the pre-training: the rank loss has to move the boxes
+    with torch.no_grad():  # from a start that is far from the discs
         apn.box.weight.zero_()
         apn.box.bias.copy_(torch.tensor([1.0, 1.0, 0.0]))
-    away, _ = looking()
-    fit(context, phases.apn_phase(recipe))
-    after_rank, _ = looking()
-    log = [e.train_loss["rank 1-2"] for e in context.run.epochs() if "rank 1-2" in e.train_loss]
-    excess = [loss - recipe.alternate.margin for loss in log]
+    start_box, _ = mean_box()
+    fit(trainer, phases.apn_phase(recipe))
+    trained_box, _ = mean_box()
+    losses = [e.train_loss["rank 1-2"] for e in trainer.run.epochs() if "rank 1-2" in e.train_loss]
+    excess = [loss - recipe.alternate.margin for loss in losses]
     assert excess[0] > 0.02
     assert excess[-1] < 0.3 * excess[0]
-    assert (after_rank[:2] < away[:2] - 0.02).all()
+    assert (trained_box[:2] < start_box[:2] - 0.02).all()

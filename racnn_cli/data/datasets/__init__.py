@@ -20,20 +20,18 @@ if TYPE_CHECKING:
 class BuiltinDataset:
     """A built-in data set. Its images come from files (`path`) or are drawn when they are used (`open`).
 
-    Both functions take the recipe's `data` and the seed. Where the recipe has `data.path = NAME:PATH`, they
-    find PATH alone in `data.path`, otherwise an empty string.
+    Both functions take the recipe's `data` and the seed. Where the recipe has `data.path = NAME:PATH`, `open` finds
+    PATH alone in `data.path`, otherwise an empty string.
 
     Attributes:
         name: what `data.path` says.
         about: one sentence.
-        boxes: True if the images have ground-truth boxes.
         path: returns the folder or CSV file, which is created or fetched on first use.
         open: returns the source of the images; exactly one of `path` and `open` is given.
     """
 
     name: str
     about: str
-    boxes: bool
     path: Callable[[recipe.Data, int], Path] | None = None
     open: Callable[[recipe.Data, int], DataSource] | None = None
 
@@ -58,16 +56,34 @@ def _open_clutter(data: recipe.Data, seed: int) -> DataSource:
 
 
 _ENTRIES = (
-    BuiltinDataset("plankton", "105 microscope photographs of six classes.", boxes=False, path=_locate_plankton),
-    BuiltinDataset("fieldguide", "Drawn birds, one small part tells the class.", boxes=True, path=_locate_fieldguide),
-    BuiltinDataset("clutter", "A Fashion-MNIST item among fragments of others.", boxes=True, open=_open_clutter),
+    BuiltinDataset("plankton", "105 microscope photographs of six classes.", path=_locate_plankton),
+    BuiltinDataset("fieldguide", "Drawn birds, one small part tells the class.", path=_locate_fieldguide),
+    BuiltinDataset("clutter", "A Fashion-MNIST item among fragments of others.", open=_open_clutter),
 )
 REGISTRY = {entry.name: entry for entry in _ENTRIES}
 NAMES = tuple(REGISTRY)
 
 
+def find_builtin(data: recipe.Data) -> tuple[BuiltinDataset, recipe.Data] | None:
+    """The built-in data set that `data.path` = NAME or NAME:PATH names, if any.
+
+    Returns:
+        The registry's entry, and `data` with PATH (or nothing) as its `path`, which the entry interprets.
+
+    Raises:
+        DataError: a PATH for a data set that takes none.
+    """
+    name, _, path = data.path.partition(":")
+    if name not in REGISTRY:
+        return None
+    entry = REGISTRY[name]
+    if path and entry.open is None:
+        raise DataError(f"the built-in data set {name} takes no path (found {data.path!r})", f"write {name} alone")
+    return entry, data.model_copy(update={"path": path})
+
+
 def write(name: str, out: Path, sample: recipe.Sample, seed: int) -> Path:
-    """Write a built-in data set to a folder, to look at it or to train on it like on any other data.
+    """Write a built-in data set to a folder, to view it or to train on it like on any other data.
 
     Args:
         name: NAME or NAME:PATH, as in `data.path`.
@@ -81,27 +97,26 @@ def write(name: str, out: Path, sample: recipe.Sample, seed: int) -> Path:
     Raises:
         DataError: no such data set, `out` is not empty, or the images cannot be fetched, read or written.
     """
-    key, _, path = name.partition(":")
-    if key not in REGISTRY:
-        raise DataError(f"there is no built-in data set {key!r}", f"one of {', '.join(NAMES)}")
+    builtin = find_builtin(recipe.Data(path=name, sample=sample))
+    if builtin is None:
+        raise DataError(f"there is no built-in data set {name.partition(':')[0]!r}", f"one of {', '.join(NAMES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not empty; nothing was overwritten", "another --out")
-    entry, data = REGISTRY[key], recipe.Data(path=path, sample=sample)
+    entry, data = builtin
     try:
-        if entry.path is None:
+        if entry.open is not None:
             from racnn_cli.data.datasets import files
 
-            return files.save(out, _records(entry, data, seed))
+            return files.save(out, _records(entry.open(data, seed), sample.size))
+        assert entry.path is not None
         source = entry.path(data, seed)
         shutil.copytree(source if source.is_dir() else source.parent, out, dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         raise DataError(f"{out} could not be written: {error}", "another --out", failure=True) from error
     return out if source.is_dir() else out / source.name
 
 
-def _records(entry: BuiltinDataset, data: recipe.Data, seed: int) -> Iterator[Record]:
-    assert entry.open is not None
-    source, side = entry.open(data, seed), data.sample.size
+def _records(source: DataSource, side: int) -> Iterator[Record]:
     for split in source.index.splits:
         images = source.dataset(split, side, augment=False)
         for position in range(len(images)):

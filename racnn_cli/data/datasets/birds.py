@@ -9,59 +9,36 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from racnn_cli.data.datasets.brush import (
-    Canvas,
-    Color,
-    Points,
-    Shape,
-    bounds,
-    contains,
-    curve,
-    lerp,
-    line,
-    mix,
-    oval,
-    ribbon,
-    rotation,
-    tint,
-)
-from racnn_cli.data.datasets.scenery import pick_color
+from racnn_cli.data.datasets.brush import Canvas, Color, Shape, mix, pick_color, tint
+from racnn_cli.data.datasets.outlines import Points, bounds, contains, curve, lerp, line, oval, ribbon, rotation
 
-PARTS = (
-    "hooked-beak", "straight-beak", "eye-ring", "eye-stripe",
-    "wing-bar", "wing-patch", "red-legs", "banded-legs",
-)  # fmt: skip
+PARTS = ("hooked-beak", "straight-beak", "eye-ring", "eye-stripe", "wing-bar", "wing-patch", "red-legs", "banded-legs")
 
-BODY = (
-    (0.345, -0.232), (0.305, -0.305), (0.225, -0.335), (0.135, -0.305), (0.075, -0.225), (-0.03, -0.135),
-    (-0.14, -0.04), (-0.25, 0.07), (-0.315, 0.15), (-0.25, 0.185), (-0.13, 0.2), (0.02, 0.195), (0.15, 0.145),
-    (0.25, 0.045), (0.295, -0.06), (0.31, -0.13), (0.345, -0.185),
+
+def _points(*thousandths: tuple[int, int]) -> np.ndarray:
+    return np.array(thousandths) / 1000
+
+
+BODY = _points(
+    (345, -232), (305, -305), (225, -335), (135, -305), (75, -225), (-30, -135), (-140, -40), (-250, 70), (-315, 150),
+    (-250, 185), (-130, 200), (20, 195), (150, 145), (250, 45), (295, -60), (310, -130), (345, -185),
 )  # fmt: skip
-WING = (
-    (0.175, -0.05), (0.11, -0.12), (-0.01, -0.11), (-0.16, -0.015), (-0.29, 0.09), (-0.41, 0.195),
-    (-0.3, 0.165), (-0.17, 0.14), (-0.03, 0.115), (0.1, 0.085), (0.17, 0.025),
+WING = _points(
+    (175, -50), (110, -120), (-10, -110), (-160, -15), (-290, 90), (-410, 195), (-300, 165), (-170, 140), (-30, 115),
+    (100, 85), (170, 25),
 )  # fmt: skip
 RUMP = np.array([-0.22, 0.13])  # where the tail turns
-TAIL = (
-    (-0.2, 0.08), (-0.36, 0.165), (-0.53, 0.255), (-0.545, 0.29), (-0.5, 0.3), (-0.34, 0.23), (-0.2, 0.18),
-)  # fmt: skip
-CROWN = (
-    (0.35, -0.24), (0.3, -0.32), (0.22, -0.35), (0.12, -0.32), (0.05, -0.22), (0.16, -0.265), (0.26, -0.275),
-)  # fmt: skip
-BREAST = ((0.33, -0.17), (0.36, 0.0), (0.2, 0.12), (0.1, 0.1), (0.17, -0.02), (0.19, -0.14))
-BELLY = ((0.36, 0.06), (0.2, 0.26), (-0.2, 0.26), (-0.32, 0.17), (-0.16, 0.14), (0.08, 0.08), (0.2, 0.04))
-EYE = (0.262, -0.238)
-HOOK = (
-    (0.325, -0.25), (0.375, -0.252), (0.425, -0.228), (0.442, -0.182),
-    (0.43, -0.145), (0.421, -0.172), (0.398, -0.19), (0.33, -0.2),
-)  # fmt: skip
-HOOK_BELOW = ((0.33, -0.205), (0.395, -0.19), (0.402, -0.176), (0.375, -0.168), (0.33, -0.17))
-EYE_STRIPE = ((0.338, -0.222), (0.262, -0.238), (0.19, -0.23), (0.145, -0.21))
-WING_BAR = ((0.035, -0.098), (0.012, -0.03), (0.005, 0.035), (0.022, 0.093))
-WING_PATCH = (
-    (-0.01, -0.03), (-0.055, -0.035), (-0.105, 0.0), (-0.12, 0.035), (-0.065, 0.038), (-0.015, 0.015),
-)  # fmt: skip
-PATCH_BARBS = ((-0.02, -0.02), (-0.04, -0.005), (-0.06, 0.012), (-0.06, 0.025))
+TAIL = _points((-200, 80), (-360, 165), (-530, 255), (-545, 290), (-500, 300), (-340, 230), (-200, 180))
+CROWN = _points((350, -240), (300, -320), (220, -350), (120, -320), (50, -220), (160, -265), (260, -275))
+BREAST = _points((330, -170), (360, 0), (200, 120), (100, 100), (170, -20), (190, -140))
+BELLY = _points((360, 60), (200, 260), (-200, 260), (-320, 170), (-160, 140), (80, 80), (200, 40))
+EYE = _points((262, -238))
+HOOK = _points((325, -250), (375, -252), (425, -228), (442, -182), (430, -145), (421, -172), (398, -190), (330, -200))
+HOOK_BELOW = _points((330, -205), (395, -190), (402, -176), (375, -168), (330, -170))
+EYE_STRIPE = _points((338, -222), (262, -238), (190, -230), (145, -210))
+WING_BAR = _points((35, -98), (12, -30), (5, 35), (22, 93))
+WING_PATCH = _points((-10, -30), (-55, -35), (-105, 0), (-120, 35), (-65, 38), (-15, 15))
+PATCH_BARBS = _points((-20, -20), (-40, -5), (-60, 12), (-60, 25))
 
 # back, head, breast, belly
 PLUMAGES: tuple[tuple[Color, Color, Color, Color], ...] = (
@@ -111,12 +88,14 @@ class Bird:
         y1 = max(y1, self._hips_and_feet()[1][:, 1].max() + 0.05 * self.scale)
         self.center = np.array([rng.uniform(0.05 - x0, 0.95 - x1), rng.uniform(0.06 - y0, 0.93 - y1)])
 
+        self.eye = self._place(EYE)[0]
         self.foot = self._hips_and_feet()[1].mean(axis=0)  # between the feet, on the upper edge of the twig
         self.feathers = self._feathers(rng)
         self.parts = self._parts()
-        beak = self._beak("")
-        covered = {n: shapes + beak * n.endswith("beak") for n, shapes in self.parts.items()}
-        self.boxes = {n: bounds(polygon for polygon, _, _ in shapes) for n, shapes in covered.items()}
+        self.boxes = {
+            name: bounds(polygon for polygon, _, _ in shapes + self._beak("") * name.endswith("beak"))
+            for name, shapes in self.parts.items()
+        }
 
     def paint(self, canvas: Canvas, part: str) -> None:
         """Draw the bird with the one part that tells its class."""
@@ -131,7 +110,7 @@ class Bird:
         patches: list[Shape] = [
             (self._outline(BELLY), self.belly, 255),
             (self._outline(BREAST), self.breast, 235),
-            (self._oval(self._place((EYE,))[0], 0.125), self.head, 255),
+            (self._oval(self.eye, 0.125), self.head, 255),
             (self._outline(CROWN), self.crown, 230),
         ]
         canvas.shade(self._outline(BODY), self.back, patches, light=self.light)
@@ -140,7 +119,10 @@ class Bird:
         if part.startswith(("wing", "eye")):
             canvas.draw(self.parts[part])
         canvas.draw(self.parts[part] if part.endswith("beak") else self._beak(""))
-        canvas.draw(self._eye())
+        glint = self.eye + self.light * (0.009 * self.scale)
+        canvas.fill(self._oval(self.eye, 0.029), (44, 32, 26))
+        canvas.fill(self._oval(self.eye, 0.021), (18, 14, 14))
+        canvas.fill(self._oval(glint, 0.0075), (255, 255, 255), 240)
 
     # ---- from the design's units to the image's
 
@@ -167,7 +149,7 @@ class Bird:
     # ---- outlines and shapes
 
     def _tail(self) -> np.ndarray:
-        return self._outline((np.asarray(TAIL) - RUMP) @ rotation(self.tail_angle) + RUMP)
+        return self._outline((TAIL - RUMP) @ rotation(self.tail_angle) + RUMP)
 
     def _hips_and_feet(self) -> tuple[np.ndarray, np.ndarray]:
         hips = self._place(((0.045, 0.185), (-0.045, 0.192)))
@@ -216,15 +198,6 @@ class Bird:
                 canvas.fill(rim, dark, 120)
                 canvas.fill(lerp(rim, end, 0.2), mix(self.wing, light, 0.35), 150)
 
-    def _eye(self) -> list[Shape]:
-        center = self._place((EYE,))[0]
-        glint = center + self.light * (0.009 * self.scale)
-        return [
-            (self._oval(center, 0.029), (44, 32, 26), 255),
-            (self._oval(center, 0.021), (18, 14, 14), 255),
-            (self._oval(glint, 0.0075), (255, 255, 255), 240),
-        ]
-
     def _beak(self, kind: str) -> list[Shape]:
         """The short plain beak of every bird (`kind` is empty), or one of the two that tell a class."""
         upper: Points = HOOK
@@ -269,11 +242,9 @@ class Bird:
 
     def _parts(self) -> dict[str, list[Shape]]:
         """The shapes of each of PARTS."""
-        eye = self._place((EYE,))[0]
-        outer, inner = self._oval(eye, 0.057), self._oval(eye, 0.041)
+        outer, inner = self._oval(self.eye, 0.057), self._oval(self.eye, 0.041)
         ring = np.concatenate([outer, outer[:1], inner[:1], inner[::-1]])
         stripe = self._ribbon(curve(self._place(EYE_STRIPE)), 0.022, 0.036, 0.044, 0.04, 0.008)
-        dark_head = sum(self.head) < 270
         bar = curve(self._place(WING_BAR))
         yellowish = mix(self.pale, (226, 184, 84), 0.55)
         bands = [self._ribbon(leg[at : at + 3], 0.034) for leg in self._leg_paths() for at in (2, 6, 10)]
@@ -281,7 +252,7 @@ class Bird:
             "hooked-beak": self._beak("hooked-beak"),
             "straight-beak": self._beak("straight-beak"),
             "eye-ring": [(ring, self.pale, 235)],
-            "eye-stripe": [(stripe, self.pale if dark_head else (40, 32, 30), 255)],
+            "eye-stripe": [(stripe, self.pale if sum(self.head) < 270 else (40, 32, 30), 255)],
             "wing-bar": self._pale_mark(self._ribbon(bar, 0.02, 0.03, 0.02), bar[3:-2:4], 0.022),
             "wing-patch": self._pale_mark(self._outline(WING_PATCH), self._place(PATCH_BARBS), 0.06),
             "red-legs": self._legs(self.red),

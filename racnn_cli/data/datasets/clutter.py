@@ -24,13 +24,12 @@ import numpy as np
 import torch
 
 from racnn_cli import recipe
-from racnn_cli.data.images import ImageDataset, Key
-from racnn_cli.data.types import Index, Item
+from racnn_cli.data.geometry import Rect
+from racnn_cli.data.images import ImageDataset
+from racnn_cli.data.types import SPLITS, Index, Item
 from racnn_cli.errors import DataError
 
-CLASSES = (
-    "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+CLASSES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 ITEM = (20 / 160, 33 / 160)  # side of the item: minimum, and upper limit (exclusive)
 FRAGMENT = 7 / 160
 FRAGMENTS = 40
@@ -40,7 +39,6 @@ FOLDER = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist installs the four IDX files."""
 PARTS = {"train": "train", "val": "train", "test": "t10k"}
 """The part of Fashion-MNIST that each split's items come from."""
-STREAMS = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,9 @@ class Clutter:
         data, splits = self.data, {}
         shares = {"train": 1 - data.val - data.test, "val": data.val, "test": data.test}
         counts = {split: round(self.images * share) for split, share in shares.items()}
-        for split, count in counts.items():
-            part = PARTS[split]
+        for split, part in PARTS.items():
             labels = read_items(self.folder, part)[1]
-            start = counts["train"] if split == "val" else 0
+            start, count = counts["train"] if split == "val" else 0, counts[split]
             if start + count > len(labels):
                 raise DataError(
                     f"{self.folder} has {len(labels)} {part} items, {start + count} are needed",
@@ -100,27 +97,20 @@ class Composites(ImageDataset):
 
     def __init__(self, source: Clutter, split: str, side: int, *, redraw: bool) -> None:
         super().__init__(source.index.splits[split], source.data, side, seed=source.seed, augment=False)
-        self.redraw, self.stream = redraw, STREAMS[split]
+        self.redraw, self.stream = redraw, SPLITS.index(split)
         self.photographs = read_items(source.folder, PARTS[split])[0]  # (N, 28, 28)
 
-    def __getitem__(self, key: Key) -> dict[str, torch.Tensor]:
-        """Draw one image, a pure function of (seed, split, epoch, position); see `ImageDataset.__getitem__`."""
-        epoch, position = key
-        item = self.items[position]
+    def load(self, item: Item, *, epoch: int, position: int) -> tuple[torch.Tensor, Rect]:
+        """Draw one image, a pure function of (seed, split, epoch, position); see `ImageDataset.load`."""
         rng = np.random.default_rng((self.seed, self.stream, epoch if self.redraw else 0, position))
         number, distance = int(item.path.name), self.data.sample.distance
         canvas, box = compose(self.photographs, number, rng, side=self.side, distance=distance)
-        return {
-            "image": torch.from_numpy(canvas).expand(3, -1, -1),
-            "label": torch.tensor(item.label),
-            "box": torch.tensor(box, dtype=torch.float32),
-            "index": torch.tensor(position),
-        }
+        return torch.from_numpy(canvas).expand(3, -1, -1), box
 
 
 def compose(
     photographs: np.ndarray, number: int, rng: np.random.Generator, *, side: int, distance: int = 1
-) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+) -> tuple[np.ndarray, Rect]:
     """Draw one image.
 
     Args:
@@ -134,11 +124,10 @@ def compose(
         (side, side) uint8, and the item's box x0, y0, x1, y1 in [0, 1].
     """
     canvas = np.zeros((side, side), np.uint8)
-    native = photographs.shape[1]
     scaled, count = side / distance, FRAGMENTS * distance**2
     cut, drawn = max(round(FRAGMENT * CANVAS), 1), max(round(FRAGMENT * scaled), 1)  # px of a fragment
     numbers = rng.integers(len(photographs), size=count)
-    corners = rng.integers(native - cut + 1, size=(count, 2)).tolist()
+    corners = rng.integers(photographs.shape[1] - cut + 1, size=(count, 2)).tolist()
     positions = rng.integers(side - drawn + 1, size=(count, 2)).tolist()
     for fragment, (row, column), (y, x) in zip(numbers, corners, positions, strict=True):
         pixels = photographs[fragment, row : row + cut, column : column + cut]
@@ -152,8 +141,6 @@ def compose(
 
 def resize(image: np.ndarray, side: int) -> np.ndarray:
     """Resize (H, H) uint8 to (side, side): by area to a smaller side, bilinearly to a larger one."""
-    if image.shape[0] == side:
-        return image
     interpolation = cv2.INTER_AREA if side < image.shape[0] else cv2.INTER_LINEAR
     return cv2.resize(image, (side, side), interpolation=interpolation)
 

@@ -17,8 +17,9 @@ from PIL import Image
 from racnn_cli import recipe
 from racnn_cli.data.datasets import files
 from racnn_cli.data.datasets.birds import PARTS, Bird
-from racnn_cli.data.datasets.brush import Box, Canvas, Shape, bounds
-from racnn_cli.data.datasets.scenery import BARK, SCENES, background, perch, pick_color, random_leaf, shoot
+from racnn_cli.data.datasets.brush import Canvas, Shape, pick_color
+from racnn_cli.data.datasets.outlines import Box, bounds
+from racnn_cli.data.datasets.scenery import BARK, SCENES, background, perch, random_leaf, shoot
 
 CLASSES: tuple[str, ...] = PARTS
 SHARES = {"val": 0.15, "test": 0.25}  # the rest is for training

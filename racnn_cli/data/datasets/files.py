@@ -35,12 +35,10 @@ def cached(name: str, fill: Callable[[Path], object]) -> Path:
             temporary = Path(parent) / name
             temporary.mkdir()
             fill(temporary)
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was first, with the same content
-                    raise
+            os.rename(temporary, folder)
     except OSError as error:
+        if folder.is_dir():  # another process was first, with the same content
+            return folder
         raise DataError(
             f"{folder} could not be written: {error.strerror or error}",
             "free some space, or set the environment variable RACNN_CACHE to another folder",

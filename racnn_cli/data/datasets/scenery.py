@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from racnn_cli.data.datasets.brush import Canvas, Color, Shape, curve, lerp, line, mix, oval, ribbon, rotation, tint
+from racnn_cli.data.datasets.brush import Canvas, Color, Shape, mix, pick_color, tint
+from racnn_cli.data.datasets.outlines import curve, lerp, line, oval, ribbon, rotation
 
 BACKGROUND_SIDE = 160  # side in pixels at which the background is painted, for every output size
 
@@ -40,13 +41,6 @@ BARK: tuple[Color, ...] = ((112, 88, 66), (128, 108, 86), (92, 78, 68), (140, 11
 BERRIES: tuple[Color, ...] = ((196, 58, 44), (176, 44, 62), (214, 110, 48), (58, 56, 88), (236, 228, 206))
 
 
-def pick_color(rng: np.random.Generator, choices: tuple[Color, ...], spread: float = 10.0) -> Color:
-    """Choose one of the colors and change it slightly."""
-    base = np.asarray(choices[rng.integers(len(choices))], dtype=float)
-    color = base + rng.normal(0, spread, 1) + rng.normal(0, spread / 2, 3)
-    return tuple(np.clip(color, 0, 255).astype(int).tolist())
-
-
 def background(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Paint the background, out of focus: RGB, BACKGROUND_SIDE pixels per side."""
     down = np.linspace(0, 1, BACKGROUND_SIDE)[:, None, None] ** rng.uniform(0.7, 1.4)
@@ -60,9 +54,9 @@ def background(scene: Scene, rng: np.random.Generator) -> Image.Image:
         blur = rng.uniform(2.0, 4.5)
     elif scene.filling in ("clouds", "wash"):
         for _ in range(9):
-            x, y = rng.uniform(0, 1, 2)
+            cloud = rng.uniform(0, 1, 2)
             for _ in range(3):
-                center = np.array([x + rng.normal(0, 0.08), y + rng.normal(0, 0.03)])
+                center = cloud + rng.normal(0, (0.08, 0.03))
                 puff = oval(center, rng.uniform(0.07, 0.2), rng.uniform(0.03, 0.09))
                 canvas.fill(puff, pick_color(rng, scene.spots), 90)
         blur = 7.0 if scene.filling == "clouds" else 5.0
