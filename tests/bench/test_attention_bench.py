@@ -69,11 +69,11 @@ WORDS = ["bench", "attention", "--recipe", "mini.toml", "--data", "items", "--se
 BENCH_FOLDER = Path("runs") / "bench-attention-mini"
 
 
-def write_items(folder: Path, *, train: int = 120, test: int = 60) -> None:
+def write_items(folder: Path) -> None:
     """Four IDX files: bars whose number is the label, so that there is something to learn."""
     rng = np.random.default_rng(0)
     folder.mkdir()
-    for part, count in (("train", train), ("t10k", test)):
+    for part, count in (("train", 120), ("t10k", 60)):
         labels = (np.arange(count) % 10).astype(np.uint8)
         photographs = rng.integers(0, 40, (count, 28, 28)).astype(np.uint8)
         for photograph, label in zip(photographs, labels, strict=True):
@@ -462,8 +462,9 @@ def test_an_ablation_of_some_arms_needs_no_boxes(here) -> None:
         run_bench("attention", seeds="0", arms=["paper"])
 
 
-def test_quick_and_data_reach_the_images(here) -> None:
-    write_items(here / "items", train=180, test=80)  # enough for 240 images
+def test_quick_and_data_reach_the_images(here, monkeypatch) -> None:
+    monkeypatch.setattr(arms, "QUICK_IMAGES", 40)  # as many as there are items for
+    write_items(here / "items")
     (here / "mini.toml").write_text(RECIPE.replace("images = 80", "images = 8000"))
     quick = SeedExperiment(Options((5,), "mini.toml", quick=True, data="items"), 5)
     assert quick.recipe.data.sample.images == arms.QUICK_IMAGES
