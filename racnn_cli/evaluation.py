@@ -151,10 +151,10 @@ def measure(
     alone = scales == 1 or len(model.sizes) == 1
     count = 1 if alone else len(model.sizes)
     measurement = Measurement(
-        [ClassificationMetrics(model.classes) for _ in range(count)],
-        ClassificationMetrics(model.classes),
-        ClassificationMetrics(model.classes),
-        [BoxMetrics(model.floor, model.ceiling) for _ in range(count - 1)],
+        scales=[ClassificationMetrics(model.classes) for _ in range(count)],
+        average=ClassificationMetrics(model.classes),
+        fused=ClassificationMetrics(model.classes),
+        boxes=[BoxMetrics(model.floor, model.ceiling) for _ in range(count - 1)],
     )
     training = model.training
     model.to(device).eval()

@@ -412,7 +412,7 @@ def describe_keys(pattern: str = "") -> list[KeyInfo]:
     """
     pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     return [
-        KeyInfo(key, _default(field), _allowed(field), field.description or "")
+        KeyInfo(key, default=_default(field), allowed=_allowed(field), description=field.description or "")
         for key, field in _fields(Recipe)
         if fnmatchcase(key, pattern)
     ]

@@ -72,7 +72,7 @@ class FineGraph(ExportedGraph):
         model = self.model
         image, square, offset = self._prepare(image)
         source = model.normalise(square)
-        coarse = CoarseOutput(model.first_view(source), logits, descriptor, proposal)
+        coarse = CoarseOutput(model.first_view(source), logits, descriptor=descriptor, proposal=proposal)
         output = model.refine(source, coarse)
         ran = torch.full((logits.shape[0],), len(model.sizes), dtype=torch.int64, device=logits.device)
         return *self._outputs(output, image, square, offset=offset), ran
@@ -266,7 +266,7 @@ def join(coarse: ir.Model, fine: ir.Model, threshold: float) -> ir.Model:
     keep = ir.Graph([], unchanged, nodes=[*otherwise.nodes], name="keep")
     branches = {"then_branch": ir.AttrGraph("then_branch", refine), "else_branch": ir.AttrGraph("else_branch", keep)}
     outputs = [ir.Value(name=name, type=by_name[name].type, shape=by_name[name].shape) for name in names]
-    branch = ir.Node("", "If", [any_uncertain], branches, outputs=outputs)
+    branch = ir.Node("", "If", [any_uncertain], attributes=branches, outputs=outputs)
     graph.outputs.clear()
     graph.outputs.extend(outputs)
     graph.extend([*outer.nodes, branch])

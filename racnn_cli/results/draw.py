@@ -31,7 +31,7 @@ class _LegendEntry(NamedTuple):
 
 def upright_boxes(image: UprightImage, boxes: Sequence[Rect]) -> list[Rect]:
     """Convert boxes (x0, y0, x1, y1) from pixels of the file as stored to pixels of the upright image."""
-    geometry = Geometry(image.stored_size, image.orientation, (0.0, 0.0), (1.0, 1.0))
+    geometry = Geometry(image.stored_size, image.orientation, origin=(0.0, 0.0), extent=(1.0, 1.0))
     return [geometry.upright_from_stored(box) for box in boxes]
 
 
