@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ from racnn_cli.training.interrupts import StopRequested
 from racnn_cli.training.phases import Phase
 from racnn_cli.training.trainer import Trainer, seed_step
 
+# torch has renamed the argument.
+SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 LOST_PROCESS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -238,7 +245,7 @@ class _Fit:
         device = self.trainer.device
         ids = [device] if device.type == "cuda" else None
         # Each process keeps its own BatchNorm statistics during an epoch; they are averaged at its end.
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=ids, **{SYNC_BUFFERS: False})
 
     @contextmanager
     def _no_sync(self, enabled: bool) -> Iterator[None]:
