@@ -16,8 +16,8 @@ from racnn_cli.core import attention, store
 from racnn_cli.core.losses import classification_loss, rank_loss
 from racnn_cli.core.model import RACNN, build, sizes_of
 from racnn_cli.errors import RunError, SizeRefused
-from racnn_cli.training import stages
-from racnn_cli.training.loop import freeze_all_but, make_optimizer
+from racnn_cli.training import phases, stages
+from racnn_cli.training.loop import freeze_all_but, make_optimizer, set_training_mode
 
 CLASSES = 4
 
@@ -289,7 +289,7 @@ def test_fusion_starts_as_the_mean_of_the_logits() -> None:
     with torch.no_grad():
         for number in range(3):
             model.scale(number).classifier.bias.normal_()
-        stages.start_fusion(model, norms)
+        stages.initialise_fusion(model, norms)
         logits = torch.stack([model.scale(n).classifier(descriptors[n]) for n in range(3)])
         torch.testing.assert_close(model.fuse(descriptors), logits.mean(0))
         # Each descriptor is normalized, so its length does not matter.
@@ -336,13 +336,15 @@ def test_the_reference_of_the_rank_loss_is_detached() -> None:
 def one_step_of_every_stage(model: RACNN, options: recipe.Recipe, batch: int) -> None:
     images = torch.randint(0, 256, (batch, 3, model.source, model.source), dtype=torch.uint8)
     labels = torch.arange(batch) % CLASSES
-    factories = (stages.pretrain_cnn, stages.pretrain_apn, stages.cnn_phase, stages.apn_phase, stages.fusion)
+    factories = (phases.pretrain_cnn, phases.pretrain_apn, phases.cnn_phase, phases.apn_phase, phases.fusion)
     for make_stage in factories:
         stage = make_stage(options)
-        trained = freeze_all_but(model, stage.moving(model))
+        modules = stage.modules(model)
+        trained = freeze_all_but(model, modules)
+        set_training_mode(model, modules, freeze_batchnorm=False)
         before = [p.detach().clone() for p in trained]
         optimizer = make_optimizer(options, stage, model)
-        for name, loss in stage.losses(model, {"image": images, "label": labels}):
+        for name, loss in stage.losses(model, modules, {"image": images, "label": labels}):
             assert math.isfinite(loss.item()), name
             loss.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained), stage.name

@@ -19,8 +19,9 @@ from racnn_cli.core.losses import rank_loss
 from racnn_cli.core.model import RACNN, build
 from racnn_cli.core.perturb import neighbours, perturbed_loss
 from racnn_cli.recipe import Recipe
-from racnn_cli.training import stages
-from racnn_cli.training.loop import freeze_all_but
+from racnn_cli.training import phases
+from racnn_cli.training.loop import freeze_all_but, set_training_mode
+from racnn_cli.training.phases import BoxSource
 
 # ---- the boxes around a proposal
 
@@ -253,7 +254,7 @@ def batch(count: int = 4) -> dict[str, Tensor]:
 
 def test_the_apn_phase_perturbs_boxes_and_leaves_the_cnns_frozen() -> None:
     recipe = options(alternate__apn_gradient="perturb", alternate__boxes=6)
-    model, stage = network(recipe), stages.apn_phase(recipe)
+    model, stage = network(recipe), phases.apn_phase(recipe)
     calls = [0, 0, 0]
 
     def count(number: int) -> Callable[..., None]:
@@ -265,10 +266,12 @@ def test_the_apn_phase_perturbs_boxes_and_leaves_the_cnns_frozen() -> None:
 
     for number in range(3):
         model.scale(number).backbone.register_forward_hook(count(number))
-    trained = freeze_all_but(model, stage.moving(model))
+    modules = stage.modules(model)
+    trained = freeze_all_but(model, modules)
+    set_training_mode(model, modules, freeze_batchnorm=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = []
-    for name, loss in stage.losses(model, batch()):
+    for name, loss in stage.losses(model, modules, batch()):
         names.append(name)
         loss.backward()
     assert names == ["rank 1-2", "rank 2-3"]
@@ -291,10 +294,12 @@ def test_the_losses_are_those_of_the_perturbed_boxes() -> None:
     recipe = options(alternate__apn_gradient="perturb", alternate__boxes=4, alternate__spread=0.15)
     model, images = network(recipe), batch()
     images["key"] = keys(10, 0, torch.arange(4))
-    stage = stages.apn_phase(recipe)
-    freeze_all_but(model, stage.moving(model))
+    stage = phases.apn_phase(recipe)
+    modules = stage.modules(model)
+    freeze_all_but(model, modules)
+    set_training_mode(model, modules, freeze_batchnorm=False)
     losses = {}
-    for name, loss in stage.losses(model, images):
+    for name, loss in stage.losses(model, modules, images):
         losses[name] = loss.item()
         loss.backward()
     draws, output = Draws.of(images), model(images["image"])
@@ -330,9 +335,9 @@ def augmentation_of(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, round_: int
 
     monkeypatch.setattr(model, "next_view", next_view)
     torch.manual_seed(11)
-    stage = stages.cnn_phase(recipe, lambda _: [fixed], round_)
+    stage = phases.cnn_phase(recipe, BoxSource(proposals=lambda _: [fixed]), round_index=round_)
     with torch.no_grad():
-        assert len(list(stage.losses(model, batch(images)))) == 2
+        assert len(list(stage.losses(model, stage.modules(model), batch(images)))) == 2
     assert len(boxes) == 1
     return torch.cat([(boxes[0][:, :2] - 0.5) / 0.3, boxes[0][:, 2:] / 0.3], dim=1)
 
@@ -384,7 +389,8 @@ def test_tighten_starts_from_the_apns_proposals(monkeypatch) -> None:
     with torch.no_grad():
         proposals = model(images["image"]).proposals[0]
         monkeypatch.setattr(model, "next_view", next_view)
-        list(stages.cnn_phase(recipe).losses(model, images))
+        phase = phases.cnn_phase(recipe)
+        list(phase.losses(model, phase.modules(model), images))
     ratio = boxes[0][:, 2] / proposals[:, 2]
     torch.testing.assert_close(boxes[0][:, :2], proposals[:, :2])
     assert ratio.max() <= 1 + 1e-5

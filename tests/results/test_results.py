@@ -132,7 +132,7 @@ def test_boxes_at_the_floor_and_ceiling_are_counted() -> None:
     halves = torch.tensor([0.2, 0.203, 0.3, 0.395])
     boxes = torch.stack([torch.full((4,), 0.5), torch.full((4,), 0.5), halves], 1)
     metrics.add(boxes, boxes, torch.full((4, 4), float("nan")))
-    figures = metrics.figures()
+    figures = metrics.compute()
     assert figures.pop("side_std") == pytest.approx((2 * halves).std(correction=0).item())
     assert figures.pop("centre_std") == 0.0
     assert figures == pytest.approx(
