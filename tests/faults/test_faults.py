@@ -258,7 +258,7 @@ def test_a_missing_image_is_named_and_can_be_restored(here, data, workers) -> No
         stages.run_all(trainer)
     trainer.close()
     assert "Traceback" not in str(error.value)
-    with pytest.raises(RunError, match="changed since it was started"):
+    with pytest.raises(RunError, match="changed since the run was started"):
         api.resume(Run(here / "mine"), quiet=True)
     image.write_bytes(content)
     check_resume(Run(here / "mine"), recipe, here / "uninterrupted")

@@ -21,7 +21,8 @@ from racnn_cli.data import images
 from racnn_cli.errors import Interrupted, RecipeError, RunError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
-from racnn_cli.training import baseline, checkpoint, phases
+from racnn_cli.training import baseline as baselines
+from racnn_cli.training import checkpoint, phases
 from racnn_cli.training.console import Console
 from racnn_cli.training.resume import flatten
 
@@ -293,13 +294,13 @@ def run_out_of_memory(loss: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_the_command_in_the_hint_of_a_failed_baseline_changes_it(here, data, monkeypatch, error, before, after) -> None:
-    original = baseline.baseline_recipe
+    original = baselines.baseline_recipe
 
     def baseline_recipe(*args: Any, **keys: Any) -> Recipe:  # the next loss is the baseline's first
         replace_loss(monkeypatch, "classification_loss", 1, error)
         return original(*args, **keys)
 
-    monkeypatch.setattr(baseline, "baseline_recipe", baseline_recipe)
+    monkeypatch.setattr(baselines, "baseline_recipe", baseline_recipe)
     with pytest.raises(RunError) as caught:
         api.train(tiny(data, baseline=True, alternate__rounds=1), out=here / "mine", quiet=True)
     assert caught.value.exit_code == 1
