@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -243,9 +244,9 @@ class _Fit:
         if distributed.world() == 1:
             return module
         device = self.trainer.device
-        ids = [device] if device.type == "cuda" else None
         # Each process keeps its own BatchNorm statistics during an epoch; they are averaged at its end.
-        return DistributedDataParallel(module, device_ids=ids, **{SYNC_BUFFERS: False})
+        options: dict[str, Any] = {"device_ids": [device] if device.type == "cuda" else None, SYNC_BUFFERS: False}
+        return DistributedDataParallel(module, **options)
 
     @contextmanager
     def _no_sync(self, enabled: bool) -> Iterator[None]:
