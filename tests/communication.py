@@ -23,7 +23,7 @@ from racnn_cli import recipe as recipes
 from racnn_cli.core import distributed
 from racnn_cli.core.model import build
 from racnn_cli.training import phases
-from racnn_cli.training.loop import SYNC_BUFFERS, freeze_all_but, set_training_mode
+from racnn_cli.training.loop import freeze_all_but, set_training_mode
 
 
 def flat_all_reduce(parameters: list[nn.Parameter]) -> None:
@@ -57,7 +57,9 @@ def main() -> None:
     modules = phase.modules(model)
     parameters = freeze_all_but(model, modules)
     set_training_mode(model, modules, freeze_batchnorm=False)
-    wrapped = [DistributedDataParallel(module, **{SYNC_BUFFERS: False}) for module in modules]
+    wrapped = [DistributedDataParallel(module) for module in modules]
+    for module in wrapped:
+        module.broadcast_buffers = False  # as in training
     side = recipe.data.source
     batch = {
         "image": torch.rand(options.batch, 3, side, side),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +22,6 @@ from racnn_cli.training.interrupts import StopRequested
 from racnn_cli.training.phases import Phase
 from racnn_cli.training.trainer import Trainer, seed_step
 
-# torch has renamed the argument.
-SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
 LOST_PROCESS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -244,9 +236,11 @@ class _Fit:
         if distributed.world() == 1:
             return module
         device = self.trainer.device
-        # Each process keeps its own BatchNorm statistics during an epoch; they are averaged at its end.
-        options: dict[str, Any] = {"device_ids": [device] if device.type == "cuda" else None, SYNC_BUFFERS: False}
-        return DistributedDataParallel(module, **options)
+        wrapped = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+        # Each process keeps its own BatchNorm statistics during an epoch; they are averaged at its end. (The argument
+        # for this has different names in different versions of torch.)
+        wrapped.broadcast_buffers = False
+        return wrapped
 
     @contextmanager
     def _no_sync(self, enabled: bool) -> Iterator[None]:
