@@ -40,3 +40,27 @@ def racnn(monkeypatch, capsys) -> Callable[..., CommandResult]:
         return CommandResult(code if isinstance(code, int) else int(bool(code)), out, err)
 
     return call
+
+
+SLOW_FILES = (
+    "training/test_distributed",
+    "training/test_resume",
+    "hostile/test_files",
+    "test_docs",
+    "faults/",
+    "bench/",
+    "backbones/test_contract",
+    "export/",
+    "core/test_model",
+)
+"""Slowest first: with `-n auto`, where a process runs whole files, none of them must be left for the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the slowest files."""
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((number for number, name in enumerate(SLOW_FILES) if f"tests/{name}" in path), len(SLOW_FILES))
+
+    items.sort(key=rank)
