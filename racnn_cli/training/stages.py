@@ -204,7 +204,8 @@ def start_fusion(trainer: Trainer) -> None:
     model, device, proposals = trainer.model.eval(), trainer.device, trainer.boxes.proposals
     every = math.ceil(len(trainer.train) / NORM_IMAGES)
     sums = torch.zeros(len(model.sizes), device=device)
-    for batch in trainer.interruptible(trainer.batches("train", augment=False, every=every)):
+    plain = trainer.batches("train", augment=False, every=every)
+    for batch in trainer.interruptible(plain, activity="start of the fusion head"):
         batch = {name: value.to(device) for name, value in batch.items()}
         output = model(batch["image"], proposals and proposals(batch))
         sums += torch.stack([descriptors.float().norm(dim=1).sum() for descriptors in output.descriptors])

@@ -194,7 +194,9 @@ class Trainer:
 
     def _warn_if_crowded(self) -> None:
         """Say once if processes compete for the cores, which the CPU's threads suffer from."""
-        if self.device.type == "cpu" and hasattr(os, "getloadavg"):
+        # A baseline starts in a process that has trained before: the load is that process's own.
+        first = self.parent_run == self.run.folder
+        if first and self.device.type == "cpu" and hasattr(os, "getloadavg"):
             processes, load = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.getloadavg()[0]
             if warning := crowded(torch.get_num_threads(), processes, os.cpu_count() or 1, load):
                 self.console.say(f"warning: {warning}")
@@ -248,8 +250,12 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def interruptible(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def interruptible(self, batches: Iterable[Any], *, activity: str) -> Iterator[Any]:
         """The batches, until a signal arrives; of several processes, all continue to the end.
+
+        Args:
+            batches: of this process.
+            activity: what they are for, as the progress lines name it.
 
         Raises:
             StopRequested: a signal arrived.
@@ -258,7 +264,7 @@ class Trainer:
             if self.interrupts.number and distributed.world() == 1:
                 raise StopRequested
             yield batch
-            self.console.still_busy("validation")
+            self.console.still_busy(activity)
 
     def measure(
         self, split: str, *, scales: int | None = None, boxes: BoxSource | None = None
@@ -272,7 +278,7 @@ class Trainer:
         """
         return evaluation.measure(
             self.model,
-            self.interruptible(self.batches(split)),
+            self.interruptible(self.batches(split), activity="validation"),
             self.device,
             scales=scales,
             margin=self.recipe.alternate.margin,

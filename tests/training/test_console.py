@@ -94,3 +94,11 @@ def test_a_run_warns_of_crowded_cores(here, monkeypatch, capfd, load, warned) ->
     monkeypatch.setattr("racnn_cli.training.trainer.torch.get_num_threads", lambda: 4)
     Trainer.start(tiny(data), out=here / "mine").close()
     assert ("set OMP_NUM_THREADS=" in capfd.readouterr().err) == warned
+
+
+def test_a_baseline_does_not_count_its_own_process_as_load(here, monkeypatch, capfd) -> None:
+    data = write_blobs(here / "data", {"train": 4, "val": 2, "test": 1})
+    monkeypatch.setattr("racnn_cli.training.trainer.os.getloadavg", lambda: (50.0, 50.0, 50.0))
+    monkeypatch.setattr("racnn_cli.training.trainer.torch.get_num_threads", lambda: 4)
+    Trainer.start(tiny(data), out=here / "mine" / "baseline", parent_run=here / "mine").close()
+    assert "OMP_NUM_THREADS" not in capfd.readouterr().err
