@@ -229,7 +229,7 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         if split is not None:
             raise DataError("--split is of the run's own data, and --data names others", "leave one of the two out")
         recipe = recipe.override({"data.path": data})
-        items = labelled(recipe.data, seed=recipe.seed, classes=classes)
+        items = labelled(recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work)
         split = "all"
         dataset = ImageDataset(items, recipe.data, model.source, seed=recipe.seed, augment=False)
     else:

@@ -74,7 +74,7 @@ def build_index(
     )
 
 
-def labelled(data: recipe.Data, *, seed: int, classes: list[str]) -> list[Item]:
+def labelled(data: recipe.Data, *, seed: int, classes: list[str], share: ShareWork = check_alone) -> list[Item]:
     """List every image of a folder or CSV file, unsplit, to evaluate a trained network on it.
 
     Raises:
@@ -82,7 +82,7 @@ def labelled(data: recipe.Data, *, seed: int, classes: list[str]) -> list[Item]:
     """
     root, listing, names = _list_rows(data, seed)
     problems = checks.class_name_problems(names) + checks.run_class_problems(names, classes, complete=False)
-    bad = checks.check_files(listing.rows)
+    bad = share(listing.rows, checks.check_files)
     errors = listing.errors + list(bad.values())
     if not listing.rows:
         problems.append("there is no labelled image")
