@@ -23,6 +23,7 @@ from racnn_cli.core.metrics import BoxMetrics, ClassificationMetrics
 from racnn_cli.core.model import RACNN, sizes_of
 from racnn_cli.data.images import ImageDataset, batches
 from racnn_cli.data.index import labelled
+from racnn_cli.data.locate import absolute
 from racnn_cli.data.source import open_source
 from racnn_cli.data.types import SPLITS, Index
 from racnn_cli.errors import DataError, RunError
@@ -229,9 +230,13 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         if split is not None:
             raise DataError("--split is of the run's own data, and --data names others", "leave one of the two out")
         recipe = recipe.override({"data.path": data})
-        items = labelled(recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work)
+        recipe = recipe.override({"data.path": absolute(recipe.data)})
+        labels = labelled(
+            recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work, trained=run.train_contents()
+        )
         split = "all"
-        dataset = ImageDataset(items, recipe.data, model.source, seed=recipe.seed, augment=False)
+        values = recipe.data.model_copy(update={"range": labels.value_range or ()})
+        dataset = ImageDataset(labels.items, values, model.source, seed=recipe.seed, augment=False)
     else:
         source = open_source(
             recipe.data,

@@ -34,6 +34,7 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Sizes = Annotated[
     tuple[Annotated[int, Field(ge=16, le=4096)], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
+Range = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(map(float, v)) if isinstance(v, list) else v)]
 
 
 class Section(BaseModel):
@@ -71,6 +72,11 @@ class Data(Section):
     fit: Literal["crop", "pad", "squash"] = Field(
         "crop", description="how an image becomes square: center crop, gray borders, or stretched"
     )
+    range: Range = Field(
+        (),
+        description="values of images with more than 8 bits that become black and white, such as [0, 4095]; empty: "
+        "the smallest common range that holds the values of all images",
+    )
     val: float = Field(
         0.15, gt=0.0, lt=0.9, description="share of the images for validation, if the data have no val split"
     )
@@ -80,8 +86,15 @@ class Data(Section):
     limit: int = Field(0, ge=0, description="largest number of images per class and split; 0: no limit")
     workers: int = Field(0, ge=0, le=256, description="processes that load images; 0: load in the training process")
     skip_bad: bool = Field(False, description="skip unreadable files instead of stopping")
+    allow_duplicates: bool = Field(False, description="train although more than 1 % of the test images are in train")
     augment: Augment = Augment()
     sample: Sample = Sample()
+
+    @model_validator(mode="after")
+    def _range_rises(self) -> Data:
+        if self.range and (len(self.range) != 2 or not self.range[0] < self.range[1]):
+            raise ValueError(f"data.range = {list(self.range)} must be two numbers that rise, or empty")
+        return self
 
 
 class Model(Section):
@@ -383,6 +396,7 @@ def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
 def _to_tree(recipe: Recipe) -> dict[str, Any]:
     tree = recipe.model_dump()
     tree["model"]["sizes"] = list(tree["model"]["sizes"])
+    tree["data"]["range"] = list(tree["data"]["range"])
     return tree
 
 
@@ -431,7 +445,8 @@ def _allowed(field: FieldInfo) -> str:
     if field.annotation is bool:
         return "true, false"
     kinds: dict[object, str] = {int: "integer", float: "number", str: "text"}
-    kind = kinds.get(field.annotation, "list of integers")
+    items = "numbers" if get_args(field.annotation)[:1] == (float,) else "integers"
+    kind = kinds.get(field.annotation, f"list of {items}")
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
     bounds = [
         f"{sign} {getattr(constraint, name):.12g}"

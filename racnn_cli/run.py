@@ -144,6 +144,7 @@ class Run:
     weights = _Member("weights.safetensors")
     state = _Member("state")
     data = _Member("state/data.txt")  # fingerprint of the data and the split
+    contents = _Member("state/contents.bin")  # hashes of the training images, as in Index.train_contents
     log = _Member("log.jsonl")
     eval = _Member("eval.json")
     report = _Member("report.html")
@@ -151,7 +152,14 @@ class Run:
 
     @classmethod
     def create(
-        cls, recipe: Recipe, classes: list[str], out: Path | None, *, fingerprint: str = "", latest: bool = True
+        cls,
+        recipe: Recipe,
+        classes: list[str],
+        out: Path | None,
+        *,
+        fingerprint: str = "",
+        contents: bytes = b"",
+        latest: bool = True,
     ) -> Run:
         """Create a run folder in one step, complete with its recipe and class names.
 
@@ -160,6 +168,7 @@ class Run:
             classes: class names in index order.
             out: the folder, new or empty; None: the next free `runs/NAME`.
             fingerprint: of the data and the split.
+            contents: hashes of the training images, as in `Index.train_contents`.
             latest: point `runs/latest` to the folder.
 
         Raises:
@@ -187,6 +196,8 @@ class Run:
                     run.state.mkdir()
                     if fingerprint:
                         write_text(run.data, fingerprint)
+                    if contents:
+                        write_atomic(run.contents, lambda temporary: temporary.write_bytes(contents))
                     if folder.is_dir():
                         folder.rmdir()
                     try:
@@ -254,6 +265,13 @@ class Run:
             raise RunError(f"{self.classes_file} cannot be read: {error}", hint, failure=True) from None
         except ValueError:
             raise RunError(f"{self.classes_file} is not a list of class names", hint, failure=True) from None
+
+    def train_contents(self) -> bytes:
+        """Hashes of the training images, as in `Index.train_contents`; empty if they are not known."""
+        try:
+            return self.contents.read_bytes() if self.contents.is_file() else b""
+        except OSError:
+            return b""
 
     def check_data(self, fingerprint: str) -> None:
         """Raise a RunError if the images or their split have changed since the run was started."""

@@ -6,9 +6,11 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+from racnn_cli.data.color import Levels
 from racnn_cli.data.decode import check, show
 from racnn_cli.data.listing import Row
 from racnn_cli.errors import DataError
@@ -18,35 +20,86 @@ MAX_REPORTED = 1000
 """One message lists at most this many errors; the rest are only counted."""
 BOX_TOLERANCE = 0.5
 """Pixels by which a box may extend beyond its image: it was rounded, not misplaced."""
+DELIBERATE = 0.1
+"""Two classes whose names differ in case are meant if the smaller has this share of the larger one's images."""
+
+# Letters of the Cyrillic and Greek alphabets that look like Latin ones.
+_LOOK_ALIKES = str.maketrans(
+    "аеорсухіјѕһАВЕКМНОРСТХІЈЅοαρνΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "aeopcyxijshABEKMHOPCTXIJSoapvABEZHIKMNOPTYX"
+)
 
 
-def check_files(rows: list[Row]) -> dict[Row, str]:
-    """Decode every file; returns the rows that cannot be used, each with its error."""
-    errors: dict[Row, str] = {}
+@dataclass(frozen=True)
+class CheckedFile:
+    """What is known of a file after it was read.
+
+    Attributes:
+        error: why it cannot be used; empty if it can.
+        digest, levels, notes: as in `FileCheck`.
+    """
+
+    error: str = ""
+    digest: bytes = b""
+    levels: Levels | None = None
+    notes: tuple[str, ...] = ()
+
+
+def check_files(rows: list[Row]) -> dict[Row, CheckedFile]:
+    """Decode every file."""
+    checked: dict[Row, CheckedFile] = {}
     # Threads suffice, because Pillow releases the interpreter lock. Chunks bound the memory of waiting tasks.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         for start in range(0, len(rows), 4096):
             chunk = rows[start : start + 4096]
-            errors |= {row: text for row, text in zip(chunk, pool.map(_file_error, chunk), strict=True) if text}
-    return errors
+            checked |= zip(chunk, pool.map(_check_file, chunk), strict=True)
+    return checked
 
 
-def class_name_problems(names: Sequence[str]) -> list[str]:
-    """Class names that cannot be printed, or that differ only in case, spaces or underscores."""
-    problems = []
+def class_name_problems(images: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """Find class names that cannot be printed, or that look like names of the same class.
+
+    Args:
+        images: class name to its number of images.
+
+    Returns:
+        Problems, and notes on names that differ in case alone and are kept apart, since both have many images.
+    """
+    problems, notes = [], []
     similar = defaultdict(list)
-    for name in names:
+    for name in sorted(images):
         try:
             printable(name)
         except ValueError as error:
             problems.append(str(error))
-        similar[re.sub(r"[\s_]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()].append(name)
-    problems += [
-        f"{' and '.join(map(repr, group))} look like names of the same class: merge or rename them"
-        for group in similar.values()
-        if len(group) > 1
-    ]
-    return problems
+        similar[_skeleton(name)].append(name)
+    for group in similar.values():
+        if len(group) < 2:
+            continue
+        text = " and ".join(map(repr, group)) + _code_points(group)
+        counts = [images[name] for name in group]
+        deliberate = min(counts) > 1 and min(counts) >= DELIBERATE * max(counts)
+        if deliberate and len({name.casefold() for name in group}) == 1:
+            notes.append(f"the classes {text} differ in case only and are kept apart")
+        else:
+            problems.append(f"{text} look like names of the same class: merge or rename them")
+    return problems, notes
+
+
+def _skeleton(name: str) -> str:
+    """What names have in common that look alike."""
+    name = unicodedata.normalize("NFKC", name).translate(_LOOK_ALIKES)
+    visible = "".join(character for character in name if unicodedata.category(character) != "Cf")
+    return re.sub(r"[\s_]+", " ", visible.casefold()).strip()
+
+
+def _code_points(names: Sequence[str]) -> str:
+    """The code points in which names differ, if the names are not ASCII alone and may look the same."""
+    if all(name.isascii() for name in names):
+        return ""
+    sets = [set(name) for name in names]
+    common = set.intersection(*sets)
+    differing = [" ".join(f"U+{ord(character):04X}" for character in sorted(own - common)) for own in sets]
+    return f" (code points {' against '.join(text or 'none' for text in differing)})"
 
 
 def run_class_problems(names: Sequence[str], known: Sequence[str], *, complete: bool = True) -> list[str]:
@@ -57,6 +110,15 @@ def run_class_problems(names: Sequence[str], known: Sequence[str], *, complete: 
     if complete and (missing := [name for name in known if name not in names]):
         problems.append(f"the run's class {quote_names(missing)} is not in the data")
     return problems
+
+
+def lost_classes(names: Iterable[str], images: Mapping[str, int], unsupported: Mapping[str, int]) -> list[str]:
+    """Classes of which no image can be read, so that `--skip-bad` would drop them."""
+    return [
+        f"the class {name!r} has lost all of its {images.get(name, 0) + unsupported.get(name, 0)} images: none of them "
+        "can be read"
+        for name in sorted(names)
+    ]
 
 
 def split_problems(names: Sequence[str], splits: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -101,17 +163,33 @@ def quote_names(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:6])) + more
 
 
-def _file_error(row: Row) -> str:
+def summarize(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Count notes on single images.
+
+    Args:
+        notes: name of the image, and what is to be said.
+
+    Returns:
+        One sentence for each kind of note.
+    """
+    names = defaultdict(list)
+    for name, note in notes:
+        names[note].append(name)
+    return [f"{len(group)} image(s): {note}, such as {show(group[0])}" for note, group in names.items()]
+
+
+def _check_file(row: Row) -> CheckedFile:
     prefix = f"{row.location}: " if row.location else ""
     try:
-        width, height = check(row.path)
+        file = check(row.path)
     except DataError as error:
-        return prefix + error.message
+        return CheckedFile(prefix + error.message)
+    width, height = file.stored_size
     if row.box:
         x, y, w, h = row.box
         if x + w > width + BOX_TOLERANCE or y + h > height + BOX_TOLERANCE:
-            return (
+            return CheckedFile(
                 f"{prefix}the box x,y,w,h = {x:g},{y:g},{w:g},{h:g} extends beyond the image {show(row.path)}, "
                 f"which is stored as {width} x {height}"
             )
-    return ""
+    return CheckedFile(digest=file.digest, levels=file.levels, notes=file.notes)

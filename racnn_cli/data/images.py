@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from racnn_cli import recipe
+from racnn_cli.data.color import as_range
 from racnn_cli.data.decode import read_image
 from racnn_cli.data.geometry import Rect
 from racnn_cli.data.square import load_source
@@ -37,6 +38,7 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, items: Sequence[Item], data: recipe.Data, side: int, *, seed: int, augment: bool) -> None:
         self.items, self.data, self.side, self.seed = list(items), data, side, seed
+        self._range = as_range(data.range)
         self._augmentation = None
         if augment:
             from racnn_cli.data.transforms import Augmentation  # slow to import, and only training needs it
@@ -74,7 +76,7 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
             pixels = self._load_uncropped(item.path)  # (H, W, 3)
             pixels = self._augmentation(pixels, seed=self.seed, epoch=epoch, position=position)
         else:
-            pixels, geometry = load_source(item.path, self.data.fit, self.side)
+            pixels, geometry = load_source(item.path, self.data.fit, self.side, self._range)
             if item.box is not None:
                 x0, y0, x1, y1 = geometry.from_file(item.box)
                 box = (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else box
@@ -92,8 +94,8 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
         """Load the image that a random crop is cut from, (H, W, 3) uint8, slightly larger than needed."""
         side = math.ceil(self.side / math.sqrt(self.data.augment.scale))
         if self.data.augment.scale == 1.0 or self.data.fit != "crop":
-            return load_source(path, self.data.fit, side)[0]
-        return read_image(path, min_side=side).pixels
+            return load_source(path, self.data.fit, side, self._range)[0]
+        return read_image(path, min_side=side, value_range=self._range).pixels
 
 
 class DataSource(Protocol):

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from racnn_cli import recipe
 from racnn_cli.data import checks
+from racnn_cli.data.checks import CheckedFile
+from racnn_cli.data.color import ValueRange, as_range, choose_range
+from racnn_cli.data.duplicates import find_duplicates, overlap_note
 from racnn_cli.data.listing import Listing, Row, read_csv, read_folder
 from racnn_cli.data.locate import locate
 from racnn_cli.data.split import choose, hold_out
-from racnn_cli.data.types import SPLITS, Index, Item
+from racnn_cli.data.types import SPLITS, Index, Item, Labelled
 from racnn_cli.errors import DataError
 
-CheckFiles = Callable[[list[Row]], dict[Row, str]]
-"""Maps rows to those whose files cannot be used, each with its error."""
-ShareWork = Callable[[list[Row], CheckFiles], dict[Row, str]]
+CheckFiles = Callable[[list[Row]], dict[Row, CheckedFile]]
+"""Reads the files of rows."""
+ShareWork = Callable[[list[Row], CheckFiles], dict[Row, CheckedFile]]
 """Runs a check on rows, possibly divided among processes; every process gets the whole result."""
 
 
-def check_alone(rows: list[Row], check: CheckFiles) -> dict[Row, str]:
+def check_alone(rows: list[Row], check: CheckFiles) -> dict[Row, CheckedFile]:
     """The `ShareWork` of a single process."""
     return check(rows)
 
@@ -45,57 +50,141 @@ def build_index(
 
     Raises:
         DataError: lists every error of the data set: unreadable, empty, truncated, oversized, unlabelled and missing
-            files, boxes outside their images, classes that do not fit together.
+            files, boxes outside their images, classes that do not fit together; many test images that are in train.
     """
-    root, listing, names = _list_rows(data, seed)
-    problems = checks.class_name_problems(names)
+    root, listing = _list_rows(data, seed, classes)
+    images = Counter(row.label for row in listing.rows)
+    problems, name_notes = checks.class_name_problems(images)
     splits, singletons = _split(listing.rows, data, seed)
     splits = {split: _limit(rows, data.limit, seed) for split, rows in splits.items()}
     fingerprint = _fingerprint(splits)
     if data.skip_bad:  # what is skipped must not depend on which splits are verified
         verify = SPLITS
-    bad = share([row for split in verify for row in splits[split]], checks.check_files)
-    errors = listing.errors + list(bad.values())
+    checked = {} if listing.problems else share([row for s in verify for row in splits[s]], checks.check_files)
+    errors = _errors(listing, checked)
+    names, left_out = sorted(images), dict[str, dict[str, int]]()
     if data.skip_bad:
+        bad = {row for row, file in checked.items() if file.error}
+        left_out = {split: dict(Counter(row.label for row in rows if row in bad)) for split, rows in splits.items()}
         splits = {split: [row for row in rows if row not in bad] for split, rows in splits.items()}
         names = sorted({row.label for rows in splits.values() for row in rows})
+        problems += checks.lost_classes({*images, *listing.unsupported} - set(names), images, listing.unsupported)
+        for label, count in listing.unsupported.items():
+            left_out["train"][label] = left_out["train"].get(label, 0) + count
+    problems += listing.problems
     if classes is not None:
         problems += checks.run_class_problems(names, classes)
-    problems += checks.split_problems(names, splits)
+    if not problems or not data.skip_bad:
+        problems += checks.split_problems(names, splits)
     if problems or (errors and not data.skip_bad):
         raise checks.error_report(root, problems, errors)
+    used = {row: checked[row] for rows in splits.values() for row in rows if row in checked}
+    value_range, range_notes = _value_range(data, used.values())
+    digests = {row: file.digest for row, file in used.items()}
+    # A run that was started with copies may be continued and measured; its first lines have said so.
+    duplicates = find_duplicates(splits, digests, allow=data.allow_duplicates or classes is not None)
     classes = classes or names
     return Index(
         classes=classes,
         splits={split: _items(rows, classes) for split, rows in splits.items()},
         skipped=errors,
-        notes=listing.notes + _notes(names, splits, singletons),
+        notes=[
+            *listing.notes,
+            *name_notes,
+            *_notes(names, splits, singletons),
+            *duplicates,
+            *range_notes,
+            *checks.summarize((row.name, note) for row, file in used.items() for note in file.notes),
+        ],
         fingerprint=fingerprint,
+        left_out=left_out,
+        value_range=value_range,
+        train_contents=b"".join(sorted(digests[row] for row in splits["train"] if row in digests)),
     )
 
 
-def labelled(data: recipe.Data, *, seed: int, classes: list[str], share: ShareWork = check_alone) -> list[Item]:
+def labelled(
+    data: recipe.Data, *, seed: int, classes: list[str], share: ShareWork = check_alone, trained: bytes = b""
+) -> Labelled:
     """List every image of a folder or CSV file, unsplit, to evaluate a trained network on it.
+
+    Args:
+        data, seed, share: as in `build_index`.
+        classes: of the network.
+        trained: `Index.train_contents` of the run; the images that it was trained on are counted in a note.
 
     Raises:
         DataError: lists every error of the files, and classes that the network does not know.
     """
-    root, listing, names = _list_rows(data, seed)
-    problems = checks.class_name_problems(names) + checks.run_class_problems(names, classes, complete=False)
-    bad = share(listing.rows, checks.check_files)
-    errors = listing.errors + list(bad.values())
+    root, listing = _list_rows(data, seed, classes)
+    images = Counter(row.label for row in listing.rows)
+    problems = checks.class_name_problems(images)[0]
+    problems += checks.run_class_problems(sorted(images), classes, complete=False) + listing.problems
+    checked = {} if listing.problems else share(listing.rows, checks.check_files)
+    errors = _errors(listing, checked)
     if not listing.rows:
         problems.append("there is no labelled image")
     if problems or (errors and not data.skip_bad):
         raise checks.error_report(root, problems, errors)
-    return _items([row for row in listing.rows if row not in bad], classes)
+    rows = [row for row in listing.rows if not checked[row].error]
+    left_out = Counter(row.label for row in listing.rows if checked[row].error)
+    left_out.update(listing.unsupported)
+    used = {row: checked[row] for row in rows}
+    value_range, range_notes = _value_range(data, used.values())
+    return Labelled(
+        items=_items(rows, classes),
+        left_out=dict(left_out),
+        notes=[
+            *listing.notes,
+            *overlap_note(rows, {row: file.digest for row, file in used.items()}, trained),
+            *range_notes,
+            *checks.summarize((row.name, note) for row, file in used.items() for note in file.notes),
+        ],
+        value_range=value_range,
+    )
 
 
-def _list_rows(data: recipe.Data, seed: int) -> tuple[Path, Listing, list[str]]:
-    """The folder or CSV file, its listing, and its class names."""
+def _list_rows(data: recipe.Data, seed: int, classes: Sequence[str] | None) -> tuple[Path, Listing]:
+    """The folder or CSV file, and its listing; a run's classes are spelled as in the run."""
     root = locate(data, seed)
     listing = read_folder(root) if root.is_dir() else read_csv(root)
-    return root, listing, sorted({row.label for row in listing.rows})
+    spelling = {unicodedata.normalize("NFC", name): name for name in classes or ()}
+    if any(name != normal for normal, name in spelling.items()):
+        listing.rows = [replace(row, label=spelling.get(row.label, row.label)) for row in listing.rows]
+    return root, listing
+
+
+def _errors(listing: Listing, checked: Mapping[Row, CheckedFile]) -> list[str]:
+    """The errors of all files, in the order of the CSV file's lines."""
+    errors = listing.errors + [(row.line, file.error) for row, file in checked.items() if file.error]
+    return [text for _, text in sorted(errors, key=lambda error: error[0])]
+
+
+def _value_range(data: recipe.Data, files: Iterable[CheckedFile]) -> tuple[ValueRange | None, list[str]]:
+    """The range of the images with more than 8 bits, and notes on it.
+
+    Raises:
+        DataError: some images hold integers and others floats, and no range is set.
+    """
+    levels = [file.levels for file in files if file.levels is not None]
+    if data.range:
+        value_range = as_range(data.range)
+        assert value_range is not None
+        beyond = sum(entry.low < value_range[0] or entry.high > value_range[1] for entry in levels)
+        text = f"{beyond} image(s) have values outside data.range = {list(data.range)}, which were clipped"
+        return value_range, [text] if beyond else []
+    if not levels:
+        return None, []
+    kinds = {entry.kind for entry in levels}
+    if len(kinds) > 1:
+        ranges = {kind: choose_range(entry for entry in levels if entry.kind == kind) for kind in sorted(kinds)}
+        raise DataError(
+            "some images hold integers with more than 8 bits and others floats, in the ranges "
+            + " and ".join(f"{low:g}..{high:g} ({kind})" for kind, (low, high) in ranges.items()),
+            "convert them to one of the two, or set the range of both: --set data.range=[0,65535]",
+        )
+    low, high = choose_range(levels)
+    return (low, high), [f"{len(levels)} image(s) have more than 8 bits: {low:g}..{high:g} becomes 0..255 (data.range)"]
 
 
 def _items(rows: list[Row], classes: list[str]) -> list[Item]:
@@ -105,7 +194,11 @@ def _items(rows: list[Row], classes: list[str]) -> list[Item]:
 
 def _fingerprint(splits: dict[str, list[Row]]) -> str:
     """A hash of names only, so that a folder may move and bad files may be skipped or not."""
-    names = sorted(f"{split}/{row.label}/{row.path.name}" for split, rows in splits.items() for row in rows)
+    names = sorted(
+        unicodedata.normalize("NFC", f"{split}/{row.label}/{row.path.name}")
+        for split, rows in splits.items()
+        for row in rows
+    )
     return hashlib.sha256("\0".join(names).encode("utf-8", "surrogatepass")).hexdigest()
 
 

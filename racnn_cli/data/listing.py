@@ -5,20 +5,24 @@ from __future__ import annotations
 import csv
 import math
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from racnn_cli.data.decode import SUFFIXES, show
+from racnn_cli.data.layout import EVAL, enter, find_inner_splits, find_splits, settle_eval, split_meaning
+from racnn_cli.data.walk import Walker, is_image_name
 from racnn_cli.errors import DataError
 
 Box = tuple[float, float, float, float]
 """x, y, width, height in pixels of the stored file."""
 
-_SPLIT_ALIASES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _BOX_COLUMNS = ("x", "y", "w", "h")
-_UNSUPPORTED = {".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".ico", ".ppm", ".pgm", ".tga"}
-_SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+MISSING_LABELS = {"nan", "<na>", "null", "#n/a"}
+"""How pandas, databases and spreadsheets write a missing value."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Row:
         split: train, val or test; empty if the data set does not say.
         box: ground-truth box, if there is one.
         location: the CSV file and line, for error messages; empty for a folder.
+        line: in the CSV file; 0 for a folder.
+        folder: of its class; of the CSV file.
     """
 
     path: Path
@@ -40,6 +46,8 @@ class Row:
     split: str
     box: Box | None = None
     location: str = ""
+    line: int = 0
+    folder: Path = Path()
 
 
 @dataclass
@@ -48,43 +56,51 @@ class Listing:
 
     Attributes:
         rows: sorted by name.
-        errors: one sentence each.
+        errors: line of the CSV file (0 for a folder) and one sentence each, for single files that cannot be used.
+        problems: one sentence each, of the data set as a whole.
         notes: what was ignored, one sentence each.
+        unsupported: class name to the number of its files in formats that cannot be read.
     """
 
     rows: list[Row] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
+    errors: list[tuple[int, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unsupported: dict[str, int] = field(default_factory=dict)
+
+    def sort(self) -> None:
+        """Sort the rows by name, and keep names apart that differ in their Unicode form alone."""
+        counts = Counter(row.name for row in self.rows)
+        self.rows = sorted(
+            (row if counts[row.name] == 1 else replace(row, name=str(row.path)) for row in self.rows),
+            key=lambda row: row.name,
+        )
 
 
 def read_folder(root: Path) -> Listing:
-    """List a folder with one folder per class, or with train, val and test folders that contain these.
+    """List a folder with one folder per class, with or without train, val and test folders around or inside these.
 
     Raises:
-        DataError: two folders are the same split.
+        DataError: two folders are the same split, or it is not clear which folders are splits.
     """
-    listing = Listing()
-    entries = _entries(root, listing)
-    folders = [entry for entry in entries if entry.is_dir() and not _holds_runs(entry)]
-    names = [folder.name.casefold() for folder in folders]
-    if "train" in names or (names and all(name in _SPLIT_ALIASES for name in names)):
-        splits: dict[str, Path] = {}
-        for folder in folders:
-            split = _SPLIT_ALIASES.get(folder.name.casefold())
-            if split is None:
-                listing.notes.append(f"the folder {show(folder)} is ignored: it is not one of train, val and test")
-            elif split in splits:
-                raise DataError(
-                    f"{show(splits[split])} and {show(folder)} are both the {split} split", "merge them, or rename one"
-                )
-            else:
-                splits[split] = folder
-        _check_loose_files(root, entries, listing)
+    listing, walker = Listing(), Walker()
+    top = enter(root, walker)
+    folders, files = walker.entries(top)
+    folders = [folder for folder in folders if not _is_run(folder, walker)]
+    if splits := find_splits(folders, walker):
+        _check_loose_files(top, files, listing, walker)
         for split in sorted(splits, key=["train", "val", "test"].index):
-            _read_classes(splits[split], root, split, listing)
+            folder = enter(splits[split][0], walker)
+            inner, files = walker.entries(folder)
+            _check_loose_files(folder, files, listing, walker)
+            _read_classes(inner, root, split, listing, walker)
     else:
-        _read_classes(root, root, "", listing)
-    listing.rows.sort(key=lambda row: row.name)
+        _check_loose_files(top, files, listing, walker)
+        _read_classes(folders, root, "", listing, walker)
+        _split_inside_classes(listing, walker)
+    listing.errors += [(0, error) for error in walker.errors]
+    listing.notes += walker.notes
+    listing.sort()
     return listing
 
 
@@ -108,14 +124,17 @@ def read_csv(file: Path) -> Listing:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List all image files in a folder and its subfolders, sorted by path, without hidden ones.
+    """List all image files in a folder and its subfolders, sorted by path; also those that cannot be read.
 
     Raises:
-        DataError: no such folder, or it contains no images.
+        DataError: no such folder, it contains no images, or one of its folders cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"{show(folder)} is not a folder", "name a folder of images")
-    files = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    walker = Walker()
+    files = sorted(walker.images(folder))
+    if walker.errors:
+        raise DataError("; ".join(walker.errors), "change its permissions, or name other folders")
     if not files:
         raise DataError(f"{show(folder)} contains no images", f"supported suffixes: {', '.join(sorted(SUFFIXES))}")
     return files
@@ -143,29 +162,84 @@ def _read_rows(file: Path, reader: csv.DictReader[str], columns: list[str]) -> L
     for cells in reader:
         location = f"{show(file.name)} line {reader.line_num}"
         if None in cells or None in cells.values():
-            listing.errors.append(f"{location} does not have {len(columns)} cells like the first line")
+            listing.errors.append(
+                (reader.line_num, f"{location} does not have {len(columns)} cells like the first line")
+            )
             continue
         row = {name: cell.strip() for name, cell in cells.items()}
-        name, label = row["path"], row["label"]
-        split = _SPLIT_ALIASES.get(row.get("split", "").casefold(), "")
+        name, label = row["path"], unicodedata.normalize("NFC", row["label"])
+        split = split_meaning(row.get("split", ""))
         box, box_error = _read_box(row)
         key = os.path.normpath(name)
         problems = (
             (not name, " has no path"),
             ("\0" in name, f": {name!r} is not a file name"),
             (not label, f": {show(name)} has no label"),
+            (
+                label.casefold() in MISSING_LABELS,
+                f": {show(name)} has the label {label!r}, which is how a missing label is often written; if it is a "
+                "class, give it another name",
+            ),
             ("split" in row and not split, f": split is {row.get('split')!r}; it must be train, val or test"),
             (box_error, f": {show(name)}: {box_error}"),
             (key in lines, f": {show(name)} is already in line {lines.get(key)}"),
         )
         if problem := next((message for applies, message in problems if applies), ""):
-            listing.errors.append(location + problem)
+            listing.errors.append((reader.line_num, location + problem))
             continue
         lines[key] = reader.line_num
-        path, name = file.parent / name, Path(key).as_posix()
-        listing.rows.append(Row(path=path, name=name, label=label, split=split, box=box, location=location))
-    listing.rows.sort(key=lambda row: row.name)
+        path, name = _existing(file.parent / name), _portable(Path(key))
+        listing.rows.append(
+            Row(path, name=name, label=label, split=split, box=box, location=location, line=reader.line_num)
+        )
+    splits = settle_eval(row.split for row in listing.rows)
+    if EVAL in splits:
+        listing.rows = [replace(row, split=splits[row.split]) for row in listing.rows]
+        listing.notes.append(f"the split eval is used as {splits[EVAL]}")
+    listing.problems += [*_missing_files(file, listing.rows), *_box_units(listing.rows)]
+    listing.sort()
     return listing
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the one that differs in its Unicode form alone, if only that exists."""
+    if str(path).isascii() or path.exists():
+        return path
+    forms = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
+    return next((form for form in forms if form.exists()), path)
+
+
+def _missing_files(file: Path, rows: list[Row]) -> list[str]:
+    """One problem with its likely cause if none of the files exists."""
+    if not rows or any(row.path.exists() for row in rows):
+        return []
+    problem = (
+        f"none of the {len(rows)} files exists, such as {show(rows[0].path)}; paths are relative to "
+        f"{show(file.parent)}/"
+    )
+    name = rows[0].path.relative_to(file.parent).as_posix() if rows[0].path.is_relative_to(file.parent) else ""
+    slashes = name.replace("\\", "/")
+    if slashes != name:
+        problem += f"; {show(name)} has backslashes"
+    # The folder that is missing in the paths, or the leading part that is one too many.
+    candidates = [file.parent / slashes, Path(slashes)]
+    candidates += [folder / slashes for folder in sorted(file.parent.iterdir()) if folder.is_dir()]
+    candidates += [file.parent.joinpath(*Path(slashes).parts[start:]) for start in range(1, len(Path(slashes).parts))]
+    if name and (existing := next((path for path in candidates if path.is_file()), None)):
+        problem += f", and {show(existing)} exists"
+    return [problem]
+
+
+def _box_units(rows: list[Row]) -> list[str]:
+    """One problem if the boxes look like fractions of the images."""
+    boxes = [row.box for row in rows if row.box]
+    if not boxes or any(max(box) > 1 for box in boxes):
+        return []
+    example = ",".join(f"{value:g}" for value in boxes[0])
+    return [
+        f"all {len(boxes)} boxes are smaller than a pixel, such as x,y,w,h = {example}: they look like fractions, and "
+        "x,y,w,h are pixels; multiply x and w by the image's width, y and h by its height"
+    ]
 
 
 def _read_box(row: dict[str, str]) -> tuple[Box | None, str]:
@@ -182,50 +256,69 @@ def _read_box(row: dict[str, str]) -> tuple[Box | None, str]:
     return (x, y, w, h), ""
 
 
-def _read_classes(folder: Path, root: Path, split: str, listing: Listing) -> None:
-    entries = _entries(folder, listing)
-    _check_loose_files(folder, entries, listing)
-    for class_folder in entries:
-        if not class_folder.is_dir():
+def _read_classes(folders: list[Path], root: Path, split: str, listing: Listing, walker: Walker) -> None:
+    for class_folder in folders:
+        if _is_run(class_folder, walker):
             continue
-        if _holds_runs(class_folder):
-            listing.notes.append(f"the folder {show(class_folder)} is ignored: it contains a run of racnn")
-            continue
-        images = []
-        for file in _image_files(class_folder, _walk(class_folder, listing), listing):
+        images, unsupported = [], 0
+        for file in _image_files(class_folder, walker.files(class_folder), listing):
             if (suffix := file.suffix.casefold()) in SUFFIXES:
                 images.append(file)
             else:
-                listing.errors.append(f"{show(file)}: {suffix} files are not supported; convert it to JPEG or PNG")
-        if not images:
-            listing.errors.append(f"the class folder {show(class_folder)} contains no images")
+                hint = "pip install 'racnn[heif]', or convert it" if suffix in HEIF_SUFFIXES else "convert it"
+                listing.errors.append((0, f"{show(file)}: {suffix} files are not supported; {hint} to JPEG or PNG"))
+                unsupported += 1
+        label = unicodedata.normalize("NFC", class_folder.name)
+        if unsupported:
+            listing.unsupported[label] = listing.unsupported.get(label, 0) + unsupported
+        elif not images:
+            listing.errors.append((0, f"the class folder {show(class_folder)} contains no images"))
         listing.rows += [
-            Row(path=file, name=file.relative_to(root).as_posix(), label=class_folder.name, split=split)
+            Row(path=file, name=_portable(file.relative_to(root)), label=label, split=split, folder=class_folder)
             for file in images
         ]
 
 
-def _holds_runs(folder: Path) -> bool:
+def _split_inside_classes(listing: Listing, walker: Walker) -> None:
+    """Take the splits from the folders inside the class folders, where every class has them."""
+    inner: dict[Path, set[str]] = {}
+    for row in listing.rows:
+        parts = row.path.relative_to(row.folder).parts
+        inner.setdefault(row.folder, set()).add(parts[0] if len(parts) > 1 else "")
+    if not find_inner_splits({show(folder): sorted(names) for folder, names in inner.items()}):
+        return
+    meanings = settle_eval(split_meaning(name) for names in inner.values() for name in names)
+    listing.rows = [
+        replace(row, split=meanings[split_meaning(row.path.relative_to(row.folder).parts[0])]) for row in listing.rows
+    ]
+    names = sorted({name for names in inner.values() for name in names})
+    walker.notes.append(f"the splits are read from the folders inside each class: {', '.join(map(show, names))}")
+
+
+def _is_run(folder: Path, walker: Walker) -> bool:
     """Whether a folder is a run or contains runs: people who train where the images are have `runs/` next to them."""
     try:
         with os.scandir(folder) as entries:
             subfolders = [entry.path for entry in entries if entry.is_dir()]
     except OSError:
         return False  # reported when the folder is listed
-    return any((Path(path) / "recipe.toml").is_file() for path in [str(folder), *subfolders])
+    if any((Path(path) / "recipe.toml").is_file() for path in [str(folder), *subfolders]):
+        walker.notes.append(f"the folder {show(folder)} is ignored: it contains a run of racnn")
+        return True
+    return False
 
 
-def _check_loose_files(folder: Path, entries: list[Path], listing: Listing) -> None:
+def _check_loose_files(folder: Path, files: list[Path], listing: Listing, walker: Walker) -> None:
     """Report images beside the class folders, which have no label."""
-    images = _image_files(folder, (entry for entry in entries if not entry.is_dir()), listing)
-    listing.errors += [f"{show(file)} has no label: it is not in a class folder" for file in images]
+    images = _image_files(folder, files, listing)
+    listing.errors += [(0, f"{show(file)} has no label: it is not in a class folder") for file in images]
 
 
 def _image_files(folder: Path, files: Iterable[Path], listing: Listing) -> Iterator[Path]:
     """Yield the images, of supported or unsupported type, and note how many other files are ignored."""
     others = []
     for file in files:
-        if file.suffix.casefold() in SUFFIXES | _UNSUPPORTED:
+        if is_image_name(file):
             yield file
         else:
             others.append(file.name)
@@ -235,24 +328,6 @@ def _image_files(folder: Path, files: Iterable[Path], listing: Listing) -> Itera
         )
 
 
-def _walk(folder: Path, listing: Listing, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """Yield every file in a folder and its subfolders; links are followed, except into a cycle."""
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in parents:
-        listing.notes.append(f"{show(folder)} links back to one of its parent folders and is not followed")
-        return
-    for entry in _entries(folder, listing):
-        if entry.is_dir():
-            yield from _walk(entry, listing, (*parents, identity))
-        else:
-            yield entry
-
-
-def _entries(folder: Path, listing: Listing) -> list[Path]:
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        listing.errors.append(f"the folder {show(folder)} cannot be read: {error.strerror}")
-        return []
-    return [folder / name for name in names if not name.startswith(".") and name.casefold() not in _SYSTEM_FILES]
+def _portable(path: Path) -> str:
+    """A path with `/`, in Unicode's composed form: macOS writes the names of the same files decomposed."""
+    return unicodedata.normalize("NFC", path.as_posix())

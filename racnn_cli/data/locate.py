@@ -45,6 +45,16 @@ def locate(data: recipe.Data, seed: int) -> Path:
     raise DataError(f"data.path = {data.path!r} does not exist", hint)
 
 
+def absolute(data: recipe.Data) -> str:
+    """`data.path` so that it names the same images from any folder; names of built-in data sets are kept."""
+    builtin = find_builtin(data) if data.path else None
+    path = builtin[1].path if builtin else data.path
+    if not path:
+        return data.path
+    full = str(Path(path).expanduser().absolute())
+    return f"{builtin[0].name}:{full}" if builtin else full
+
+
 def _similar_names(path: Path) -> list[str]:
     """Names similar to the first missing part of the path: its existing neighbors and the built-in data sets."""
     missing = path

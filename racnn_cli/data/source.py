@@ -41,7 +41,7 @@ def open_source(
     builtin = find_builtin(data)
     if builtin is None or (open_builtin := builtin[0].open) is None:
         index = build_index(data, seed=seed, classes=classes, verify=verify, share=share)
-        return FileSource(index, data, seed)
+        return FileSource(index, data.model_copy(update={"range": index.value_range or data.range}), seed)
     source = open_builtin(builtin[1], seed)
     names = source.index.classes  # reading the index reports missing files at once
     if classes is not None and classes != names:

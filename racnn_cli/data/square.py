@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from racnn_cli.data.decode import decode, upright
+from racnn_cli.data.color import ValueRange
+from racnn_cli.data.decode import ImageSource, StoredImage, decode, upright
 from racnn_cli.data.geometry import GREY, Geometry, fit_square
 
 Fit = Literal["crop", "pad", "squash"]
 
 
-def load_source(path: Path | str, fit: Fit, side: int) -> tuple[np.ndarray, Geometry]:
-    """Load a file as a square source image, without augmentation.
+def load_source(
+    source: ImageSource, fit: Fit, side: int, value_range: ValueRange | None = None
+) -> tuple[np.ndarray, Geometry]:
+    """Load an image as a square source image, without augmentation.
 
     Args:
-        path: of the file.
-        fit: how the image becomes square: `crop` (center crop), `pad` (borders) or `squash` (stretch).
-        side: of the square in pixels.
+        source: a file, an image or an array.
+        fit, side: as in `to_square`.
+        value_range: as in `decode`.
 
     Returns:
         (side, side, 3) uint8 upright RGB, and the map between source and file.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the image cannot be read.
     """
-    stored = decode(path, min_side=2 * side)
+    return to_square(decode(source, min_side=2 * side, value_range=value_range), fit, side)
+
+
+def to_square(stored: StoredImage, fit: Fit, side: int) -> tuple[np.ndarray, Geometry]:
+    """Make a decoded image square.
+
+    Args:
+        stored: the image, decoded with a shorter side of at least `2 * side` pixels where the file has them.
+        fit: how the image becomes square: `crop` (center crop), `pad` (borders) or `squash` (stretch).
+        side: of the square in pixels.
+
+    Returns:
+        as `load_source`.
+    """
     geometry = fit_square(stored.stored_size, stored.orientation, fit, side)
     width, height = geometry.upright
     (left, top), (extent_w, extent_h) = geometry.origin, geometry.extent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from racnn_cli.data.listing import Box
@@ -35,6 +35,11 @@ class Index:
         skipped: what `data.skip_bad` left out, one sentence each.
         notes: remarks that are not errors, one sentence each.
         fingerprint: hash of which file is in which split; if it changes, test images may have been trained on.
+        left_out: split to class name to the number of images that `data.skip_bad` left out. Files in formats that
+            cannot be read count as `train`, since they were not split.
+        value_range: the values of images with more than 8 bits that become 0 and 255; None if there are no such images.
+        train_contents: 16-byte hashes of the contents of the training images, sorted and joined; empty if they were not
+            verified.
     """
 
     classes: list[str]
@@ -42,3 +47,23 @@ class Index:
     skipped: list[str]
     notes: list[str]
     fingerprint: str
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    value_range: tuple[float, float] | None = None
+    train_contents: bytes = b""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images that are not split, to measure a trained network on.
+
+    Attributes:
+        items: the images.
+        left_out: class name to the number of images that `data.skip_bad` left out.
+        notes: remarks that are not errors, one sentence each.
+        value_range: as in `Index`.
+    """
+
+    items: list[Item]
+    left_out: dict[str, int]
+    notes: list[str]
+    value_range: tuple[float, float] | None = None

@@ -102,6 +102,7 @@ class ExportedGraph(nn.Module):
             "source": str(model.source),
             "sizes": json.dumps(model.sizes),
             "fit": self.fit,
+            "range": json.dumps(run.recipe().data.range),
             "mean": json.dumps(model.mean.flatten().tolist()),
             "std": json.dumps(model.std.flatten().tolist()),
             "layout": "NHWC" if self.options.raw else "NCHW",

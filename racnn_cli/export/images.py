@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from racnn_cli.data.color import as_range
 from racnn_cli.data.images import DataSource, ImageDataset
 from racnn_cli.data.source import open_source
 from racnn_cli.data.square import load_source
@@ -72,7 +73,7 @@ class CheckImages:
     """
 
     def __init__(self, run: Run, side: int, *, files: list[Path] | None = None) -> None:
-        self.fit, self.side, self.files = run.recipe().data.fit, side, files
+        self.data, self.side, self.files = run.recipe().data, side, files
         self.source = "images of the folder" if files else "noise"
         self._validation: DataSource | None = None
         if files is None:
@@ -87,5 +88,5 @@ class CheckImages:
             return _squares(dataset, (number % len(dataset) for number in range(count)))
         if not self.files:
             return np.random.default_rng(side).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-        squares = [load_source(file, self.fit, side)[0] for file in self.files[:count]]
+        squares = [load_source(file, self.data.fit, side, as_range(self.data.range))[0] for file in self.files[:count]]
         return np.stack([squares[number % len(squares)] for number in range(count)])

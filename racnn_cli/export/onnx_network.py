@@ -7,8 +7,9 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 import onnxruntime
-from pydantic import BaseModel, Field, Json, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, Json, ValidationError
 
+from racnn_cli.data.color import as_range
 from racnn_cli.data.square import Fit
 from racnn_cli.errors import ExportError, describe_missing
 from racnn_cli.export.prediction import NetworkOutput
@@ -24,6 +25,7 @@ class OnnxMetadata(BaseModel):
     source: Annotated[int, Field(ge=16, le=8192)]
     sizes: Json[Annotated[list[int], Field(min_length=1)]]
     fit: Fit
+    range: Json[Annotated[list[FiniteFloat], Field(max_length=2)]] = []
     layout: Literal["NCHW", "NHWC"]
     top: Annotated[int, Field(ge=1)] = 5
     threshold: float | None = None
@@ -59,6 +61,7 @@ class OnnxNetwork:
         if missing := [name for name in REQUIRED_OUTPUTS if name not in names]:
             raise unusable(path, f"it has no output {', '.join(missing)}")
         self.classes, self.fit, self.source = metadata.classes, metadata.fit, metadata.source
+        self.value_range = as_range(metadata.range)
         self.scales, self.raw = len(metadata.sizes), metadata.layout == "NHWC"
         self.output_names = [*REQUIRED_OUTPUTS, *(name for name in ("boxes", "ran") if name in names)]
 

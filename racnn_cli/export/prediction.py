@@ -5,7 +5,6 @@ This module must not import torch: ONNX files are used where torch is not instal
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,8 +14,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 from PIL import Image
 
+from racnn_cli.data.color import FLAT_NOTE, is_flat
+from racnn_cli.data.decode import decode
 from racnn_cli.data.geometry import Geometry
-from racnn_cli.data.square import Fit, load_source
+from racnn_cli.data.square import Fit, to_square
 from racnn_cli.errors import DataError, RunError
 
 TOP = 5
@@ -39,8 +40,6 @@ class Unreadable:
 
 
 ImageInput = str | Path | Image.Image | np.ndarray | Frame | Unreadable
-_TIFF_MODES = {"HSV": "RGB", "RGBa": "RGBA", "La": "LA", "RGBX": "RGB"}
-"""Modes that TIFF cannot store, and the modes to convert them to."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Prediction:
         boxes: of scales 2, 3, …: (x0, y0, x1, y1) in pixels of the file as stored; empty after an early exit.
         scales: (label, probability) predicted by each scale that ran.
         error: why the image could not be read; empty if it could.
+        notes: what was ignored in the image, such as the further frames of an animation.
     """
 
     path: str | None
@@ -64,6 +64,7 @@ class Prediction:
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
     scales: list[tuple[str, float]] = field(default_factory=list)
     error: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 class NetworkOutput(NamedTuple):
@@ -77,6 +78,8 @@ class NetworkOutput(NamedTuple):
 
 class Network(Protocol):
     """A trained network, whatever computes it.
+
+    It may have `value_range`, the values of images with more than 8 bits that become 0 and 255.
 
     Attributes:
         classes: names in index order.
@@ -105,17 +108,20 @@ class Model:
     Attributes:
         classes: names in index order.
         scales: number of scales.
+        value_range: the values of images with more than 8 bits that become 0 and 255; None: decided by each image.
     """
 
     def __init__(self, network: Network, source: int | None = None) -> None:
         self.network, self.source = network, source or network.source
+        self.value_range = getattr(network, "value_range", None)  # networks without deep images need not say it
         self.classes, self.scales = network.classes, network.scales
 
     def predict(self, images: ImageInput | Iterable[ImageInput], *, batch: int = 16) -> list[Prediction]:
         """Predict the classes of images.
 
         Args:
-            images: one or many paths, PIL images or (H, W, 3) uint8 arrays.
+            images: one or many paths, PIL images or arrays: (H, W, 3) uint8, or any other that
+                `racnn_cli.data.decode.decode` takes.
             batch: images to process at a time.
 
         Returns:
@@ -134,45 +140,37 @@ class Model:
             images = [cast(ImageInput, images)]
         queue = iter(images)
         while chunk := list(islice(queue, batch)):
-            sources = [self._read(image) for image in chunk]
+            notes: list[list[str]] = [[] for _ in chunk]
+            sources = [self._read(image, entries) for image, entries in zip(chunk, notes, strict=True)]
             results = self._predict([source for source in sources if not isinstance(source, str)])
-            for image, source in zip(chunk, sources, strict=True):
+            for image, source, entries in zip(chunk, sources, notes, strict=True):
                 path = image.name if isinstance(image, Frame | Unreadable) else None
                 path = str(image) if isinstance(image, str | Path) else path
-                yield Prediction(path, **({"error": source} if isinstance(source, str) else next(results)))
+                fields = {"error": source} if isinstance(source, str) else next(results)
+                yield Prediction(path, **fields, notes=entries)
 
-    def _read(self, image: ImageInput) -> tuple[np.ndarray, Geometry] | str:
-        """The square source (H, H, 3) uint8 and its place in the file, or why the file cannot be read."""
-        fit, side = self.network.fit, self.source
-        if isinstance(image, str | Path):
-            try:
-                return load_source(image, fit, side)
-            except DataError as error:
-                return error.message
+    def _read(self, image: ImageInput, notes: list[str] | None = None) -> tuple[np.ndarray, Geometry] | str:
+        """The square source (H, H, 3) uint8 and its place in the file, or why the file cannot be read.
+
+        Adds what was ignored in the image to `notes`.
+        """
         if isinstance(image, Unreadable):
             return image.error
         if isinstance(image, Frame):
             image = image.pixels
-        if isinstance(image, np.ndarray):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise DataError(
-                    f"an array of shape {image.shape} and type {image.dtype} is not an image",
-                    "give (H, W, 3) arrays of type uint8, RGB",
-                )
-            image = Image.fromarray(image) if image.size else Image.new("RGB", image.shape[1::-1])
-        if not isinstance(image, Image.Image):
+        if not isinstance(image, str | Path | np.ndarray | Image.Image):
             raise DataError(
                 f"{type(image).__name__} is not an image", "give paths, PIL images or (H, W, 3) arrays of type uint8"
             )
-        if 0 in image.size:
-            raise DataError(f"an image of {image.width}×{image.height} pixels is empty", "leave it out")
-        if image.mode in _TIFF_MODES:
-            image = image.convert(_TIFF_MODES[image.mode])
-        # Written to a lossless file, so that every image takes the same path to the square.
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "image.tif"
-            image.save(file, exif=image.getexif())
-            return load_source(file, fit, side)
+        try:
+            stored = decode(image, min_side=2 * self.source, value_range=self.value_range)
+        except DataError as error:
+            if isinstance(image, str | Path):
+                return error.message
+            raise
+        if notes is not None:
+            notes += [*stored.notes, *([FLAT_NOTE] if is_flat(stored.image) else [])]
+        return to_square(stored, self.network.fit, self.source)
 
     def _predict(self, sources: list[tuple[np.ndarray, Geometry]]) -> Iterator[dict[str, Any]]:
         """Yield the fields of `Prediction`."""

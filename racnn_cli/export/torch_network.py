@@ -9,6 +9,7 @@ import torch
 
 from racnn_cli.core import metrics, store
 from racnn_cli.core.device import select_device
+from racnn_cli.data.color import as_range
 from racnn_cli.export.prediction import NetworkOutput
 
 
@@ -28,7 +29,8 @@ class TorchNetwork:
         self.device = select_device(device)
         model, run = store.load(folder)
         self.model = model.to(self.device)
-        self.classes, self.fit = run.classes(), run.recipe().data.fit
+        data = run.recipe().data
+        self.classes, self.fit, self.value_range = run.classes(), data.fit, as_range(data.range)
         self.source, self.scales = model.source, len(model.sizes)
 
     @torch.inference_mode()

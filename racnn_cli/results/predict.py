@@ -20,6 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from racnn_cli.data.checks import summarize
+from racnn_cli.data.color import ValueRange
 from racnn_cli.data.decode import SUFFIXES, read_image, show
 from racnn_cli.data.listing import list_images
 from racnn_cli.errors import DataError, describe_missing
@@ -165,7 +167,7 @@ def predict_command(
     """
     out = out or sys.stdout
     write = WRITERS[rows](model, out)
-    drawings = Drawings(save) if save else None
+    drawings = Drawings(save, model.value_range) if save else None
     pending: deque[Path | Frame | Unreadable] = deque()  # images that `stream` has read and not yet predicted
 
     def images() -> Iterator[Path | Frame | Unreadable]:
@@ -174,16 +176,20 @@ def predict_command(
             yield image
 
     count = unread = 0
+    notes: list[tuple[str, str]] = []
     for prediction in model.stream(images(), batch=batch):
         image = pending.popleft()
         count += 1
         unread += bool(prediction.error)
+        notes += [(prediction.path or "(in memory)", note) for note in prediction.notes]
         write(prediction)
         if drawings and not isinstance(image, Unreadable) and not prediction.error:
             drawings.add(prediction, image)
     console = Console(stderr=True, highlight=False)
     if drawings:
         console.print(escape(f"{drawings.count} drawings in {save}"), soft_wrap=True)
+    for note in summarize(notes):
+        console.print(escape(f"note: {note}"), soft_wrap=True)
     if unread:
         console.print(f"{unread} of {count} images could not be read", soft_wrap=True)
     return 1 if unread else 0
@@ -258,10 +264,15 @@ WRITERS: dict[Format, Callable[[Model, TextIO], Writer]] = {
 
 
 class Drawings:
-    """Drawings in a folder, as NAME.jpg; no existing file is replaced: a number is added to the name."""
+    """Drawings in a folder, as NAME.jpg; no existing file is replaced: a number is added to the name.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+    Args:
+        folder: where they go.
+        value_range: as in `read_image`.
+    """
+
+    def __init__(self, folder: Path, value_range: ValueRange | None = None) -> None:
+        self.folder, self.value_range, self.count = folder, value_range, 0
         # Lowercase, for file systems that ignore case. The folder may be that of the images themselves.
         self._names = {path.stem.lower() for path in folder.glob("*")}
 
@@ -279,7 +290,7 @@ class Drawings:
             stem = Path(image.name).name.replace("#", "-").replace(":", "-")
             pixels, boxes = image.pixels, prediction.boxes
         else:
-            stem, file = image.stem, read_image(image)
+            stem, file = image.stem, read_image(image, value_range=self.value_range)
             pixels, boxes = file.pixels, draw.upright_boxes(file, prediction.boxes)
         sheet = draw.sheet(pixels, boxes, prediction)
         name, number = stem, 1

@@ -13,6 +13,7 @@ import jinja2
 
 import racnn_cli
 from racnn_cli.core.model import sizes_of
+from racnn_cli.data.color import ValueRange, as_range
 from racnn_cli.data.decode import read_image, show
 from racnn_cli.data.index import build_index, labelled
 from racnn_cli.data.types import Item
@@ -165,8 +166,8 @@ def _gallery(run: Run, result: EvalResult) -> tuple[list[Card], str]:
     """Images of the split with what each scale sees, wrong answers first, and a note about the choice."""
     recipe, classes = run.recipe(), run.classes()
     if result.split == "all":
-        data = recipe.data.model_copy(update={"path": result.data})
-        items = labelled(data, seed=recipe.seed, classes=classes)
+        data = recipe.data.model_copy(update={"path": result.data, "skip_bad": True})  # eval has reported them
+        items = labelled(data, seed=recipe.seed, classes=classes).items
     else:
         items = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=()).splits[result.split]
     items = items[:: max(1, len(items) // CANDIDATES)][:CANDIDATES]
@@ -177,12 +178,13 @@ def _gallery(run: Run, result: EvalResult) -> tuple[list[Card], str]:
     wrong = wrong[: max(GALLERY_IMAGES // 2, GALLERY_IMAGES - len(correct))]
     room = GALLERY_IMAGES - len(wrong)
     correct = correct[:: max(1, len(correct) // max(1, room))][:room]
-    cards = [_card(item, answer, classes[item.label]) for item, answer in wrong + correct]
+    value_range = as_range(recipe.data.range)
+    cards = [_card(item, answer, classes[item.label], value_range) for item, answer in wrong + correct]
     return cards, f"Chosen from {len(pairs)} {result.split} images: wrong answers first, then correct ones."
 
 
-def _card(item: Item, answer: Prediction, label: str) -> Card:
-    image = read_image(item.path, min_side=480)
+def _card(item: Item, answer: Prediction, label: str, value_range: ValueRange | None) -> Card:
+    image = read_image(item.path, min_side=480, value_range=value_range)
     factor = image.pixels.shape[1] / image.stored_size[image.orientation >= 5]  # JPEGs are read reduced
     boxes = [[value * factor for value in box] for box in draw.upright_boxes(image, answer.boxes)]
     file = io.BytesIO()

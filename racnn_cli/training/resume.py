@@ -9,6 +9,7 @@ from typing import Any
 
 from racnn_cli import recipe as recipes
 from racnn_cli.core import distributed
+from racnn_cli.data.locate import absolute
 from racnn_cli.errors import RecipeError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
@@ -28,6 +29,9 @@ def flatten(recipe: Recipe) -> dict[str, object]:
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[object, object]]:
     """Dotted keys that differ, each with the two values."""
     before, after = flatten(old), flatten(new)
+    before["data.path"], after["data.path"] = absolute(old.data), absolute(new.data)
+    if not new.data.range:  # decided when the run was started
+        after["data.range"] = before["data.range"]
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 

@@ -17,6 +17,7 @@ from racnn_cli.core import distributed
 from racnn_cli.core.device import select_device
 from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.data.images import DataSource, batches
+from racnn_cli.data.locate import absolute
 from racnn_cli.data.source import open_source
 from racnn_cli.errors import Interrupted, RecipeError, RunError
 from racnn_cli.events import AnyEvent, Validation, WarningEvent
@@ -106,13 +107,19 @@ class Trainer:
         if source is None:
             source = open_source(recipe.data, seed=recipe.seed, share=distributed.split_work)
         index = source.index
-        recipe = resolve(recipe)
+        changes = {"data.path": absolute(recipe.data), "data.range": list(index.value_range or recipe.data.range)}
+        recipe = resolve(recipe).override(changes)
         seed_step(recipe.seed)
         model = build(recipe.model, len(index.classes), source=recipe.data.source)
         folder = None
         if distributed.rank() == 0:
             created = Run.create(
-                recipe, list(index.classes), out, fingerprint=index.fingerprint, latest=parent_run is None
+                recipe,
+                list(index.classes),
+                out,
+                fingerprint=index.fingerprint,
+                contents=index.train_contents,
+                latest=parent_run is None,
             )
             folder = str(created.folder)
         run = Run(Path(distributed.broadcast(folder)))

@@ -176,10 +176,12 @@ def _modes() -> dict[str, tuple[Image.Image, tuple[int, int, int], str]]:
     """Name to image, expected color, suffix."""
     rgb = Image.new("RGB", (20, 12), (200, 100, 50))
     transparent = Image.new("RGBA", (20, 12), (0, 0, 0, 0))
+    transparent.putpixel((0, 0), (0, 0, 0, 255))
     half = Image.new("RGBA", (20, 12), (0, 0, 0, 128))
     palette = Image.new("P", (20, 12), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     palette_alpha = palette.copy()
+    palette_alpha.putpixel((0, 0), 0)
     palette_alpha.info["transparency"] = 1
     sixteen = Image.fromarray(np.full((12, 20), 32896, np.uint16))
     return {
@@ -252,11 +254,15 @@ def test_a_file_that_is_not_an_image_gives_a_one_sentence_error(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "folder.jpg").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "animated.gif")
+    Image.new("RGB", (4, 4)).save(tmp_path / "raster.ppm")
+    (tmp_path / "page.jpg").write_text("\n <!DOCTYPE html><html>not found</html>")
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     for name, reason in {
         "empty.jpg": "is empty (0 bytes)",
-        "text.jpg": "is not a JPEG, PNG, WebP, BMP or TIFF image",
-        "animated.gif": "is not a JPEG, PNG, WebP, BMP or TIFF image",
+        "text.jpg": "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image",
+        "raster.ppm": "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image",
+        "page.jpg": "is an HTML page, as a failed download leaves it",
+        "phone.jpg": "is a HEIC image",
         "folder.jpg": "is not a regular file",
         "missing.jpg": "does not exist",
     }.items():

@@ -243,8 +243,8 @@ def test_images_in_memory_and_bad_files(run: Run, place: Path, data: Path) -> No
     (alone,) = model.predict(str(file))
     assert (alone.path, alone.label) == (str(file), from_file.label)
     assert alone.boxes[1] == pytest.approx(from_file.boxes[1], abs=1e-3)
-    with pytest.raises(RacnnError, match=r"shape \(5, 5\) and type float64"):
-        model.predict([np.zeros((5, 5))])
+    with pytest.raises(RacnnError, match=r"shape \(5, 5, 7\) and type float64"):
+        model.predict([np.zeros((5, 5, 7))])
 
 
 def test_gather_expands_names(place: Path, monkeypatch) -> None:
@@ -277,7 +277,7 @@ def test_predict_command(run: Run, exported: dict, place: Path, data: Path, trai
     sources = predict.gather([file, copy])
     assert predict.predict_command(model, sources, rows="jsonl", save=drawings, batch=1, out=out) == 0
     first, second = map(json.loads, out.getvalue().splitlines())
-    assert set(first) == {"path", "label", "probability", "top", "boxes", "scales", "error"}
+    assert set(first) == {"path", "label", "probability", "top", "boxes", "scales", "error", "notes"}
     assert first["boxes"] == second["boxes"]
     assert {path.name for path in drawings.iterdir()} == {"test-0-1.jpg", "test-0-1-2.jpg"}
     (place / "bad.png").write_bytes(b"")
