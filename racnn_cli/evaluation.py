@@ -232,7 +232,7 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         recipe = recipe.override({"data.path": data})
         recipe = recipe.override({"data.path": absolute(recipe.data)})
         labels = labelled(
-            recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work, trained=run.train_contents()
+            recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work, contents=run.contents()
         )
         split = "all"
         values = recipe.data.model_copy(update={"range": labels.value_range or ()})

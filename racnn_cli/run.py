@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +144,6 @@ class Run:
     weights = _Member("weights.safetensors")
     state = _Member("state")
     data = _Member("state/data.txt")  # fingerprint of the data and the split
-    contents = _Member("state/contents.bin")  # hashes of the training images, as in Index.train_contents
     log = _Member("log.jsonl")
     eval = _Member("eval.json")
     report = _Member("report.html")
@@ -158,7 +157,7 @@ class Run:
         out: Path | None,
         *,
         fingerprint: str = "",
-        contents: bytes = b"",
+        contents: Mapping[str, bytes] | None = None,
         latest: bool = True,
     ) -> Run:
         """Create a run folder in one step, complete with its recipe and class names.
@@ -168,7 +167,7 @@ class Run:
             classes: class names in index order.
             out: the folder, new or empty; None: the next free `runs/NAME`.
             fingerprint: of the data and the split.
-            contents: hashes of the training images, as in `Index.train_contents`.
+            contents: hashes of the images of splits, as in `Index.contents`.
             latest: point `runs/latest` to the folder.
 
         Raises:
@@ -196,8 +195,8 @@ class Run:
                     run.state.mkdir()
                     if fingerprint:
                         write_text(run.data, fingerprint)
-                    if contents:
-                        write_atomic(run.contents, lambda temporary: temporary.write_bytes(contents))
+                    for split, hashes in (contents or {}).items():
+                        (run.state / f"{split}.hashes").write_bytes(hashes)
                     if folder.is_dir():
                         folder.rmdir()
                     try:
@@ -266,12 +265,10 @@ class Run:
         except ValueError:
             raise RunError(f"{self.classes_file} is not a list of class names", hint, failure=True) from None
 
-    def train_contents(self) -> bytes:
-        """Hashes of the training images, as in `Index.train_contents`; empty if they are not known."""
-        try:
-            return self.contents.read_bytes() if self.contents.is_file() else b""
-        except OSError:
-            return b""
+    def contents(self) -> dict[str, bytes]:
+        """Hashes of the images of the run's splits, as in `Index.contents`; without those that are not known."""
+        files = {split: self.state / f"{split}.hashes" for split in ("train", "val")}
+        return {split: file.read_bytes() for split, file in files.items() if file.is_file()}
 
     def check_data(self, fingerprint: str) -> None:
         """Raise a RunError if the images or their split have changed since the run was started."""

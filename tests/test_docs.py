@@ -107,15 +107,16 @@ def test_readme_commands_and_python_run_as_typed(here, monkeypatch, capsys) -> N
     assert len(list((here / "attended").glob("*.jpg"))) == IMAGES
     check_script(next((here / "runs").glob("*/model.onnx")), here / "my-images", here / "bare")
     for block in blocks("README.md", "python"):
-        exec(compile(block, "README.md", "exec"), {})
+        if "onnxruntime" not in block:  # the standalone script, which has been run
+            exec(compile(block, "README.md", "exec"), {})
     out = capsys.readouterr().out
     assert len([line for line in out.splitlines() if line.startswith("my-images")]) == IMAGES
 
 
 def check_script(file: Path, images: Path, bare: Path) -> None:
     """Run the standalone script in a new environment `bare` that has onnxruntime, numpy and Pillow only."""
-    text = marked("docs/export.md", "alone")
-    assert len(text.splitlines()) <= 20
+    text = marked("README.md", "alone")
+    assert len(text.splitlines()) <= 30
     venv.create(bare)
     python = bare / "bin" / "python"
     script = bare / "answer.py"

@@ -249,6 +249,7 @@ def _unidentified(name: str, start: bytes) -> DataError:
         if content.startswith(signature):
             hint = _HINT
             if kind == "a HEIC image":
+                kind += ", which needs the extra heif"
                 hint = "pip install 'racnn[heif]', or convert it to JPEG or PNG"
             elif kind in ("a JPEG image", "a PNG image", "a GIF image", "a TIFF image"):
                 kind += " of a kind that cannot be read, or damaged"

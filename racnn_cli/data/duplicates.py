@@ -67,19 +67,20 @@ def find_duplicates(splits: Mapping[str, Sequence[Row]], digests: Mapping[Row, b
     return notes
 
 
-def overlap_note(rows: Sequence[Row], digests: Mapping[Row, bytes], trained: bytes) -> list[str]:
-    """A note on the images that a run was trained on.
+def overlap_notes(rows: Sequence[Row], digests: Mapping[Row, bytes], contents: Mapping[str, bytes]) -> list[str]:
+    """Notes on the images that a run was trained or chosen on.
 
     Args:
         rows: of the images to measure on.
         digests: hash of each file's contents.
-        trained: the hashes of the run's training images, joined, as in `Index.train_contents`.
+        contents: split of the run to the hashes of its images, as in `Index.contents`.
     """
-    known = {trained[start : start + 16] for start in range(0, len(trained), 16)}
-    seen = [row for row in rows if digests.get(row) in known]
-    if not seen:
-        return []
-    return [
-        f"{len(seen)} of the {len(rows)} images are training images of the run, such as {show(seen[0].name)}: the "
-        "figures are too good by that"
-    ]
+    notes = []
+    for split, joined in contents.items():
+        known = {joined[start : start + 16] for start in range(0, len(joined), 16)}
+        if seen := [row for row in rows if digests.get(row) in known]:
+            notes.append(
+                f"{len(seen)} of the {len(rows)} images are in the run's {split} split, such as {show(seen[0].name)}: "
+                "the figures are better than on new images"
+            )
+    return notes

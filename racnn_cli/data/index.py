@@ -13,7 +13,7 @@ from racnn_cli import recipe
 from racnn_cli.data import checks
 from racnn_cli.data.checks import CheckedFile
 from racnn_cli.data.color import ValueRange, as_range, choose_range
-from racnn_cli.data.duplicates import find_duplicates, overlap_note
+from racnn_cli.data.duplicates import find_duplicates, overlap_notes
 from racnn_cli.data.listing import Listing, Row, read_csv, read_folder
 from racnn_cli.data.locate import locate
 from racnn_cli.data.split import choose, hold_out
@@ -99,19 +99,27 @@ def build_index(
         fingerprint=fingerprint,
         left_out=left_out,
         value_range=value_range,
-        train_contents=b"".join(sorted(digests[row] for row in splits["train"] if row in digests)),
+        contents={
+            split: b"".join(sorted(digests[row] for row in splits[split] if row in digests))
+            for split in ("train", "val")
+        },
     )
 
 
 def labelled(
-    data: recipe.Data, *, seed: int, classes: list[str], share: ShareWork = check_alone, trained: bytes = b""
+    data: recipe.Data,
+    *,
+    seed: int,
+    classes: list[str],
+    share: ShareWork = check_alone,
+    contents: Mapping[str, bytes] | None = None,
 ) -> Labelled:
     """List every image of a folder or CSV file, unsplit, to evaluate a trained network on it.
 
     Args:
         data, seed, share: as in `build_index`.
         classes: of the network.
-        trained: `Index.train_contents` of the run; the images that it was trained on are counted in a note.
+        contents: `Index.contents` of the run; the images that it was trained or chosen on are counted in a note.
 
     Raises:
         DataError: lists every error of the files, and classes that the network does not know.
@@ -136,7 +144,7 @@ def labelled(
         left_out=dict(left_out),
         notes=[
             *listing.notes,
-            *overlap_note(rows, {row: file.digest for row, file in used.items()}, trained),
+            *overlap_notes(rows, {row: file.digest for row, file in used.items()}, contents or {}),
             *range_notes,
             *checks.summarize((row.name, note) for row, file in used.items() for note in file.notes),
         ],

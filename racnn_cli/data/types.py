@@ -38,8 +38,8 @@ class Index:
         left_out: split to class name to the number of images that `data.skip_bad` left out. Files in formats that
             cannot be read count as `train`, since they were not split.
         value_range: the values of images with more than 8 bits that become 0 and 255; None if there are no such images.
-        train_contents: 16-byte hashes of the contents of the training images, sorted and joined; empty if they were not
-            verified.
+        contents: `train` and `val` to the 16-byte hashes of the contents of their images, sorted and joined; empty
+            strings if the images were not verified.
     """
 
     classes: list[str]
@@ -49,7 +49,7 @@ class Index:
     fingerprint: str
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     value_range: tuple[float, float] | None = None
-    train_contents: bytes = b""
+    contents: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Trainer:
                 list(index.classes),
                 out,
                 fingerprint=index.fingerprint,
-                contents=index.train_contents,
+                contents=index.contents,
                 latest=parent_run is None,
             )
             folder = str(created.folder)
