@@ -14,12 +14,11 @@ MAX_LEAK = 0.01
 """Share of the test images that may be in train, too."""
 
 
-def find_duplicates(splits: Mapping[str, Sequence[Row]], digests: Mapping[Row, bytes], *, allow: bool) -> list[str]:
-    """Compare the contents of all images whose digest is known.
+def find_duplicates(splits: Mapping[str, Sequence[tuple[Row, bytes]]], *, allow: bool) -> list[str]:
+    """Compare the contents of images.
 
     Args:
-        splits: the rows of each split.
-        digests: hash of each file's contents.
+        splits: the rows of each split that were read, and the hash of each file's contents.
         allow: go on although many test images are in train.
 
     Returns:
@@ -30,9 +29,8 @@ def find_duplicates(splits: Mapping[str, Sequence[Row]], digests: Mapping[Row, b
     """
     groups: dict[bytes, list[tuple[str, Row]]] = defaultdict(list)
     for split, rows in splits.items():
-        for row in rows:
-            if row in digests:
-                groups[digests[row]].append((split, row))
+        for row, digest in rows:
+            groups[digest].append((split, row))
     copies = [group for group in groups.values() if len(group) > 1]
     notes = []
     for first, second in itertools.combinations(splits, 2):
@@ -67,18 +65,17 @@ def find_duplicates(splits: Mapping[str, Sequence[Row]], digests: Mapping[Row, b
     return notes
 
 
-def overlap_notes(rows: Sequence[Row], digests: Mapping[Row, bytes], contents: Mapping[str, bytes]) -> list[str]:
+def overlap_notes(rows: Sequence[tuple[Row, bytes]], contents: Mapping[str, bytes]) -> list[str]:
     """Notes on the images that a run was trained or chosen on.
 
     Args:
-        rows: of the images to measure on.
-        digests: hash of each file's contents.
+        rows: of the images to measure on, and the hash of each file's contents.
         contents: split of the run to the hashes of its images, as in `Index.contents`.
     """
     notes = []
     for split, joined in contents.items():
         known = {joined[start : start + 16] for start in range(0, len(joined), 16)}
-        if seen := [row for row in rows if digests.get(row) in known]:
+        if seen := [row for row, digest in rows if digest in known]:
             notes.append(
                 f"{len(seen)} of the {len(rows)} images are in the run's {split} split, such as {show(seen[0].name)}: "
                 "the figures are better than on new images"

@@ -78,11 +78,12 @@ def build_index(
         problems += checks.split_problems(names, splits)
     if problems or (errors and not data.skip_bad):
         raise checks.error_report(root, problems, errors)
-    used = {row: checked[row] for rows in splits.values() for row in rows if row in checked}
-    value_range, range_notes = _value_range(data, used.values())
-    digests = {row: file.digest for row, file in used.items()}
+    used = {split: [(row, checked[row]) for row in rows if row in checked] for split, rows in splits.items()}
+    files = [pair for pairs in used.values() for pair in pairs]
+    value_range, range_notes = _value_range(data, [file for _, file in files])
+    digests = {split: [(row, file.digest) for row, file in pairs] for split, pairs in used.items()}
     # A run that was started with copies may be continued and measured; its first lines have said so.
-    duplicates = find_duplicates(splits, digests, allow=data.allow_duplicates or classes is not None)
+    duplicates = find_duplicates(digests, allow=data.allow_duplicates or classes is not None)
     classes = classes or names
     return Index(
         classes=classes,
@@ -94,15 +95,12 @@ def build_index(
             *_notes(names, splits, singletons),
             *duplicates,
             *range_notes,
-            *checks.summarize((row.name, note) for row, file in used.items() for note in file.notes),
+            *checks.summarize((row.name, note) for row, file in files for note in file.notes),
         ],
         fingerprint=fingerprint,
         left_out=left_out,
         value_range=value_range,
-        contents={
-            split: b"".join(sorted(digests[row] for row in splits[split] if row in digests))
-            for split in ("train", "val")
-        },
+        contents={split: b"".join(sorted(digest for _, digest in digests[split])) for split in ("train", "val")},
     )
 
 
@@ -137,16 +135,16 @@ def labelled(
     rows = [row for row in listing.rows if not checked[row].error]
     left_out = Counter(row.label for row in listing.rows if checked[row].error)
     left_out.update(listing.unsupported)
-    used = {row: checked[row] for row in rows}
-    value_range, range_notes = _value_range(data, used.values())
+    files = [(row, checked[row]) for row in rows]
+    value_range, range_notes = _value_range(data, [file for _, file in files])
     return Labelled(
         items=_items(rows, classes),
         left_out=dict(left_out),
         notes=[
             *listing.notes,
-            *overlap_notes(rows, {row: file.digest for row, file in used.items()}, contents or {}),
+            *overlap_notes([(row, file.digest) for row, file in files], contents or {}),
             *range_notes,
-            *checks.summarize((row.name, note) for row, file in used.items() for note in file.notes),
+            *checks.summarize((row.name, note) for row, file in files for note in file.notes),
         ],
         value_range=value_range,
     )

@@ -49,6 +49,9 @@ class Row:
     line: int = 0
     folder: Path = Path()
 
+    def __hash__(self) -> int:  # names are unique, and hashing every field of a million rows takes seconds
+        return hash(self.name)
+
 
 @dataclass
 class Listing:

@@ -262,7 +262,7 @@ def test_a_file_that_is_not_an_image_gives_a_one_sentence_error(tmp_path):
         "text.jpg": "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image",
         "raster.ppm": "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image",
         "page.jpg": "is an HTML page, as a failed download leaves it",
-        "phone.jpg": "is a HEIC image",
+        "phone.jpg": "is a HEIC image, which needs the extra heif",
         "folder.jpg": "is not a regular file",
         "missing.jpg": "does not exist",
     }.items():
