@@ -296,6 +296,7 @@ def _load(image: Image.Image, name: str, min_side: int, value_range: ValueRange 
         raise DataError(
             f"{name} is oversized: {width} x {height} is more than {MAX_PIXELS:,} pixels", "shrink the image"
         )
+    deep = _deep_color(image)  # first of all: reading a PNG's EXIF data loads its pixels
     exif_orientation = image.getexif().get(_ORIENTATION, 1)
     orientation = exif_orientation if exif_orientation in _UPRIGHT else 1
     reduction = 1
@@ -306,7 +307,6 @@ def _load(image: Image.Image, name: str, min_side: int, value_range: ValueRange 
     elif min_side and (window := image.draft(None, (min_side, min_side))):
         reduction = round(width / window[1][2])
     notes = [note] if (note := _frames_note(image)) else []
-    deep = _deep_color(image)
     image.load()
     if deep is None:
         rgb, levels, more = color.to_rgb(image, value_range)

@@ -50,19 +50,22 @@ def settle_eval(meanings: Iterable[str]) -> dict[str, str]:
 
 
 def enter(folder: Path, walker: Walker) -> Path:
-    """The folder itself, or the only folder in it if that one holds the class folders (such as an unpacked archive's).
+    """The folder itself, or the one inside it that holds the class folders, if the way there has no other folders.
 
-    Adds a note for each folder that is entered.
+    Unpacked archives often have such a folder. Adds a note if it is entered.
     """
+    inner = folder
     while True:
-        folders, files = Walker().entries(folder)
-        if len(folders) != 1 or any(map(is_image_name, files)):
+        folders, files = Walker().entries(inner)
+        if any(map(is_image_name, files)):
             return folder
-        inner_folders, inner_files = Walker().entries(folders[0])
-        if any(map(is_image_name, inner_files)) or sum(map(_has_image, inner_folders)) < 2:
-            return folder
-        walker.notes.append(f"the classes are read from {show(folders[0])}, the only folder in {show(folder)}")
-        folder = folders[0]
+        if len(folders) != 1:
+            break
+        inner = folders[0]
+    if inner == folder or sum(map(_has_image, folders)) < 2:
+        return folder
+    walker.notes.append(f"the classes are read from {show(inner)}, the only folder with images in {show(folder)}")
+    return inner
 
 
 def find_splits(folders: Sequence[Path], walker: Walker) -> dict[str, list[Path]]:
@@ -129,11 +132,13 @@ def find_inner_splits(classes: dict[str, Sequence[str]]) -> bool:
         return False
     if all(set(classes[folder]) == names for folder, names in inner.items()):
         return True
-    mixed = [folder for folder, names in inner.items() if names and set(classes[folder]) != names]
-    plain = [folder for folder, names in inner.items() if not names]
+    # Those with splits and more first, then one of each other kind.
+    mixed = [folder for folder, names in inner.items() if names and set(classes[folder]) != names][:4]
+    clear = [folder for folder, names in inner.items() if names and set(classes[folder]) == names][:1]
+    plain = [folder for folder, names in inner.items() if not names][:1]
     raise DataError(
         "some class folders hold folders that mean splits, and others do not or hold more: "
-        + "; ".join(f"{show(folder)} holds {_names(classes[folder])}" for folder in [*mixed, *plain][:6]),
+        + "; ".join(f"{show(folder)} holds {_names(classes[folder])}" for folder in [*mixed, *clear, *plain]),
         "give every class the same train, val and test folders, or rename them if they do not mean splits",
     )
 

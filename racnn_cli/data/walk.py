@@ -61,19 +61,15 @@ class Walker:
 
     def files(self, folder: Path) -> Iterator[Path]:
         """Yield every file in a folder and its subfolders."""
-        yield from self._files(folder, {})
+        parents = {_identity(parent): parent for parent in folder.absolute().parents}
+        yield from self._files(folder, parents)
 
     def images(self, folder: Path) -> Iterator[Path]:
         """Yield every file with an image's suffix, supported or not, in a folder and its subfolders."""
         return (file for file in self.files(folder) if is_image_name(file))
 
     def _files(self, folder: Path, visited: dict[tuple[int, int], Path]) -> Iterator[Path]:
-        try:
-            status = folder.stat()
-        except OSError as error:
-            self.errors.append(f"the folder {show(folder)} cannot be read: {error.strerror}")
-            return
-        identity = (status.st_dev, status.st_ino)
+        identity = _identity(folder)
         if identity in visited:
             self.notes.append(f"{show(folder)} links to {show(visited[identity])}, which is listed once only")
             return
@@ -88,6 +84,14 @@ def is_image_name(path: Path) -> bool:
     """Whether a name has the suffix of an image, supported or not."""
     suffix = path.suffix.casefold()
     return suffix in SUFFIXES or suffix in OTHER_SUFFIXES
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        status = folder.stat()
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
