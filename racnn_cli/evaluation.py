@@ -80,7 +80,7 @@ class Measurement:
         """The metrics that training uses."""
 
         def answer(figures: ClassificationMetrics) -> Answer:
-            return Answer(top1=figures.top1, nll=figures.nll)
+            return Answer(top1=figures.top1, mean_class=figures.mean_class, nll=figures.nll)
 
         scales = [answer(figures) for figures in self.scales]
         if len(scales) == 1:
@@ -284,4 +284,4 @@ def _baseline(folder: Path, split: str) -> Baseline | None:
     result = run.read_eval()
     if result.split != split:
         return None
-    return Baseline(**result.fused.model_dump(), size=sizes_of(run.recipe().model)[0])
+    return Baseline(**result.fused.to_json(), size=sizes_of(run.recipe().model)[0])

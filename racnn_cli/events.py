@@ -42,9 +42,13 @@ class Record(BaseModel):
 
 
 class Answer(Record):
-    """Validation metrics of one classifier: a scale, the average of the scales, or the fusion head."""
+    """Validation metrics of one classifier: a scale, the average of the scales, or the fusion head.
+
+    `mean_class` is the mean over the classes that have images of their `top1`; older logs do not have it.
+    """
 
     top1: Share
+    mean_class: Share | None = None
     nll: Number
 
 
@@ -175,9 +179,13 @@ def read_line(line: str) -> AnyEvent | None:
 
 
 class EvalAnswer(Record):
-    """Metrics of one classifier. `top5` is top-min(5, classes); `ece` uses 15 equal bins."""
+    """Metrics of one classifier. `top5` is top-min(5, classes); `ece` uses 15 equal bins.
+
+    `mean_class` is the mean over the classes that have images of their `top1`; older files do not have it.
+    """
 
     top1: Share
+    mean_class: Share | None = None
     top5: FiniteFloat
     nll: FiniteFloat
     ece: FiniteFloat

@@ -79,7 +79,7 @@ def test_eval_json_has_the_documented_keys(run: Run, result: dict) -> None:
     }
     assert (result["split"], result["images"], result["classes"], result["baseline"]) == ("test", 24, 3, None)
     assert [set(entry) for entry in (*result["scales"], result["average"], result["fused"])] == [
-        {"top1", "top5", "nll", "ece"}
+        {"top1", "mean_class", "top5", "nll", "ece"}
     ] * 5
     assert list(result["per_class"]) == run.classes()
     assert result["fused"]["top5"] == 1.0  # there are three classes
@@ -104,6 +104,9 @@ def test_figures_agree_with_torchmetrics(run: Run, result: dict, outputs) -> Non
         counts = torch.bincount(predicted[labels == number], minlength=3).tolist()
         cells = [[number, answer, count] for answer, count in enumerate(counts) if count]
         assert [cell for cell in result["confusion"] if cell[0] == number] == cells, name
+    assert result["fused"]["mean_class"] == pytest.approx(
+        sum(entry["top1"] for entry in result["per_class"].values()) / 3
+    )
     low, high = result["interval"]
     assert 0 <= low < result["fused"]["top1"] < high <= 1
 
@@ -163,10 +166,21 @@ def test_tables_show_the_figures(result: dict) -> None:
     text = console.file.getvalue()
     for name, figures in EvalResult.model_validate(result).answers():
         assert any(name in line and f"{figures.nll:.3f}" in line for line in text.splitlines()), name
+        assert any(name in line and f"{figures.mean_class:.3f}" in line for line in text.splitlines()), name
     low, high = result["interval"]
     assert "24 test images of 3 classes" in text
     assert f"{low:.3f} to {high:.3f}" in text
     assert f"{result['boxes'][1]['coverage_mean']:.3f}" in text
+
+
+def test_an_older_eval_json_without_mean_class_is_read(run: Run, result: dict) -> None:
+    old = json.loads(json.dumps(result))
+    for answer in (*old["scales"], old["average"], old["fused"]):
+        del answer["mean_class"]
+    read = EvalResult.model_validate(old)
+    assert read.fused.mean_class is None
+    assert read.to_json() == old
+    assert [values[1] for _, values in tables.accuracy(read).rows] == [""] * 5
 
 
 def test_non_finite_outputs_are_a_failure(place: Path, data: Path) -> None:
