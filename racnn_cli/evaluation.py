@@ -93,14 +93,32 @@ class Measurement:
             boxes=[Boxes(**_without(boxes.compute(), "side_min", "side_max")) for boxes in self.boxes],
         )
 
-    def result(self, *, split: str, data: str, classes: Sequence[str], baseline: Baseline | None) -> EvalResult:
-        """Every metric, as eval.json holds it."""
+    def result(
+        self,
+        *,
+        split: str,
+        data: str,
+        classes: Sequence[str],
+        baseline: Baseline | None,
+        left_out: Mapping[str, int],
+        notes: Sequence[str],
+    ) -> EvalResult:
+        """Every metric, as eval.json holds it.
+
+        Args:
+            split, data: what was measured.
+            classes: class names in index order.
+            baseline: the figures of the baseline.
+            left_out: class name to the number of its images that could not be read.
+            notes: remarks about the images.
+        """
         fused = self.fused.compute()
         return EvalResult(
             version=EVAL_VERSION,
             split=split,  # type: ignore[arg-type]  # pydantic checks it
             data=data,
             images=self.images,
+            left_out=sum(left_out.values()),
             classes=len(classes),
             scales=[EvalAnswer(**figures.compute()) for figures in self.scales],
             average=EvalAnswer(**self.average.compute()),
@@ -111,10 +129,12 @@ class Measurement:
             seconds=self.seconds,
             images_per_second=self.images / max(self.seconds, 1e-9),
             per_class={
-                name: ClassResult(top1=top1, n=images)
+                name: ClassResult(top1=top1, n=images, left_out=left_out.get(name, 0))
                 for name, (top1, images) in zip(classes, self.fused.per_class(), strict=True)
             },
             baseline=baseline,
+            notes=list(notes),
+            warnings=[],
         )
 
 
@@ -229,9 +249,10 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         if split is not None:
             raise DataError("--split is of the run's own data, and --data names others", "leave one of the two out")
         recipe = recipe.override({"data.path": data})
-        items = labelled(recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work)
+        listed = labelled(recipe.data, seed=recipe.seed, classes=classes, share=distributed.split_work)
         split = "all"
-        dataset = ImageDataset(items, recipe.data, model.source, seed=recipe.seed, augment=False)
+        dataset = ImageDataset(listed.items, recipe.data, model.source, seed=recipe.seed, augment=False)
+        left_out, notes = listed.left_out, listed.notes
     else:
         source = open_source(
             recipe.data,
@@ -243,6 +264,7 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         run.check_data(source.index.fingerprint)
         split = _choose_split(source.index, split)
         dataset = source.dataset(split, model.source, augment=False)
+        left_out, notes = source.index.left_out.get(split, {}), _notes_about(split, source.index)
     loader = batches(
         dataset,
         batch=recipe.train.batch,
@@ -259,6 +281,8 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         data=recipe.data.path,
         classes=classes,
         baseline=None if data is not None else _baseline(run.folder / "baseline", split),
+        left_out=left_out,
+        notes=notes,
     )
     if distributed.rank() == 0:
         write_json(run.eval, result.to_json())
@@ -274,6 +298,12 @@ def _choose_split(index: Index, split: str | None) -> str:
         counts = ", ".join(f"{name} {len(index.splits[name])}" for name in SPLITS)
         raise DataError(f"the split {split} has no images ({counts})", "--split with one that has images")
     return split
+
+
+def _notes_about(split: str, index: Index) -> list[str]:
+    """The notes of an index without those about classes that another split has no images of."""
+    others = [f" has no {name} image " for name in SPLITS if name != split]
+    return [note for note in index.notes if not any(words in note for words in others)]
 
 
 def _baseline(folder: Path, split: str) -> Baseline | None:

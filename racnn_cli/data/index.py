@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from racnn_cli import recipe
@@ -12,7 +12,7 @@ from racnn_cli.data import checks
 from racnn_cli.data.listing import Listing, Row, read_csv, read_folder
 from racnn_cli.data.locate import locate
 from racnn_cli.data.split import choose, hold_out
-from racnn_cli.data.types import SPLITS, Index, Item
+from racnn_cli.data.types import SPLITS, Index, Item, Labelled
 from racnn_cli.errors import DataError
 
 CheckFiles = Callable[[list[Row]], dict[Row, str]]
@@ -56,6 +56,7 @@ def build_index(
         verify = SPLITS
     bad = share([row for split in verify for row in splits[split]], checks.check_files)
     errors = listing.errors + list(bad.values())
+    left_out = {split: _count_classes(row for row in rows if row in bad) for split, rows in splits.items()}
     if data.skip_bad:
         splits = {split: [row for row in rows if row not in bad] for split, rows in splits.items()}
         names = sorted({row.label for rows in splits.values() for row in rows})
@@ -71,10 +72,11 @@ def build_index(
         skipped=errors,
         notes=listing.notes + _notes(names, splits, singletons),
         fingerprint=fingerprint,
+        left_out=left_out,
     )
 
 
-def labelled(data: recipe.Data, *, seed: int, classes: list[str], share: ShareWork = check_alone) -> list[Item]:
+def labelled(data: recipe.Data, *, seed: int, classes: list[str], share: ShareWork = check_alone) -> Labelled:
     """List every image of a folder or CSV file, unsplit, to evaluate a trained network on it.
 
     Raises:
@@ -88,7 +90,13 @@ def labelled(data: recipe.Data, *, seed: int, classes: list[str], share: ShareWo
         problems.append("there is no labelled image")
     if problems or (errors and not data.skip_bad):
         raise checks.error_report(root, problems, errors)
-    return _items([row for row in listing.rows if row not in bad], classes)
+    items = _items([row for row in listing.rows if row not in bad], classes)
+    return Labelled(items=items, left_out=_count_classes(bad), notes=listing.notes)
+
+
+def _count_classes(rows: Iterable[Row]) -> dict[str, int]:
+    """Class name to its number of rows; without classes that have none."""
+    return dict(sorted(Counter(row.label for row in rows).items()))
 
 
 def _list_rows(data: recipe.Data, seed: int) -> tuple[Path, Listing, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from racnn_cli.data.listing import Box
@@ -35,6 +35,7 @@ class Index:
         skipped: what `data.skip_bad` left out, one sentence each.
         notes: remarks that are not errors, one sentence each.
         fingerprint: hash of which file is in which split; if it changes, test images may have been trained on.
+        left_out: split to class name to the number of its images that `data.skip_bad` left out.
     """
 
     classes: list[str]
@@ -42,3 +43,19 @@ class Index:
     skipped: list[str]
     notes: list[str]
     fingerprint: str
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """All labelled images of a folder or CSV file, unsplit.
+
+    Attributes:
+        items: the images.
+        left_out: class name to the number of its images that `data.skip_bad` left out.
+        notes: remarks that are not errors, one sentence each.
+    """
+
+    items: list[Item]
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)

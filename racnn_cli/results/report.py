@@ -89,6 +89,7 @@ def write_report(run: Run) -> Path:
         },
         accuracy=tables.accuracy(result),
         boxes=tables.boxes(result),
+        remarks=tables.remarks(result),
         cards=cards,
         gallery_note=gallery_note,
         training_note=f"{len(epochs)} epochs, {duration} of training." if epochs else "log.jsonl has no epochs.",
@@ -165,8 +166,9 @@ def _gallery(run: Run, result: EvalResult) -> tuple[list[Card], str]:
     """Images of the split with what each scale sees, wrong answers first, and a note about the choice."""
     recipe, classes = run.recipe(), run.classes()
     if result.split == "all":
-        data = recipe.data.model_copy(update={"path": result.data})
-        items = labelled(data, seed=recipe.seed, classes=classes)
+        # The evaluation left out what cannot be read, or there was none.
+        data = recipe.data.model_copy(update={"path": result.data, "skip_bad": True})
+        items = labelled(data, seed=recipe.seed, classes=classes).items
     else:
         items = build_index(recipe.data, seed=recipe.seed, classes=classes, verify=()).splits[result.split]
     items = items[:: max(1, len(items) // CANDIDATES)][:CANDIDATES]

@@ -44,6 +44,13 @@ def _answer(answer: EvalAnswer) -> list[str]:
     return ["" if value is None else f"{value:.3f}" for value in values]  # older files have no mean_class
 
 
+def remarks(result: EvalResult) -> list[str]:
+    """What was left out, notes and warnings, one line each."""
+    lines = [result.describe_left_out()] if result.left_out else []
+    lines += [f"note: {note}" for note in result.notes]
+    return lines + [f"warning: {warning}" for warning in result.warnings]
+
+
 def boxes(result: EvalResult) -> Table:
     """The figures of the boxes of scales 2, 3, …"""
     columns = ["zoom", "side", "smallest", "largest", "at floor", "at ceiling"]

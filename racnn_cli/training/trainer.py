@@ -19,7 +19,7 @@ from racnn_cli.core.model import RACNN, build, resolve
 from racnn_cli.data.images import DataSource, batches
 from racnn_cli.data.source import open_source
 from racnn_cli.errors import Interrupted, RecipeError, RunError
-from racnn_cli.events import AnyEvent, Validation, WarningEvent
+from racnn_cli.events import AnyEvent, Validation, WarningEvent, describe_left_out
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 from racnn_cli.threads import crowded
@@ -333,6 +333,9 @@ class Trainer:
             console.say(f"note: {note}")
         if index.skipped:
             console.say(f"left out, as --skip-bad asks: {len(index.skipped)} file(s)")
+            for split, counts in index.left_out.items():
+                if counts:
+                    console.say(f"  {split}: {describe_left_out(counts, len(index.splits[split]))}")
             for problem in index.skipped[:20]:
                 console.say(f"  {problem}")
 
