@@ -39,6 +39,7 @@ from racnn_cli.events import (
 )
 from racnn_cli.run import Run, write_json
 
+MAX_NAMED = 6  # classes that one warning names
 Proposals = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 """A batch to S - 1 proposals (B, 3), to use instead of the APNs' own."""
 
@@ -93,6 +94,18 @@ class Measurement:
             boxes=[Boxes(**_without(boxes.compute(), "side_min", "side_max")) for boxes in self.boxes],
         )
 
+    def warn_never_predicted(self, classes: Sequence[str], split: str) -> str:
+        """Name the classes that the network never predicts although they have images; empty if there is none."""
+        missed = [f"{classes[label]!r} ({images} images)" for label, images in self.fused.never_predicted()]
+        if not missed:
+            return ""
+        more = f" and {len(missed) - MAX_NAMED} more" if len(missed) > MAX_NAMED else ""
+        return (
+            f"the network predicts no {split} image as {' or '.join(missed[:MAX_NAMED])}{more}: try more images of "
+            "these classes, data.limit, which caps the large ones, or more epochs, and compare mean_class instead "
+            "of top-1"
+        )
+
     def result(
         self,
         *,
@@ -134,7 +147,7 @@ class Measurement:
             },
             baseline=baseline,
             notes=list(notes),
-            warnings=[],
+            warnings=[text] if (text := self.warn_never_predicted(classes, split)) else [],
         )
 
 

@@ -88,6 +88,11 @@ class ClassificationMetrics:
         """Return the accuracy (None without images) and the number of images of each class."""
         return [(correct / n if n else None, n) for n, correct in self._per_class.T.tolist()]
 
+    def never_predicted(self) -> list[tuple[int, int]]:
+        """Return the classes that have images and are never predicted, each with its number of images."""
+        predicted = set(self.confusion()[:, 1].tolist())
+        return [(label, n) for label, (_, n) in enumerate(self.per_class()) if n and label not in predicted]
+
 
 class BoxMetrics:
     """Sides, positions and ground-truth overlap of one scale's boxes, accumulated over batches.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from racnn_cli.threads import crowded
 from racnn_cli.training import checkpoint, resume
 from racnn_cli.training.checkpoint import Checkpoint, Progress
 from racnn_cli.training.console import Console, describe_position
-from racnn_cli.training.health import warnings
+from racnn_cli.training.health import imbalance, warnings
 from racnn_cli.training.interrupts import Interrupts, StopRequested
 from racnn_cli.training.phases import LEARNED, BoxSource
 
@@ -190,6 +190,8 @@ class Trainer:
         )
         console.say(f"resuming {run.folder} {describe_position(trainer.progress)}")
         trainer._warn_if_crowded()
+        if saved is None:  # the log starts again
+            trainer._warn_of_imbalance()
         return trainer
 
     def _warn_if_crowded(self) -> None:
@@ -311,13 +313,26 @@ class Trainer:
             val: of all scales.
             finer: the finer scales have been trained on their boxes, so that their accuracy counts.
         """
-        for kind, text in warnings(val, self.recipe, len(self.val), finer=finer).items():
+        self._warn(warnings(val, self.recipe, len(self.val), finer=finer))
+
+    def warn_never_predicted(self, measurement: evaluation.Measurement) -> None:
+        """Say, and log, which classes the network never predicts on the validation split, which was measured."""
+        text = measurement.warn_never_predicted(self.source.index.classes, "val")
+        self._warn({"never predicted": text} if text else {})
+
+    def _warn(self, texts: Mapping[str, str]) -> None:
+        for kind, text in texts.items():
             if kind in self._warned:
                 continue
             self._warned.add(kind)
             self.console.say(f"  warning: {text}")
             progress = self.progress
             self.log(WarningEvent(stage=progress.stage, round=progress.round, kind=kind, text=text))
+
+    def _warn_of_imbalance(self) -> None:
+        """Say, and log, that the classes differ much in size; a baseline has the images of its run."""
+        if self.parent_run == self.run.folder:
+            self._warn(imbalance(self.source.index))
 
     def _introduce(self) -> None:
         index, recipe, console = self.source.index, self.recipe, self.console
@@ -338,6 +353,7 @@ class Trainer:
                     console.say(f"  {split}: {describe_left_out(counts, len(index.splits[split]))}")
             for problem in index.skipped[:20]:
                 console.say(f"  {problem}")
+        self._warn_of_imbalance()
 
 
 def seed_step(seed: int, *position: int) -> None:

@@ -65,7 +65,14 @@ def test_mean_per_class_accuracy_of_known_counts_and_of_two_processes() -> None:
     assert (first.top1, first.mean_class) == (0.75, 0.45)
     assert first.per_class() == [(0.9, 10), (0.0, 2), (None, 0)]
     assert first.compute()["mean_class"] == 0.45
+    assert first.never_predicted() == []
     assert metrics_of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).mean_class == 0.0
+
+
+def test_classes_that_are_never_predicted() -> None:
+    labels, predictions = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 2, 2, 0, 0])
+    ours = metrics_of(torch.eye(4)[predictions] * 9, labels)
+    assert ours.never_predicted() == [(1, 2)]  # class 2 is predicted, once and wrongly; class 3 has no image
 
 
 def test_ten_thousand_classes_without_a_dense_matrix() -> None:
