@@ -28,7 +28,7 @@ from racnn_cli.training.checkpoint import Checkpoint, Progress
 from racnn_cli.training.console import Console, describe_position
 from racnn_cli.training.health import imbalance, warnings
 from racnn_cli.training.interrupts import Interrupts, StopRequested
-from racnn_cli.training.phases import LEARNED, BoxSource
+from racnn_cli.training.phases import LEARNED, BoxSource, single_value_layer
 
 
 class Trainer:
@@ -109,6 +109,7 @@ class Trainer:
         recipe = resolve(recipe)
         seed_step(recipe.seed)
         model = build(recipe.model, len(index.classes), source=recipe.data.source)
+        _check_batchnorm(recipe, model, images=len(index.splits["train"]))
         folder = None
         if distributed.rank() == 0:
             created = Run.create(
@@ -169,6 +170,7 @@ class Trainer:
             share = distributed.split_work
             source = open_source(recipe.data, seed=recipe.seed, classes=classes, share=share)
         run.check_data(source.index.fingerprint)
+        _check_batchnorm(recipe, model, images=len(source.index.splits["train"]))
         if saved:
             resume.recount_steps(run, recipe, saved.progress, images=len(source.index.splits["train"]))
         for problem in saved.problems if saved else ():
@@ -378,6 +380,31 @@ def _start_processes(recipe: Recipe) -> None:
             "--set train.batchnorm=train, with which each process normalises over its own images",
         )
     distributed.start(device)
+
+
+def _check_batchnorm(recipe: Recipe, model: RACNN, *, images: int) -> None:
+    """Check that no BatchNorm layer gets a single value per channel, over which torch cannot compute statistics.
+
+    Args:
+        recipe: as used.
+        model: the network, on the CPU.
+        images: number of training images.
+
+    Raises:
+        RecipeError: a process trains on single images, and a layer has one value per channel of an image.
+    """
+    world, batch, mode = distributed.world(), recipe.train.batch, recipe.train.batchnorm
+    alone = batch == 1 or images < 2 * world
+    if not alone or mode == "frozen" or (mode == "synced" and world > 1) or not (layer := single_value_layer(model)):
+        return
+    reason, hint = f"train.batch = {batch}", "--set train.batch=2 or more"
+    if batch > 1:
+        reason, hint = f"{images} training image(s) for {world} process(es)", "more training images or fewer processes"
+    raise RecipeError(
+        f"{reason}: {recipe.model.backbone} cannot train on a single image per step, because its BatchNorm layer "
+        f"{layer} has one value per channel",
+        f"{hint}, --set train.batchnorm=frozen, or a --backbone without BatchNorm",
+    )
 
 
 def _lock(run: Run) -> FileLock | None:
