@@ -62,13 +62,15 @@ def _is_main_process() -> bool:
 
 
 def _print_result(run: Run, result: EvalResult) -> None:
-    from racnn_cli.results.tables import tables
+    from racnn_cli.results.tables import remarks, tables
 
     if not _is_main_process():
         return
     console = Console(width=None if sys.stdout.isatty() else 100)
     for table in tables(result):
         console.print(table)
+    for line in remarks(result):
+        console.print(escape(escape_control(line)), soft_wrap=True)
     files = {"report": run.report, "metrics": run.eval, "ONNX": run.onnx}
     written = ", ".join(f"{name} {path}" for name, path in files.items() if path.is_file())
     console.print(escape(f"files: {written}"), soft_wrap=True)

@@ -40,6 +40,7 @@ from racnn_cli.events import (
 )
 from racnn_cli.run import Run, write_json
 
+MAX_NAMED = 6  # classes that one warning names
 Proposals = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 """A batch to S - 1 proposals (B, 3), to use instead of the APNs' own."""
 
@@ -81,7 +82,7 @@ class Measurement:
         """The metrics that training uses."""
 
         def answer(figures: ClassificationMetrics) -> Answer:
-            return Answer(top1=figures.top1, nll=figures.nll)
+            return Answer(top1=figures.top1, mean_class=figures.mean_class, nll=figures.nll)
 
         scales = [answer(figures) for figures in self.scales]
         if len(scales) == 1:
@@ -94,14 +95,44 @@ class Measurement:
             boxes=[Boxes(**_without(boxes.compute(), "side_min", "side_max")) for boxes in self.boxes],
         )
 
-    def result(self, *, split: str, data: str, classes: Sequence[str], baseline: Baseline | None) -> EvalResult:
-        """Every metric, as eval.json holds it."""
+    def warn_never_predicted(self, classes: Sequence[str], split: str) -> str:
+        """Name the classes that the network never predicts although they have images; empty if there is none."""
+        missed = [f"{classes[label]!r} ({images} images)" for label, images in self.fused.never_predicted()]
+        if not missed:
+            return ""
+        more = f" and {len(missed) - MAX_NAMED} more" if len(missed) > MAX_NAMED else ""
+        return (
+            f"the network predicts no {split} image as {' or '.join(missed[:MAX_NAMED])}{more}: try more images of "
+            "these classes, data.limit, which caps the large ones, or more epochs, and compare mean_class instead "
+            "of top-1"
+        )
+
+    def result(
+        self,
+        *,
+        split: str,
+        data: str,
+        classes: Sequence[str],
+        baseline: Baseline | None,
+        left_out: Mapping[str, int],
+        notes: Sequence[str],
+    ) -> EvalResult:
+        """Every metric, as eval.json holds it.
+
+        Args:
+            split, data: what was measured.
+            classes: class names in index order.
+            baseline: the figures of the baseline.
+            left_out: class name to the number of its images that could not be read.
+            notes: remarks about the images.
+        """
         fused = self.fused.compute()
         return EvalResult(
             version=EVAL_VERSION,
             split=split,  # type: ignore[arg-type]  # pydantic checks it
             data=data,
             images=self.images,
+            left_out=sum(left_out.values()),
             classes=len(classes),
             scales=[EvalAnswer(**figures.compute()) for figures in self.scales],
             average=EvalAnswer(**self.average.compute()),
@@ -112,10 +143,12 @@ class Measurement:
             seconds=self.seconds,
             images_per_second=self.images / max(self.seconds, 1e-9),
             per_class={
-                name: ClassResult(top1=top1, n=images)
+                name: ClassResult(top1=top1, n=images, left_out=left_out.get(name, 0))
                 for name, (top1, images) in zip(classes, self.fused.per_class(), strict=True)
             },
             baseline=baseline,
+            notes=list(notes),
+            warnings=[text] if (text := self.warn_never_predicted(classes, split)) else [],
         )
 
 
@@ -237,6 +270,7 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         split = "all"
         values = recipe.data.model_copy(update={"range": labels.value_range or ()})
         dataset = ImageDataset(labels.items, values, model.source, seed=recipe.seed, augment=False)
+        left_out, notes = labels.left_out, labels.notes
     else:
         source = open_source(
             recipe.data,
@@ -248,6 +282,7 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         run.check_data(source.index.fingerprint)
         split = _choose_split(source.index, split)
         dataset = source.dataset(split, model.source, augment=False)
+        left_out, notes = source.index.left_out.get(split, {}), _notes_about(split, source.index)
     loader = batches(
         dataset,
         batch=recipe.train.batch,
@@ -264,6 +299,8 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         data=recipe.data.path,
         classes=classes,
         baseline=None if data is not None else _baseline(run.folder / "baseline", split),
+        left_out=left_out,
+        notes=notes,
     )
     if distributed.rank() == 0:
         write_json(run.eval, result.to_json())
@@ -281,6 +318,12 @@ def _choose_split(index: Index, split: str | None) -> str:
     return split
 
 
+def _notes_about(split: str, index: Index) -> list[str]:
+    """The notes of an index without those about classes that another split has no images of."""
+    others = [f" has no {name} image " for name in SPLITS if name != split]
+    return [note for note in index.notes if not any(words in note for words in others)]
+
+
 def _baseline(folder: Path, split: str) -> Baseline | None:
     """The figures, on the same split, of the plain backbone under the same budget, and its input size."""
     run = Run(folder)
@@ -289,4 +332,4 @@ def _baseline(folder: Path, split: str) -> Baseline | None:
     result = run.read_eval()
     if result.split != split:
         return None
-    return Baseline(**result.fused.model_dump(), size=sizes_of(run.recipe().model)[0])
+    return Baseline(**result.fused.to_json(), size=sizes_of(run.recipe().model)[0])

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
 
 EVAL_VERSION = 1
+MAX_CLASSES = 20  # classes that one sentence names
 
 
 def _plausible(number: float) -> float:
@@ -42,9 +44,13 @@ class Record(BaseModel):
 
 
 class Answer(Record):
-    """Validation metrics of one classifier: a scale, the average of the scales, or the fusion head."""
+    """Validation metrics of one classifier: a scale, the average of the scales, or the fusion head.
+
+    `mean_class` is the mean over the classes that have images of their `top1`; older logs do not have it.
+    """
 
     top1: Share
+    mean_class: Share | None = None
     nll: Number
 
 
@@ -175,9 +181,13 @@ def read_line(line: str) -> AnyEvent | None:
 
 
 class EvalAnswer(Record):
-    """Metrics of one classifier. `top5` is top-min(5, classes); `ece` uses 15 equal bins."""
+    """Metrics of one classifier. `top5` is top-min(5, classes); `ece` uses 15 equal bins.
+
+    `mean_class` is the mean over the classes that have images of their `top1`; older files do not have it.
+    """
 
     top1: Share
+    mean_class: Share | None = None
     top5: FiniteFloat
     nll: FiniteFloat
     ece: FiniteFloat
@@ -190,10 +200,14 @@ class Baseline(EvalAnswer):
 
 
 class ClassResult(Record):
-    """Top-1 accuracy and number of images of a class. `top1` is None without images."""
+    """Top-1 accuracy and number of images of a class. `top1` is None without images.
+
+    `left_out` counts the images that could not be read, which are not in `n`.
+    """
 
     top1: Share | None
     n: int
+    left_out: Count = 0
 
 
 class EvalBoxes(Record):
@@ -217,6 +231,7 @@ class EvalResult(Record):
         split: `all` for a folder or CSV file other than the run's data.
         data: path of the data.
         images: number of images.
+        left_out: number of images that could not be read and are not in `images`.
         classes: number of classes.
         scales: coarse to fine.
         average: mean probability of the scales.
@@ -226,12 +241,15 @@ class EvalResult(Record):
         confusion: [class, predicted class, images], with classes as positions in `per_class`.
         seconds: duration of the measurement, including loading.
         per_class: by class name, in index order.
+        notes: remarks about the images, one sentence each.
+        warnings: problems that the figures point to, one sentence each.
     """
 
     version: int = 0
     split: Literal["train", "val", "test", "all"]
     data: str
     images: Count
+    left_out: Count = 0
     classes: Annotated[int, Field(ge=1)]
     scales: Annotated[list[EvalAnswer], Field(min_length=1)]
     average: EvalAnswer
@@ -243,6 +261,8 @@ class EvalResult(Record):
     images_per_second: FiniteFloat
     per_class: dict[str, ClassResult]
     baseline: Baseline | None
+    notes: list[str] = []
+    warnings: list[str] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -261,3 +281,23 @@ class EvalResult(Record):
         answers: list[tuple[str, EvalAnswer]] = [("baseline", self.baseline)] if self.baseline else []
         answers += [(f"scale {number}", metrics) for number, metrics in enumerate(self.scales, start=1)]
         return [*answers, ("average", self.average), ("fused", self.fused)]
+
+    def describe_left_out(self) -> str:
+        """Say how many images could not be read, per class; empty if none."""
+        counts = {name: entry.left_out for name, entry in self.per_class.items()}
+        return describe_left_out(counts, self.images) if self.left_out else ""
+
+
+def describe_left_out(left_out: Mapping[str, int], images: int) -> str:
+    """Say how many images could not be read, per class, the largest number first.
+
+    Args:
+        left_out: class name to the number of its images that could not be read.
+        images: number of images that could be read.
+    """
+    total = sum(left_out.values())
+    named = sorted((name for name, count in left_out.items() if count), key=lambda name: -left_out[name])
+    counts = [f"{name} {left_out[name]}" for name in named[:MAX_CLASSES]]
+    if len(named) > MAX_CLASSES:
+        counts.append(f"{len(named) - MAX_CLASSES} more classes {sum(left_out[name] for name in named[MAX_CLASSES:])}")
+    return f"{total} of {total + images} images could not be read and were left out: {', '.join(counts)}"

@@ -38,6 +38,7 @@ def run(options: Options) -> BenchResult:
                 "split": result.split,
                 "images": result.images,
                 "top1": {name: answer.top1 for name, answer in result.answers()},
+                "mean_class": {name: answer.mean_class for name, answer in result.answers()},
                 "seconds": _training_seconds(trained),
                 "baseline_seconds": _training_seconds(Run(trained.folder / "baseline")),
             }

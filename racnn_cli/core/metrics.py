@@ -7,6 +7,7 @@ Shapes: B images, N classes. A proposal is `(tx, ty, tl)` (center and half side)
 from __future__ import annotations
 
 import math
+import statistics
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class ClassificationMetrics:
         self._top1 = self._top5 = self._nll = 0.0
         self._bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, sum of confidences, correct predictions
         self._pairs: list[Tensor] = []  # label * N + prediction of every image
+        self._per_class = torch.zeros(2, classes, dtype=torch.int64)  # images, correct predictions
 
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
         """Add a batch of log-probabilities (B, N) and labels (B,)."""
@@ -40,6 +42,7 @@ class ClassificationMetrics:
         bins = (confidence * BINS).long().clamp(0, BINS - 1)
         self._bins.index_add_(1, bins, torch.stack([torch.ones_like(confidence), confidence, correct.double()]))
         self._pairs.append(labels * self.classes + prediction)
+        self._per_class.index_add_(1, labels, torch.stack([torch.ones_like(labels), (prediction == labels).long()]))
 
     def merge(self, other: ClassificationMetrics) -> None:
         """Add the images that another instance accumulated, such as one of another process."""
@@ -49,6 +52,7 @@ class ClassificationMetrics:
         self._nll += other._nll
         self._bins += other._bins
         self._pairs += other._pairs
+        self._per_class += other._per_class
 
     @property
     def top1(self) -> float:
@@ -56,16 +60,23 @@ class ClassificationMetrics:
         return self._top1 / max(self.images, 1)
 
     @property
+    def mean_class(self) -> float:
+        """Mean over the classes that have images of their accuracy, which a large class cannot dominate."""
+        shares = [share for share, _ in self.per_class() if share is not None]
+        return statistics.fmean(shares) if shares else 0.0
+
+    @property
     def nll(self) -> float:
         """Mean negative log-likelihood, in nats."""
         return self._nll / max(self.images, 1)
 
     def compute(self) -> dict[str, float]:
-        """Return `top1`, `top5` (of min(5, N)), `nll` and `ece` (15 equal bins, weighted by images)."""
+        """Return `top1`, `mean_class`, `top5` (of min(5, N)), `nll` and `ece` (15 equal bins, weighted by images)."""
         count = max(self.images, 1)
         _, confidence, correct = self._bins
         ece = (confidence - correct).abs().sum().item() / count
-        return {"top1": self.top1, "top5": self._top5 / count, "nll": self.nll, "ece": ece}
+        figures = {"top1": self.top1, "mean_class": self.mean_class, "top5": self._top5 / count}
+        return figures | {"nll": self.nll, "ece": ece}
 
     def confusion(self) -> Tensor:
         """Return (K, 3) int64: true class, predicted class and number of images, sorted, without empty pairs."""
@@ -75,10 +86,12 @@ class ClassificationMetrics:
 
     def per_class(self) -> list[tuple[float | None, int]]:
         """Return the accuracy (None without images) and the number of images of each class."""
-        truth, prediction, images = self.confusion().unbind(dim=1)
-        count = torch.zeros(self.classes, dtype=torch.int64).index_add_(0, truth, images)
-        correct = torch.zeros_like(count).index_add_(0, truth, images * (truth == prediction))
-        return [(c / n if n else None, n) for c, n in zip(correct.tolist(), count.tolist(), strict=True)]
+        return [(correct / n if n else None, n) for n, correct in self._per_class.T.tolist()]
+
+    def never_predicted(self) -> list[tuple[int, int]]:
+        """Return the classes that have images and are never predicted, each with its number of images."""
+        predicted = set(self.confusion()[:, 1].tolist())
+        return [(label, n) for label, (_, n) in enumerate(self.per_class()) if n and label not in predicted]
 
 
 class BoxMetrics:

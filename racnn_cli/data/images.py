@@ -115,13 +115,17 @@ def plan(
     """List the positions that one process loads in each step of an epoch; a pure function of the arguments.
 
     The `count` positions are cut into global batches of `batch * world`; each process takes its strided share of
-    every global batch. With `shuffle` all processes have the same number of steps: a last global batch with fewer
-    images than processes is padded from the start of the order. Without `shuffle` every image is loaded exactly once
-    across all processes, and a process may have one step fewer than another.
+    every global batch. With `shuffle` all processes have the same number of steps: a last global batch that would give
+    a process a single image, over which BatchNorm cannot compute statistics, joins the batch before it (unless `batch`
+    is 1), so that the last step has up to 2 * world - 1 images more. A single global batch with fewer images than
+    processes is padded from the start of the order. Without `shuffle` every image is loaded exactly once across all
+    processes, and a process may have one step fewer than another.
     """
     order = np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
     size = batch * world
     chunks = [order[start : start + size] for start in range(0, count, size)]
+    if shuffle and batch > 1 and len(chunks) > 1 and len(chunks[-1]) < 2 * world:
+        chunks[-2:] = [np.concatenate(chunks[-2:])]
     if shuffle and chunks and len(chunks[-1]) < world:
         chunks[-1] = np.concatenate([chunks[-1], np.resize(order, world - len(chunks[-1]))])
     return [share for chunk in chunks if (share := chunk[rank::world].tolist())]

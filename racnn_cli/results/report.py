@@ -90,6 +90,7 @@ def write_report(run: Run) -> Path:
         },
         accuracy=tables.accuracy(result),
         boxes=tables.boxes(result),
+        remarks=tables.remarks(result),
         cards=cards,
         gallery_note=gallery_note,
         training_note=f"{len(epochs)} epochs, {duration} of training." if epochs else "log.jsonl has no epochs.",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import rich.table
 
-from racnn_cli.events import EvalBoxes, EvalResult
+from racnn_cli.events import EvalAnswer, EvalBoxes, EvalResult
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,24 @@ def accuracy(result: EvalResult) -> Table:
     low, high = result.interval
     return Table(
         title="Accuracy",
-        columns=["", "top-1", f"top-{min(5, result.classes)}", "NLL", "ECE"],
-        rows=[
-            (name, [f"{value:.3f}" for value in (answer.top1, answer.top5, answer.nll, answer.ece)])
-            for name, answer in result.answers()
-        ],
+        columns=["", "top-1", "mean class", f"top-{min(5, result.classes)}", "NLL", "ECE"],
+        rows=[(name, _answer(answer)) for name, answer in result.answers()],
         caption=f"{result.images} {result.split} images of {result.classes} classes\n"
-        f"95% interval of fused top-1: {low:.3f} to {high:.3f}",
+        f"95% interval of fused top-1: {low:.3f} to {high:.3f}\n"
+        "mean class: mean of the top-1 of each class",
     )
+
+
+def _answer(answer: EvalAnswer) -> list[str]:
+    values = (answer.top1, answer.mean_class, answer.top5, answer.nll, answer.ece)
+    return ["" if value is None else f"{value:.3f}" for value in values]  # older files have no mean_class
+
+
+def remarks(result: EvalResult) -> list[str]:
+    """What was left out, notes and warnings, one line each."""
+    lines = [result.describe_left_out()] if result.left_out else []
+    lines += [f"note: {note}" for note in result.notes]
+    return lines + [f"warning: {warning}" for warning in result.warnings]
 
 
 def boxes(result: EvalResult) -> Table:

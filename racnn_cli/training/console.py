@@ -92,6 +92,8 @@ def describe(event: EpochEvent) -> str:
     parts = [f"epoch {event.epoch}/{event.epochs}"]
     parts += [f"{name} {value:.3f}" for name, value in event.train_loss.items()]
     parts.append("val top-1 " + " ".join(f"{answer.top1:.3f}" for answer in val.scales))
+    if val.average is None and val.scales[0].mean_class is not None:  # with several scales the line is long already
+        parts.append(f"mean class {val.scales[0].mean_class:.3f}")
     if val.average is not None:
         parts.append(f"average {val.average.top1:.3f}")
         parts.append(f"rank {val.rank:.3f}")

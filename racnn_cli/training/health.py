@@ -1,16 +1,36 @@
-"""Warnings read from a run's validation figures, each with what to try."""
+"""Warnings read from a run's images and validation figures, each with what to try."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 
+from racnn_cli.data.types import Index
 from racnn_cli.events import Validation
 from racnn_cli.recipe import Recipe
 
 MAX_AT_BOUND = 0.5  # share of boxes at a size limit above which a warning is given
 MIN_SPREAD = 0.01  # standard deviation of box centers below which all boxes count as the same place
+MAX_IMBALANCE = 10  # times as many images in the largest class as in the smallest, above which a warning is given
 MIN_IMAGES = 20  # with fewer validation images, the scales are not compared
+
+
+def imbalance(index: Index) -> dict[str, str]:
+    """Compare the largest with the smallest class of the training split.
+
+    Returns:
+        Kind of warning to its text; empty if the classes are balanced well enough.
+    """
+    counts = Counter(item.label for item in index.splits["train"])
+    (largest, most), *_, (smallest, fewest) = counts.most_common() * 2
+    if most <= MAX_IMBALANCE * fewest:
+        return {}
+    return {
+        "imbalance": f"the training split has {most} images of {index.classes[largest]!r} and {fewest} of "
+        f"{index.classes[smallest]!r}: try data.limit, which caps the large classes, and compare mean_class, the "
+        "mean of the classes' accuracies, instead of top-1"
+    }
 
 
 def warnings(val: Validation, recipe: Recipe, images: int, *, finer: bool = True) -> dict[str, str]:

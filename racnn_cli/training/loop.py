@@ -32,6 +32,10 @@ LOST_PROCESS = (
 """What gloo and NCCL say when the process at the other end has died."""
 
 
+SINGLE_VALUE = "expected more than 1"
+"""What torch's normalization layers say of an input with one value per channel."""
+
+
 def fit(trainer: Trainer, phase: Phase) -> None:
     """Run one phase from where the run stands to its end.
 
@@ -228,8 +232,9 @@ class _Fit:
         may be uneven, and every image of it has the same weight."""
         world = distributed.world()
         size = self.recipe.train.batch * world
-        left = max(len(self.trainer.train) - step * size, world)
-        return images * world / min(size, left)
+        if step + 1 == self.steps:  # smaller, or larger by images that would have been a batch of their own
+            size = max(len(self.trainer.train) - step * size, world)
+        return images * world / size
 
     def _distribute(self, module: nn.Module) -> nn.Module:
         """The module in DistributedDataParallel, which averages gradients in buckets while `backward` runs."""
@@ -324,9 +329,15 @@ def translate_errors(trainer: Trainer) -> Iterator[None]:
     that says how to continue."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         text = str(error).lower()
         command, train = trainer.resume_command, trainer.recipe.train
+        if SINGLE_VALUE in text:
+            raise RunError(
+                f"a layer of {trainer.recipe.model.backbone} cannot train on one value per channel: {error}",
+                f"`{command} --set train.batchnorm=frozen`, a larger train.batch, or a --backbone without BatchNorm",
+                failure=True,
+            ) from None
         if distributed.world() > 1 and any(phrase in text for phrase in LOST_PROCESS):
             raise RunError(
                 f"another process of this training is gone: {str(error).splitlines()[0]}",

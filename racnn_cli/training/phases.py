@@ -109,6 +109,38 @@ class Classifier(nn.Module):
         return features, self.classifier(self.dropout(self.backbone.descriptor(features)))
 
 
+@torch.no_grad()
+def single_value_layer(model: RACNN) -> str:
+    """Name a BatchNorm layer that has one value per channel of a single image, so that it cannot train on one.
+
+    Args:
+        model: the network, on the CPU.
+
+    Returns:
+        Name of the layer and the input size; empty if there is none.
+    """
+    found: list[str] = []
+    training = model.training
+    model.eval()
+    for number, size in enumerate(model.sizes):
+        classifier = Classifier(model.scale(number))
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda _, inputs, name=name: found.append(name) if inputs[0][0, 0].numel() == 1 else None
+            )
+            for name, layer in classifier.named_modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        ]
+        if handles:
+            classifier(torch.zeros(1, 3, size, size))
+        for handle in handles:
+            handle.remove()
+        if found:
+            break
+    model.train(training)
+    return f"{found[0]} at {size} px" if found else ""
+
+
 def pretrain_cnn(recipe: Recipe) -> Phase:
     """Fine-tune scale 1 on the labels."""
     section = recipe.pretrain_cnn

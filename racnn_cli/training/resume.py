@@ -86,6 +86,8 @@ def recount_steps(run: Run, recipe: Recipe, progress: Progress, *, images: int) 
         return
     batch, accumulate = recipe.train.batch * distributed.world(), recipe.train.accumulate
     seen = min(progress.step * progress.batch, images)
+    if batch != progress.batch > 1 and images - seen == 1:
+        seen = images  # the last image joined the batch before it
     steps = math.ceil(seen / batch)
     if seen < images and (seen % batch or steps % accumulate):
         raise RecipeError(

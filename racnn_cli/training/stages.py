@@ -138,9 +138,12 @@ def _run_stage(trainer: Trainer, name: str) -> None:
         trainer.progress = Progress(done=done, stage=name, views=progress.views, number=progress.number)
     trainer.console.title(name)
     STAGES[name](trainer)
-    val = trainer.validate()
+    measurement = trainer.measure("val")
+    val = measurement.validation()
     if name != NAMES[0]:  # no APN has been trained before
         trainer.warn(val, finer=name == "alternate")
+    if name == plan(trainer.recipe)[-1]:
+        trainer.warn_never_predicted(measurement)
     progress = trainer.progress
     trainer.progress = Progress(done=[*progress.done, name], views=progress.views, number=progress.number)
     if distributed.rank() == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ from racnn_cli.data.images import DataSource, batches
 from racnn_cli.data.locate import absolute
 from racnn_cli.data.source import open_source
 from racnn_cli.errors import Interrupted, RecipeError, RunError
-from racnn_cli.events import AnyEvent, Validation, WarningEvent
+from racnn_cli.events import AnyEvent, Validation, WarningEvent, describe_left_out
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 from racnn_cli.threads import crowded
 from racnn_cli.training import checkpoint, resume
 from racnn_cli.training.checkpoint import Checkpoint, Progress
 from racnn_cli.training.console import Console, describe_position
-from racnn_cli.training.health import warnings
+from racnn_cli.training.health import imbalance, warnings
 from racnn_cli.training.interrupts import Interrupts, StopRequested
-from racnn_cli.training.phases import LEARNED, BoxSource
+from racnn_cli.training.phases import LEARNED, BoxSource, single_value_layer
 
 
 class Trainer:
@@ -111,6 +111,7 @@ class Trainer:
         recipe = resolve(recipe).override(changes)
         seed_step(recipe.seed)
         model = build(recipe.model, len(index.classes), source=recipe.data.source)
+        _check_batchnorm(recipe, model, images=len(index.splits["train"]))
         folder = None
         if distributed.rank() == 0:
             created = Run.create(
@@ -176,6 +177,7 @@ class Trainer:
             share = distributed.split_work
             source = open_source(recipe.data, seed=recipe.seed, classes=classes, share=share)
         run.check_data(source.index.fingerprint)
+        _check_batchnorm(recipe, model, images=len(source.index.splits["train"]))
         if saved:
             resume.recount_steps(run, recipe, saved.progress, images=len(source.index.splits["train"]))
         for problem in saved.problems if saved else ():
@@ -197,6 +199,8 @@ class Trainer:
         )
         console.say(f"resuming {run.folder} {describe_position(trainer.progress)}")
         trainer._warn_if_crowded()
+        if saved is None:  # the log starts again
+            trainer._warn_of_imbalance()
         return trainer
 
     def _warn_if_crowded(self) -> None:
@@ -318,13 +322,26 @@ class Trainer:
             val: of all scales.
             finer: the finer scales have been trained on their boxes, so that their accuracy counts.
         """
-        for kind, text in warnings(val, self.recipe, len(self.val), finer=finer).items():
+        self._warn(warnings(val, self.recipe, len(self.val), finer=finer))
+
+    def warn_never_predicted(self, measurement: evaluation.Measurement) -> None:
+        """Say, and log, which classes the network never predicts on the validation split, which was measured."""
+        text = measurement.warn_never_predicted(self.source.index.classes, "val")
+        self._warn({"never predicted": text} if text else {})
+
+    def _warn(self, texts: Mapping[str, str]) -> None:
+        for kind, text in texts.items():
             if kind in self._warned:
                 continue
             self._warned.add(kind)
             self.console.say(f"  warning: {text}")
             progress = self.progress
             self.log(WarningEvent(stage=progress.stage, round=progress.round, kind=kind, text=text))
+
+    def _warn_of_imbalance(self) -> None:
+        """Say, and log, that the classes differ much in size; a baseline has the images of its run."""
+        if self.parent_run == self.run.folder:
+            self._warn(imbalance(self.source.index))
 
     def _introduce(self) -> None:
         index, recipe, console = self.source.index, self.recipe, self.console
@@ -340,8 +357,12 @@ class Trainer:
             console.say(f"note: {note}")
         if index.skipped:
             console.say(f"left out, as --skip-bad asks: {len(index.skipped)} file(s)")
+            for split, left_out in index.left_out.items():
+                if counts:
+                    console.say(f"  {split}: {describe_left_out(left_out, len(index.splits[split]))}")
             for problem in index.skipped[:20]:
                 console.say(f"  {problem}")
+        self._warn_of_imbalance()
 
 
 def seed_step(seed: int, *position: int) -> None:
@@ -366,6 +387,31 @@ def _start_processes(recipe: Recipe) -> None:
             "--set train.batchnorm=train, with which each process normalises over its own images",
         )
     distributed.start(device)
+
+
+def _check_batchnorm(recipe: Recipe, model: RACNN, *, images: int) -> None:
+    """Check that no BatchNorm layer gets a single value per channel, over which torch cannot compute statistics.
+
+    Args:
+        recipe: as used.
+        model: the network, on the CPU.
+        images: number of training images.
+
+    Raises:
+        RecipeError: a process trains on single images, and a layer has one value per channel of an image.
+    """
+    world, batch, mode = distributed.world(), recipe.train.batch, recipe.train.batchnorm
+    alone = batch == 1 or images < 2 * world
+    if not alone or mode == "frozen" or (mode == "synced" and world > 1) or not (layer := single_value_layer(model)):
+        return
+    reason, hint = f"train.batch = {batch}", "--set train.batch=2 or more"
+    if batch > 1:
+        reason, hint = f"{images} training image(s) for {world} process(es)", "more training images or fewer processes"
+    raise RecipeError(
+        f"{reason}: {recipe.model.backbone} cannot train on a single image per step, because its BatchNorm layer "
+        f"{layer} has one value per channel",
+        f"{hint}, --set train.batchnorm=frozen, or a --backbone without BatchNorm",
+    )
 
 
 def _lock(run: Run) -> FileLock | None:

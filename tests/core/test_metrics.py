@@ -44,14 +44,35 @@ def test_values_agree_with_torchmetrics(classes: int, sharpness: float) -> None:
     assert torch.equal(table, multiclass_confusion_matrix(probabilities, labels, classes))
     each = multiclass_accuracy(probabilities, labels, classes, average="none")
     assert [share for share, _ in ours.per_class()] == pytest.approx(each.tolist(), abs=1e-6)
+    macro = multiclass_accuracy(probabilities, labels, classes, average="macro")
+    assert values["mean_class"] == pytest.approx(macro.item(), abs=1e-6)
     assert [n for _, n in ours.per_class()] == torch.bincount(labels, minlength=classes).tolist()
 
 
 def test_a_class_without_images_has_no_accuracy() -> None:
     ours = metrics_of(torch.eye(3)[[0, 0, 2]] * 9, torch.tensor([0, 0, 0]))
     assert ours.per_class() == [(pytest.approx(2 / 3), 3), (None, 0), (None, 0)]
+    assert ours.mean_class == ours.top1  # the classes without images do not count
     assert ours.confusion().tolist() == [[0, 0, 2], [0, 2, 1]]
     assert metrics_of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).confusion().tolist() == []
+
+
+def test_mean_per_class_accuracy_of_known_counts_and_of_two_processes() -> None:
+    # Nine of ten common images and none of two rare ones are correct: 9 of 12, but (0.9 + 0) / 2.
+    labels, predictions = torch.tensor([0] * 10 + [1] * 2), torch.tensor([0] * 9 + [1] + [0] * 2)
+    first, second = (metrics_of(torch.eye(3)[predictions[s]] * 9, labels[s]) for s in (slice(0, 5), slice(5, 12)))
+    first.merge(second)
+    assert (first.top1, first.mean_class) == (0.75, 0.45)
+    assert first.per_class() == [(0.9, 10), (0.0, 2), (None, 0)]
+    assert first.compute()["mean_class"] == 0.45
+    assert first.never_predicted() == []
+    assert metrics_of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).mean_class == 0.0
+
+
+def test_classes_that_are_never_predicted() -> None:
+    labels, predictions = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 2, 2, 0, 0])
+    ours = metrics_of(torch.eye(4)[predictions] * 9, labels)
+    assert ours.never_predicted() == [(1, 2)]  # class 2 is predicted, once and wrongly; class 3 has no image
 
 
 def test_ten_thousand_classes_without_a_dense_matrix() -> None:

@@ -421,10 +421,46 @@ def test_the_order_of_an_epoch(count, batch, world, epoch):
     assert sorted(evaluated) == list(range(count))
     trained = shares(True)
     assert len({len(rank) for rank in trained}) == 1
-    assert all(1 <= len(step) <= batch for rank in trained for step in rank)
+    assert all(1 <= len(step) <= batch + (batch > 1 and 2) for rank in trained for step in rank)
+    assert all(len(step) <= batch for rank in trained for step in rank[:-1])
+    single = any(len(step) == 1 for rank in trained for step in rank)
+    assert single == (batch == 1 or count < 2 * world)
     loaded = [position for rank in trained for step in rank for position in step]
     assert set(loaded) == set(range(count))
     assert len(loaded) - count < world
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "world", "sizes"),
+    [
+        (25, 24, 1, [[25]]),
+        (26, 24, 1, [[24, 2]]),
+        (25, 8, 1, [[8, 8, 9]]),
+        (9, 2, 2, [[2, 3], [2, 2]]),
+        (11, 4, 2, [[6], [5]]),
+        (19, 4, 2, [[4, 6], [4, 5]]),
+        (3, 4, 2, [[2], [1]]),
+        (1, 4, 2, [[1], [1]]),
+        (3, 1, 1, [[1, 1, 1]]),
+        (3, 1, 2, [[1, 1], [1, 1]]),
+    ],
+)
+def test_a_last_batch_of_one_image_joins_the_one_before(count, batch, world, sizes):
+    options = {"batch": batch, "epoch": 2, "seed": 5, "world": world}
+    ranks = [plan(count, rank=rank, shuffle=True, **options) for rank in range(world)]
+    assert [[len(step) for step in steps] for steps in ranks] == sizes
+    order = plan(count, batch=count, epoch=2, seed=5, shuffle=True)[0]
+    joined = [
+        step[position]
+        for steps in zip(*ranks, strict=True)
+        for position in range(batch + 2)
+        for step in steps
+        if position < len(step)
+    ]
+    assert joined[:count] == order
+    plain = [[len(step) for step in plan(count, rank=rank, shuffle=False, **options)] for rank in range(world)]
+    assert sum(map(sum, plain)) == count
+    assert max(map(max, filter(None, plain))) <= batch
 
 
 def test_several_processes_divide_the_order_of_one(items):

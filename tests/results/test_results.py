@@ -25,8 +25,9 @@ from racnn_cli.core.metrics import BoxMetrics
 from racnn_cli.data.decode import read_image
 from racnn_cli.data.images import ImageDataset
 from racnn_cli.data.index import build_index
+from racnn_cli.data.types import Index
 from racnn_cli.errors import RacnnError
-from racnn_cli.events import EpochEvent, EvalResult, RoundEvent
+from racnn_cli.events import EpochEvent, EvalResult, RoundEvent, describe_left_out
 from racnn_cli.export import onnx as exporter
 from racnn_cli.export.loading import load
 from racnn_cli.export.prediction import Frame, Prediction
@@ -75,11 +76,11 @@ def test_eval_json_has_the_documented_keys(run: Run, result: dict) -> None:
     assert json.loads(run.eval.read_text()) == result
     assert set(result) == {
         *("split", "images", "classes", "scales", "average", "fused", "per_class", "boxes", "baseline"),
-        *("seconds", "images_per_second", "confusion", "interval", "data", "version"),
+        *("seconds", "images_per_second", "confusion", "interval", "data", "version", "left_out", "notes", "warnings"),
     }
     assert (result["split"], result["images"], result["classes"], result["baseline"]) == ("test", 24, 3, None)
     assert [set(entry) for entry in (*result["scales"], result["average"], result["fused"])] == [
-        {"top1", "top5", "nll", "ece"}
+        {"top1", "mean_class", "top5", "nll", "ece"}
     ] * 5
     assert list(result["per_class"]) == run.classes()
     assert result["fused"]["top5"] == 1.0  # there are three classes
@@ -100,10 +101,13 @@ def test_figures_agree_with_torchmetrics(run: Run, result: dict, outputs) -> Non
         assert figures["nll"] == pytest.approx(nll, rel=1e-4)
     predicted = output.probabilities.argmax(1)
     for number, (name, entry) in enumerate(result["per_class"].items()):
-        assert entry == {"top1": (predicted[labels == number] == number).float().mean().item(), "n": 8}
+        assert entry == {"top1": (predicted[labels == number] == number).float().mean().item(), "n": 8, "left_out": 0}
         counts = torch.bincount(predicted[labels == number], minlength=3).tolist()
         cells = [[number, answer, count] for answer, count in enumerate(counts) if count]
         assert [cell for cell in result["confusion"] if cell[0] == number] == cells, name
+    assert result["fused"]["mean_class"] == pytest.approx(
+        sum(entry["top1"] for entry in result["per_class"].values()) / 3
+    )
     low, high = result["interval"]
     assert 0 <= low < result["fused"]["top1"] < high <= 1
 
@@ -163,10 +167,66 @@ def test_tables_show_the_figures(result: dict) -> None:
     text = console.file.getvalue()
     for name, figures in EvalResult.model_validate(result).answers():
         assert any(name in line and f"{figures.nll:.3f}" in line for line in text.splitlines()), name
+        assert any(name in line and f"{figures.mean_class:.3f}" in line for line in text.splitlines()), name
     low, high = result["interval"]
     assert "24 test images of 3 classes" in text
     assert f"{low:.3f} to {high:.3f}" in text
     assert f"{result['boxes'][1]['coverage_mean']:.3f}" in text
+
+
+def test_an_older_eval_json_without_mean_class_is_read(run: Run, result: dict) -> None:
+    old = json.loads(json.dumps(result))
+    for answer in (*old["scales"], old["average"], old["fused"]):
+        del answer["mean_class"]
+    read = EvalResult.model_validate(old)
+    assert read.fused.mean_class is None
+    assert read.to_json() == old
+    assert [values[1] for _, values in tables.accuracy(read).rows] == [""] * 5
+
+
+def test_what_could_not_be_read_is_counted_per_class(place: Path, data: Path, racnn) -> None:
+    run = make_run(place / "counts", data, scales=1)
+    folder = place / "unreadable"
+    for name in ("green", "blau"):
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            shutil.copy(data.parent / f"test-0-{number}.png", folder / name)
+    (folder / "readme.txt").touch()
+    for file in ("green/test-0-0.png", "blau/test-0-0.png", "blau/test-0-1.png"):
+        (folder / file).write_bytes(b"<html>")
+    (folder / "blau" / "notes.txt").touch()
+    code, out, _ = racnn("eval", "--run", run.folder, "--data", folder, "--skip-bad")
+    assert code == 0
+    line = "3 of 12 images could not be read and were left out: blau 2, green 1"
+    assert line in out.splitlines()
+    result = run.read_eval()
+    assert (result.images, result.left_out) == (9, 3)
+    assert {name: (entry.n, entry.left_out) for name, entry in result.per_class.items()} == {
+        CLASSES[0]: (0, 0),
+        "blau": (4, 2),
+        "green": (5, 1),
+    }
+    assert any("not images, such as" in note for note in result.notes)
+    assert f"note: {result.notes[0]}" in out
+    text = " ".join(Page(report.write_report(run).read_text(encoding="utf-8")).text)
+    assert line in text
+    assert "of 4, 2 left out" in text
+    assert "No images: " not in text
+    assert evaluation.evaluate(run).to_json()["left_out"] == 0
+    assert "could not be read" not in racnn("eval", "--run", run.folder).out
+
+
+def test_many_classes_that_were_left_out_are_counted_together() -> None:
+    text = describe_left_out({f"c{number:02}": 1 + (number == 7) for number in range(25)} | {"whole": 0}, 74)
+    assert text.startswith("26 of 100 images could not be read and were left out: c07 2, c00 1, ")
+    assert text.endswith(", c19 1, 5 more classes 5")
+
+
+def test_notes_concern_the_measured_split() -> None:
+    notes = ["class 'a' has no val image and therefore no val metrics", "class 'b' has no test image and so on", "x"]
+    index = Index(classes=[], splits={}, skipped=[], notes=notes, fingerprint="")
+    assert evaluation._notes_about("test", index) == notes[1:]
+    assert evaluation._notes_about("val", index) == [notes[0], "x"]
 
 
 def test_non_finite_outputs_are_a_failure(place: Path, data: Path) -> None:

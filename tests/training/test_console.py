@@ -102,3 +102,13 @@ def test_a_baseline_does_not_count_its_own_process_as_load(here, monkeypatch, ca
     monkeypatch.setattr("racnn_cli.training.trainer.torch.get_num_threads", lambda: 4)
     Trainer.start(tiny(data), out=here / "mine" / "baseline", parent_run=here / "mine").close()
     assert "OMP_NUM_THREADS" not in capfd.readouterr().err
+
+
+def test_the_start_of_a_run_says_what_was_left_out_per_class(here, capfd) -> None:
+    data = write_blobs(here / "data", {"train": 4, "val": 3, "test": 1})
+    for file in ("train/blue/00", "train/blue/01", "train/red/00", "val/green/02"):
+        (data / f"{file}.png").write_bytes(b"<html>")
+    Trainer.start(tiny(data, data__skip_bad=True), out=here / "mine").close()
+    lines = capfd.readouterr().err.splitlines()
+    assert "  train: 3 of 12 images could not be read and were left out: blue 2, red 1" in lines
+    assert "  val: 1 of 9 images could not be read and were left out: green 1" in lines

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from blobs import tiny, write_blobs
+from blobs import tiny, write_blobs, write_recipe
 
 from racnn_cli import api
+from racnn_cli.data.types import Index, Item
 from racnn_cli.events import Validation
-from racnn_cli.training.health import warnings
+from racnn_cli.run import Run
+from racnn_cli.training.health import imbalance, warnings
 
 
 def validation(*top1: float, **box: float) -> Validation:
@@ -59,3 +63,43 @@ def test_a_run_prints_and_logs_a_warning_once(tmp_path, monkeypatch, capfd) -> N
     assert len(logged) == len(set(logged))
     err = capfd.readouterr().err
     assert err.count("warning: 100% of scale 2's boxes have the smallest size allowed (side 0.49)") == 1
+
+
+def index_of(**counts: int) -> Index:
+    items = [Item(Path("x"), label, None) for label, count in enumerate(counts.values()) for _ in range(count)]
+    return Index(classes=list(counts), splits={"train": items}, skipped=[], notes=[], fingerprint="")
+
+
+def test_a_strong_imbalance_names_the_two_classes() -> None:
+    assert imbalance(index_of(a=30, b=3, c=7)) == {}
+    assert imbalance(index_of(a=5)) == {}
+    (text,) = imbalance(index_of(middle=7, common=31, rare=3)).values()
+    assert "31 images of 'common' and 3 of 'rare'" in text
+    assert "data.limit" in text
+    assert "mean_class" in text
+
+
+def test_an_imbalanced_run_warns_at_its_start_and_of_classes_never_predicted(here, racnn) -> None:
+    data = write_blobs(here / "data", {"train": 11, "val": 2, "test": 2})
+    for name in ("green", "red"):
+        for number in range(1, 11):
+            (data / "train" / name / f"{number:02}.png").unlink()
+    file = write_recipe(here / "mine.toml", data, model__scales=1, model__sizes=[64], baseline=True)
+    result = racnn("train", file, "--out", "mine", "--set", "pretrain_cnn.lr=1e-9")
+    assert result.code == 0
+    assert result.err.count("warning: the training split has 11 images of 'blue' and 1 of ") == 1
+    run = Run(here / "mine")
+    evaluated, kinds = run.read_eval(), [event.kind for event in run.read_log() if event.event == "warning"]
+    never = [
+        name for number, name in enumerate(evaluated.per_class) if number not in {c[1] for c in evaluated.confusion}
+    ]
+    assert never  # three classes by chance, at a learning rate that trains nothing
+    assert kinds[0] == "imbalance"
+    assert "never predicted" in kinds
+    (warning,) = evaluated.warnings
+    assert all(f"{name!r} (2 images)" in warning for name in never)
+    assert f"warning: {warning}" in result.out
+    assert warning in (here / "mine" / "report.html").read_text().replace("&#39;", "'")
+    log = run.log.read_text()
+    racnn("train", "--resume", "--run", "mine")
+    assert run.log.read_text() == log

@@ -16,6 +16,7 @@ from torch import nn
 
 from racnn_cli import api
 from racnn_cli.core.model import RACNN, build
+from racnn_cli.errors import RecipeError, RunError
 from racnn_cli.events import Validation
 from racnn_cli.recipe import Recipe
 from racnn_cli.training import checkpoint, phases, stages
@@ -324,3 +325,42 @@ def test_training_with_a_baseline_evaluates_both(here, data) -> None:
     log = (run.folder / "baseline" / "log.jsonl").read_text()
     api.resume(run, quiet=True)
     assert (run.folder / "baseline" / "log.jsonl").read_text() == log  # not trained again
+
+
+# ---- sizes that BatchNorm cannot train on
+
+ONE = {"model__scales": 1, "model__sizes": [64], "pretrain_cnn__epochs": 1}
+
+
+def test_a_last_batch_of_one_image_trains_under_batchnorm(here) -> None:
+    data = write_blobs(here / "data", {"train": 3, "val": 1, "test": 1})
+    # skresnet18 has BatchNorm over pooled features, one value per channel and image.
+    run, _ = api.train(tiny(data, model__backbone="skresnet18", train__batch=4, **ONE), out="mine", quiet=True)
+    assert run.epochs()[0].views == 1
+    assert math.isfinite(run.epochs()[0].train_loss["classification 1"])
+
+
+def test_batches_of_one_image_under_batchnorm_are_refused_before_training(here, data) -> None:
+    recipe = tiny(data, model__backbone="skresnet18", train__batch=1, **ONE)
+    with pytest.raises(
+        RecipeError, match=r"^train\.batch = 1: skresnet18 cannot .* layer backbone\..* at 64 px"
+    ) as error:
+        api.train(recipe, out="mine", quiet=True)
+    assert not (here / "mine").exists()
+    for part in ("train.batch=2", "train.batchnorm=frozen", "without BatchNorm"):
+        assert part in error.value.hint
+    api.train(recipe.override({"train.batchnorm": "frozen", "data.limit": 2}), out="frozen", quiet=True)
+    # Layers with several values per channel of an image train as before.
+    api.train(tiny(data, train__batch=1, data__limit=2, **ONE), out="maps", quiet=True)
+    with pytest.raises(RecipeError, match=r"train\.batch = 1: test_resnet cannot train on a single image per step"):
+        api.train(tiny(data, train__batch=1, **ONE | {"model__sizes": [16]}), out="small", quiet=True)
+
+
+def test_torchs_own_error_about_a_single_value_is_explained(here, data, monkeypatch) -> None:
+    monkeypatch.setattr("racnn_cli.training.trainer.single_value_layer", lambda model: "")
+    with pytest.raises(
+        RunError, match="a layer of skresnet18 cannot train on one value per channel: Expected"
+    ) as error:
+        api.train(tiny(data, model__backbone="skresnet18", train__batch=1, **ONE), out="mine", quiet=True)
+    assert "train.batchnorm=frozen" in error.value.hint
+    assert error.value.exit_code == 1
