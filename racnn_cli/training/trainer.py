@@ -358,7 +358,7 @@ class Trainer:
         if index.skipped:
             console.say(f"left out, as --skip-bad asks: {len(index.skipped)} file(s)")
             for split, left_out in index.left_out.items():
-                if counts:
+                if left_out:
                     console.say(f"  {split}: {describe_left_out(left_out, len(index.splits[split]))}")
             for problem in index.skipped[:20]:
                 console.say(f"  {problem}")
