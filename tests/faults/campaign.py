@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
         "train__accumulate": 2,
         "train__batch": 2,
         "train__save_steps": 1,
-        "pretrain_cnn__epochs": 4,
+        "pretrain_cnn__epochs": 3,
         "pretrain_cnn__patience": 1,
         "pretrain_cnn__lr": 0.01,
         "model__dropout": 0.3,
@@ -181,7 +181,8 @@ def campaign(
     data = write_blobs(folder / "data", {"train": 4, "val": 2, "test": 2})
     draw, results = random.Random(seed), []
     for number, (case, keys) in enumerate(CASES.items()):
-        recipe = tiny(data, **{"train__batch": 4} | keys)
+        short = {"train__batch": 4, "pretrain_apn__epochs": 1, "fusion__epochs": 1}
+        recipe = tiny(data, **short | keys)
         file = folder / f"case-{number}.toml"
         file.write_text(recipes.dump(recipe))
         uninterrupted = folder / f"uninterrupted-{number}"

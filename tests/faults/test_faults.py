@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from racnn_cli import api
 from racnn_cli.data import images
 from racnn_cli.errors import DataError, RunError
-from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 from racnn_cli.training import checkpoint, stages
 from racnn_cli.training.trainer import Trainer
@@ -51,11 +50,16 @@ def run(started: Path, here: Path) -> Run:
     return Run(here / "mine")
 
 
-def check_resume(run: Run, recipe: Recipe, folder: Path) -> None:
-    """Resume the run, train `recipe` without interruption in `folder`, and check that the weights are identical."""
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data: Path) -> Run:
+    """The run of `tiny(data)` without an interruption."""
+    return api.train(tiny(data), out=tmp_path_factory.mktemp("uninterrupted") / "mine", quiet=True)[0]
+
+
+def check_resume(run: Run, uninterrupted: Run) -> None:
+    """Resume the run and check that its weights are those of the run that was not interrupted."""
     api.resume(run, quiet=True)
-    api.train(recipe, out=folder, quiet=True)
-    weights, expected = load_file(run.weights), load_file(folder / "weights.safetensors")
+    weights, expected = load_file(run.weights), load_file(uninterrupted.weights)
     assert weights.keys() == expected.keys()
     assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
 
@@ -82,7 +86,7 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut short", "empty", "a bit flipped", "another position"])
-def test_a_damaged_checkpoint_is_skipped_and_the_one_before_it_is_used(run: Run, here, data, capfd, kind) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_the_one_before_it_is_used(run: Run, uninterrupted, capfd, kind) -> None:
     newest, previous = checkpoint.list_checkpoints(run)
     damage(newest, kind)
     trainer = Trainer.resume(run)
@@ -92,7 +96,7 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_it_is_used(run: Run,
     assert "the one before it is used" in err
     assert trainer.progress.number == int(re.findall(r"\d+", previous.name)[0])
     trainer.close()
-    check_resume(run, tiny(data), here / "uninterrupted")
+    check_resume(run, uninterrupted)
 
 
 def test_if_every_checkpoint_is_damaged_all_are_named(run: Run) -> None:
@@ -143,7 +147,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_loses_nothing(small_disk: Path, here, data) -> None:
+def test_a_full_disk_loses_nothing(small_disk: Path, here, data, uninterrupted) -> None:
     recipe = tiny(data)
     ballast = small_disk / "ballast"
     trainer = Trainer.start(recipe, out=small_disk / "mine", quiet=True)
@@ -159,7 +163,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, here, data) -> None:
     assert not list(run.folder.rglob(".*"))
     ballast.unlink()
     shutil.move(run.folder, here / "moved")
-    check_resume(Run(here / "moved"), recipe, here / "uninterrupted")
+    check_resume(Run(here / "moved"), uninterrupted)
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
@@ -209,7 +213,7 @@ def test_a_killed_process_releases_its_lock(run: Run) -> None:
 # ---- workers and images
 
 
-def test_a_killed_worker_process_is_named(here, data, monkeypatch) -> None:
+def test_a_killed_worker_process_is_named(here, data, uninterrupted, monkeypatch) -> None:
     recipe = tiny(data, data__workers=2)
     getitem = images.ImageDataset.__getitem__
 
@@ -224,7 +228,7 @@ def test_a_killed_worker_process_is_named(here, data, monkeypatch) -> None:
             api.train(recipe, out=here / "mine", quiet=True)
     assert "--set data.workers=1" in error.value.hint
     assert "racnn train --resume" in error.value.hint
-    check_resume(Run(here / "mine"), recipe, here / "uninterrupted")
+    check_resume(Run(here / "mine"), uninterrupted)  # the number of workers changes nothing
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,7 @@ def test_a_lack_of_shared_memory_names_what_to_enlarge(text: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_missing_image_is_named_and_can_be_restored(here, data, workers) -> None:
+def test_a_missing_image_is_named_and_can_be_restored(here, data, uninterrupted, workers) -> None:
     folder = here / "data"
     shutil.copytree(data, folder)
     recipe = tiny(folder, data__workers=workers)
@@ -261,7 +265,7 @@ def test_a_missing_image_is_named_and_can_be_restored(here, data, workers) -> No
     with pytest.raises(RunError, match="changed since the run was started"):
         api.resume(Run(here / "mine"), quiet=True)
     image.write_bytes(content)
-    check_resume(Run(here / "mine"), recipe, here / "uninterrupted")
+    check_resume(Run(here / "mine"), uninterrupted)
 
 
 def test_a_lack_of_memory_names_what_to_lower(run: Run, monkeypatch) -> None:
@@ -282,12 +286,12 @@ def test_a_lack_of_memory_names_what_to_lower(run: Run, monkeypatch) -> None:
 # ---- the log, and folders of other versions
 
 
-def test_an_incomplete_line_of_the_log_is_written_again(run: Run, here, data) -> None:
+def test_an_incomplete_line_of_the_log_is_written_again(run: Run, uninterrupted) -> None:
     with run.log.open("a") as file:
         file.write('{"event": "epo')
-    check_resume(run, tiny(data), here / "uninterrupted")
+    check_resume(run, uninterrupted)
     lines = [json.loads(line) for line in run.log.read_text().splitlines()]
-    assert len(lines) == len((here / "uninterrupted" / "log.jsonl").read_text().splitlines())
+    assert len(lines) == len(uninterrupted.log.read_text().splitlines())
 
 
 def test_the_version_that_wrote_a_checkpoint_is_named(run: Run) -> None:
@@ -297,11 +301,11 @@ def test_the_version_that_wrote_a_checkpoint_is_named(run: Run) -> None:
         Trainer.resume(run)
 
 
-def test_temporary_files_of_a_killed_process_are_removed(run: Run, here, data) -> None:
+def test_temporary_files_of_a_killed_process_are_removed(run: Run, uninterrupted) -> None:
     (run.state / ".racnn-checkpoint-00000009.safetensors.x7.safetensors").write_bytes(b"0" * 100)
     (run.folder / ".racnn-log.jsonl.abc").write_bytes(b"0")
     (run.folder / ".gitignore").write_text("*")  # a user's own file is kept
-    check_resume(run, tiny(data), here / "uninterrupted")
+    check_resume(run, uninterrupted)
     assert [path.name for path in run.folder.rglob(".*")] == [".gitignore"]
 
 

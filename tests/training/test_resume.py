@@ -60,6 +60,19 @@ def data(tmp_path_factory) -> Path:
     return write_blobs(tmp_path_factory.mktemp("blobs") / "data")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data: Path) -> Run:
+    """The run of `tiny(data)`, which tests must not change."""
+    return train(tiny(data), tmp_path_factory.mktemp("finished") / "mine")
+
+
+@pytest.fixture
+def mine(finished: Run, here: Path) -> Run:
+    """A copy of that run."""
+    shutil.copytree(finished.folder, here / "mine")
+    return Run(here / "mine")
+
+
 @pytest.fixture
 def stop_at(monkeypatch) -> Callable[..., None]:
     """A function that arranges for a signal after a given number of steps of a phase, once."""
@@ -104,9 +117,9 @@ def differing_tensors(first: Run, second: Run) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_stopped_in_every_stage_ends_bit_identical(here, data, stop_at, case) -> None:
+def test_a_run_stopped_in_every_stage_ends_bit_identical(here, data, finished, stop_at, case) -> None:
     recipe = tiny(data, **CASES[case])
-    uninterrupted = train(recipe, here / "uninterrupted")
+    uninterrupted = finished if case == "plain" else train(recipe, here / "uninterrupted")
 
     factor = 2 if case == "averaged" else 1  # twice as many batches per epoch
 
@@ -130,24 +143,30 @@ def test_a_run_stopped_in_every_stage_ends_bit_identical(here, data, stop_at, ca
     assert [path.name for path in run.state.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("call", [1, 2, 5, 7, 9, 11, 13])
-def test_a_signal_during_validation_loses_nothing(here, data, monkeypatch, call) -> None:
-    """At the end of an epoch, a round or a stage; training stops before the validation is finished."""
+def test_a_signal_during_validation_loses_nothing(here, data, monkeypatch) -> None:
+    """At the end of an epoch, a round or a stage; training stops before the validation is finished.
+
+    One run is stopped in one validation after the other. A validation that was stopped is repeated after the resume.
+    """
     recipe = tiny(data, train__ema=0.9)
     uninterrupted = train(recipe, here / "uninterrupted")
-    measure, calls = evaluation.measure, []
+    measure, stops = evaluation.measure, [1, 2, 5, 7, 9, 11, 13]
+    plan = {"call": 0, "at": 0}
 
     def interrupted_measure(model, batches, *args, **options):
-        calls.append(0)
-        if len(calls) == call:
+        plan["call"] += 1
+        if plan["call"] == plan["at"]:
             signal.raise_signal(signal.SIGTERM)
         return measure(model, batches, *args, **options)
 
     monkeypatch.setattr(evaluation, "measure", interrupted_measure)
-    with pytest.raises(Interrupted):
-        api.train(recipe, out=here / "mine", quiet=True)
-    assert len(calls) == call
+    for previous, call in zip([1, *stops], stops, strict=False):
+        plan.update(call=0, at=call - previous + 1)
+        with pytest.raises(Interrupted):
+            api.train(recipe, out=here / "mine", or_resume=True, quiet=True)
+        assert plan["call"] == plan["at"]
     run = Run.open(here / "mine")
+    plan.update(at=0)
     api.resume(run, quiet=True)
     assert log_without_times(run) == log_without_times(uninterrupted)
     assert differing_tensors(uninterrupted, run) == []
@@ -183,8 +202,8 @@ def test_a_second_ctrl_c_stops_at_once(here, data, stop_at) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_resume_of_a_finished_run_trains_nothing(here, data) -> None:
-    run = train(tiny(data), here / "mine")
+def test_resume_of_a_finished_run_trains_nothing(mine) -> None:
+    run = mine
     weights, log = run.weights.read_bytes(), run.log.read_bytes()
     run.eval.unlink()
     result = api.resume(run, quiet=True)
@@ -194,16 +213,16 @@ def test_resume_of_a_finished_run_trains_nothing(here, data) -> None:
     assert run.eval.is_file()
 
 
-def test_lost_weights_of_a_finished_run_are_restored(here, data) -> None:
-    run = train(tiny(data), here / "mine")
+def test_lost_weights_of_a_finished_run_are_restored(mine) -> None:
+    run = mine
     weights = run.weights.read_bytes()
     run.weights.unlink()
     api.resume(run, quiet=True)
     assert run.weights.read_bytes() == weights
 
 
-def test_weights_without_a_checkpoint_are_not_overwritten(here, data, racnn) -> None:
-    run = train(tiny(data), here / "mine")
+def test_weights_without_a_checkpoint_are_not_overwritten(mine, racnn) -> None:
+    run = mine
     shutil.rmtree(run.state)
     before = {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
     for command in (["train", "--resume"], ["pretrain-cnn"], ["alternate"]):
@@ -213,8 +232,8 @@ def test_weights_without_a_checkpoint_are_not_overwritten(here, data, racnn) -> 
     assert {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()} == before
 
 
-def test_a_baseline_is_not_started_without_the_log_of_its_run(here, data) -> None:
-    run = train(tiny(data), here / "mine")
+def test_a_baseline_is_not_started_without_the_log_of_its_run(mine) -> None:
+    run = mine
     run.recipe_file.write_text(run.recipe_file.read_text().replace("baseline = false", "baseline = true"))
     run.log.unlink()
     with pytest.raises(RunError, match=r"log\.jsonl does not say how many rounds"):
