@@ -16,12 +16,23 @@ import timm
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from racnn_cli.backbones.reach import reached_weights
 from racnn_cli.backbones.timm_model import Plan, TimmBackbone, create
 from racnn_cli.errors import BackboneError, SizeRefused
 
 GUESSES = 8  # sizes to try when a model refuses one
+FILLS = {"uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_"}  # what initializers call
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skip what initializers do to weights on the meta device: no value changes, but it takes half of a probe."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and getattr(func, "__name__", "") in FILLS and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @functools.lru_cache(maxsize=64)
@@ -69,7 +80,7 @@ def _try(name: str, size: int) -> Plan | Exception:
 
 def _meta(draft: Plan) -> tuple[Any, Tensor]:
     """The model and a batch of images on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         return create(draft.name, draft.options).eval(), torch.zeros(2, 3, draft.size, draft.size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Small tensors gain nothing from threads, and on a shared machine threads slow each other down.
@@ -64,3 +65,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, name in enumerate(SLOW_FILES) if f"tests/{name}" in path), len(SLOW_FILES))
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave out what the imports made: tracing a network then takes up to 20 % less."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Undo it, because libraries report what was not collected at the end as leaks."""
+    gc.unfreeze()

@@ -44,7 +44,7 @@ def write_data(folder: Path, count: int = 8) -> Path:
     return folder / "labels.csv"
 
 
-def make_run(folder: Path, data: Path, *, scales: int) -> Run:
+def make_run(folder: Path, data: Path, *, scales: int, backbone: str = "test_resnet") -> Run:
     """Create a run with random weights on a CSV file of images."""
     torch.manual_seed(0)
     sections = {
@@ -52,7 +52,7 @@ def make_run(folder: Path, data: Path, *, scales: int) -> Run:
         "about": "<script>alert(1)</script>",
         "data": {"path": str(data), "source": SIDE},
         "model": {
-            "backbone": "test_resnet",
+            "backbone": backbone,
             "weights": "none",
             "scales": scales,
             "sizes": [64] * scales,

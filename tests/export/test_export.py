@@ -103,9 +103,11 @@ def test_onnx_metadata(run: Run, exported: dict) -> None:
 
 
 @pytest.mark.parametrize(("fit", "opset"), [("crop", 18), ("pad", 20), ("squash", 20)])
-def test_the_graph_makes_raw_images_of_any_shape_square(run: Run, fit: str, opset: int) -> None:
+def test_the_graph_makes_raw_images_of_any_shape_square(data: Path, tmp_path: Path, fit: str, opset: int) -> None:
     """Its outputs for an image are those for its square, with boxes in pixels of the image."""
-    network, _ = store.load(run.folder)
+    # Three scales once: the boxes of all scales are moved together.
+    scales = 3 if fit == "crop" else 2
+    network, _ = store.load(make_run(tmp_path / fit, data, scales=scales, backbone="small_cnn").folder)
     graph = ExportedGraph(network, fit, ExportOptions(raw=True, top=2, crops=True)).eval()
     names = graph.output_names
     proto = onnx_ir.to_proto(onnx_export.to_onnx(graph, opset))
@@ -121,9 +123,10 @@ def test_the_graph_makes_raw_images_of_any_shape_square(run: Run, fit: str, opse
             tolerance = 1e-3 if name in ("probabilities", "scales") else 1e-2
             assert np.abs(outputs[name] - value.numpy()).max() < tolerance, name
         assert outputs["labels"].shape == (count, 2)
-        assert outputs["crop_3"].shape == (count, 3, 64, 64)
-        assert outputs["crop_3"].min() >= 0
-        assert outputs["crop_3"].max() <= 1
+        finest = outputs[f"crop_{scales}"]
+        assert finest.shape == (count, 3, 64, 64)
+        assert finest.min() >= 0
+        assert finest.max() <= 1
         boxes = outputs["boxes"]
         assert (boxes >= 0).all()
         assert (boxes[..., [0, 2]] <= width).all()
@@ -294,7 +297,8 @@ def test_an_export_does_not_overwrite_other_files(run: Run, write) -> None:
     assert run.weights.read_bytes() == before
 
 
-def test_a_torch_program_runs_without_racnn(run: Run, data: Path, tmp_path: Path) -> None:
+def test_a_torch_program_runs_without_racnn(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "two", data, scales=2)
     report = export_program(run, tmp_path / "net.pt2", options=ExportOptions(raw=True))
     assert max(report["max_difference"].values()) < 1e-3
     code = """
@@ -321,7 +325,7 @@ print(classes[outputs["labels"][0, 0]], float(outputs["probabilities"].max()))
 def test_a_single_scale_exports_without_boxes_and_without_data(
     run: Run, exported: dict, data: Path, tmp_path: Path, capfd
 ) -> None:
-    single = make_run(tmp_path / "single", data, scales=1)
+    single = make_run(tmp_path / "single", data, scales=1, backbone="small_cnn")
     text = single.recipe_file.read_text().replace(str(data), str(tmp_path / "gone.csv"))
     single.recipe_file.write_text(text)
     report = export_onnx(single, tmp_path / "single.onnx")
