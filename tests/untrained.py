@@ -51,13 +51,7 @@ def make_run(folder: Path, data: Path, *, scales: int, backbone: str = "test_res
         "name": "try",
         "about": "<script>alert(1)</script>",
         "data": {"path": str(data), "source": SIDE},
-        "model": {
-            "backbone": backbone,
-            "weights": "none",
-            "scales": scales,
-            "sizes": [64] * scales,
-            "apn_hidden": 16,
-        },
+        "model": {"backbone": backbone, "weights": "none", "scales": scales, "sizes": [64] * scales, "apn_hidden": 16},
         "train": {"batch": 5, "device": "cpu"},
     }
     recipe = recipes.Recipe.model_validate(sections)
