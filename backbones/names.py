@@ -87,6 +87,12 @@ def check(name: str) -> None:
     base, dot, _ = name.partition(".")
     if timm.is_model(base) and ":" not in name and (not dot or name in timm.list_pretrained(f"{base}.*")):
         return
+    plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
+    if plain != name and timm.is_model(plain.partition(".")[0]):
+        raise BackboneError(
+            f"there is no backbone {name!r}: timm's models on the hub have a shorter name here",
+            f"--backbone {plain} --pretrained",
+        )
     near = suggestions(name)
     raise BackboneError(
         f"there is no backbone {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),

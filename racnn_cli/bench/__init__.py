@@ -87,10 +87,10 @@ def run_bench(
     recipe = recipe or RECIPES.get(name, "")
     options = Options(seeds=numbers, recipe=recipe, quick=quick, data=data, arms=tuple(arms))
     result = importlib.import_module(f"{__name__}.{name}").run(options)
-    machine, console = describe_machine(), Console(highlight=False)
+    machine, console = describe_machine(), Console(highlight=False, emoji=False)
     for table in result.tables:
         # Without a terminal, the default width of 80 would truncate cells.
-        Console(highlight=False, width=None if console.is_terminal else 160).print(table)
+        Console(highlight=False, emoji=False, width=None if console.is_terminal else 160).print(table)
     summary = "{cpu}, {cores} cores, {threads} thread(s), device {device}, torch {torch}".format(**machine)
     label = "seeds" if len(numbers) > 1 else "seed"
     console.print(escape(f"{summary}; {label} {', '.join(map(str, numbers))}"), soft_wrap=True)

@@ -24,7 +24,7 @@ BOX_HEADINGS = {"hit_rate": "hit", "iou_mean": "IoU", "coverage_mean": "coverage
 
 def report(text: str) -> None:
     """Print a progress message on stderr."""
-    Console(stderr=True, highlight=False).print(escape(text), soft_wrap=True)
+    Console(stderr=True, highlight=False, emoji=False).print(escape(text), soft_wrap=True)
 
 
 def new_table(title: str, *, text: Sequence[str], numbers: Sequence[str], notes: Sequence[str]) -> Table:

@@ -185,7 +185,7 @@ def predict_command(
         write(prediction)
         if drawings and not isinstance(image, Unreadable) and not prediction.error:
             drawings.add(prediction, image)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     if drawings:
         console.print(escape(f"{drawings.count} drawings in {save}"), soft_wrap=True)
     for note in summarize(notes):
@@ -241,7 +241,7 @@ def csv_writer(model: Model, out: TextIO) -> Writer:
 def table_writer(model: Model, out: TextIO) -> Writer:
     """Write aligned lines for a terminal: probability, class, file, and the finest box in pixels of the file."""
     width = max(map(len, model.classes))
-    console = Console(file=out, highlight=False, width=None if out.isatty() else 200)
+    console = Console(file=out, highlight=False, emoji=False, width=None if out.isatty() else 200)
     console.print(f"[bold]{'':>5}  {'class':{width}}  image[/]", soft_wrap=True)
 
     def write(prediction: Prediction) -> None:

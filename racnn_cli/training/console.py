@@ -24,7 +24,7 @@ class Console:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.out = RichConsole(stderr=True, quiet=quiet, highlight=False)
+        self.out = RichConsole(stderr=True, quiet=quiet, highlight=False, emoji=False)
         self.moving = self.out.is_terminal and not quiet
         self.bar = ProgressBar(
             TextColumn("{task.description}"),

@@ -353,6 +353,8 @@ class Trainer:
         )
         console.say(f"run folder {self.run.folder}, device {self.device}, seed {recipe.seed}")
         self._warn_if_crowded()
+        if note := backbones.describe_run(model.weights):
+            console.say(f"note: {note}")
         for note in index.notes:
             console.say(f"note: {note}")
         if index.skipped:

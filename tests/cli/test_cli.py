@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,13 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from blobs import tiny, write_blobs, write_recipe
 from command import CommandResult
+from PIL import Image
 
 import racnn_cli
+from racnn_cli import backbones
 from racnn_cli import recipe as recipes
+from racnn_cli.errors import BackboneError
 from racnn_cli.run import Run
 from racnn_cli.training import checkpoint
 from racnn_cli.training.trainer import Trainer
@@ -480,3 +485,63 @@ def test_predict_prints_one_json_line_per_image(racnn, here, data) -> None:
     (here / "empty").mkdir()
     is_error(racnn("predict", "empty"), "empty")
     is_error(racnn("predict", "nothing.jpg"), "nothing.jpg")
+
+
+def test_class_names_are_printed_as_they_are(here, racnn) -> None:
+    """rich replaces :cat: by an emoji and takes [bold] for markup, unless told not to."""
+    names = ("sea:cat:x", "land[bold]bee")
+    for label, name in enumerate(names):
+        (here / "p" / name).mkdir(parents=True)
+        for number in range(8):
+            noise = np.random.default_rng((label, number)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(here / "p" / name / f"{number}.png")
+    result = racnn("pretrain-cnn", "tiny", "--data", "p", "--out", "r:cat:")
+    assert result.code == 0, result.err
+    assert "run folder r:cat:" in result.err
+    result = racnn("train", "--resume", "--run", "r:cat:")
+    assert result.code == 0, result.err
+    assert "metrics r:cat:/eval.json" in result.out
+    result = racnn("predict", *(f"p/{name}/0.png" for name in names), "--run", "r:cat:")
+    assert "p/sea:cat:x/0.png" in result.out
+    assert "p/land[bold]bee/0.png" in result.out
+    assert any(f"  {name}" in result.out for name in names)
+    result = racnn("eval", "--run", "r:cat:", "--data", "no:cat:where")
+    assert "no:cat:where" in result.err
+
+
+def test_a_run_that_may_only_be_read_is_measured(here, racnn, monkeypatch) -> None:
+    images = here / "p"
+    for label in ("a", "b"):
+        (images / label).mkdir(parents=True)
+        for number in range(8):
+            noise = np.random.default_rng((ord(label), number)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(images / label / f"{number}.png")
+    assert racnn("train", "tiny", "--data", "p", "--out", "r", "--quick").code == 0
+    written = (here / "r" / "eval.json").read_bytes()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkstemp", fail)
+    result = racnn("eval", "--run", "r")
+    assert result.code == 0, result.err
+    assert "fused" in result.out
+    assert "the figures are not in eval.json" in result.out
+    assert (here / "r" / "eval.json").read_bytes() == written
+    # The weights of a run are recognized, also with other classes.
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    Path("p/a").rename("p/c")
+    for weights in ("r", "r/weights.safetensors"):
+        result = racnn("pretrain-cnn", "tiny", "--data", "p", "--weights", weights, "--set", "pretrain_cnn.epochs=1")
+        assert result.code == 0, result.err
+        assert "holds a trained racnn network: the backbone of its scale 1 is used" in result.err
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-hub:timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k", "hf_hub:timm/resnet18.a1_in1k"]
+)
+def test_a_name_of_the_hub_is_answered_with_the_one_to_type(name) -> None:
+    with pytest.raises(BackboneError) as caught:
+        backbones.build(name)
+    assert caught.value.hint == "--backbone resnet18.a1_in1k --pretrained"
