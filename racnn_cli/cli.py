@@ -67,7 +67,7 @@ def _print_result(run: Run, result: EvalResult) -> None:
     if not _is_main_process():
         return
     console = Console(width=None if sys.stdout.isatty() else 100, emoji=False)
-    for table in tables(result):
+    for table in tables(result, console.width):
         console.print(table)
     for line in remarks(result):
         console.print(escape(escape_control(line)), soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import rich.table
+import rich.text
 
 from racnn_cli.events import EvalAnswer, EvalBoxes, EvalResult
 
@@ -73,9 +74,26 @@ def _box(box: EvalBoxes) -> list[str]:
     return values + [f"{value:.3f}" for value in compared if value is not None]
 
 
-def tables(result: EvalResult) -> list[rich.table.Table]:
-    """The accuracy, and the boxes if there is more than one scale, for the terminal."""
-    return [_to_rich(accuracy(result)), *([_to_rich(boxes(result))] if result.boxes else [])]
+def tables(result: EvalResult, width: int = 100) -> list[rich.table.Table | rich.text.Text]:
+    """The accuracy, and the boxes if there is more than one scale, for a terminal of this width in characters.
+
+    A table that is too wide would cut its figures; it becomes lines of text.
+    """
+    shown = [accuracy(result), *([boxes(result)] if result.boxes else [])]
+    return [_to_rich(table) if _width(table) <= width else _to_text(table) for table in shown]
+
+
+def _width(table: Table) -> int:
+    cells = zip(table.columns, *([name, *values] for name, values in table.rows), strict=True)
+    return 1 + sum(max(map(len, column)) + 3 for column in cells)
+
+
+def _to_text(table: Table) -> rich.text.Text:
+    lines = [table.title]
+    for name, values in table.rows:
+        pairs = zip(table.columns[1:], values, strict=True)
+        lines.append(f"{name}: " + ", ".join(f"{column} {value}" for column, value in pairs if value))
+    return rich.text.Text("\n".join([*lines, table.caption]))
 
 
 def _to_rich(table: Table) -> rich.table.Table:

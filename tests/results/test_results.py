@@ -599,3 +599,20 @@ def test_data_that_changed_since_training_are_refused(here) -> None:
         api.resume(run, quiet=True)
     assert evaluation.evaluate(run, data="birds").split == "all"
     assert evaluation.evaluate(run, data="birds").images == 49
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_figures_are_whole_on_a_terminal_of_any_width(run: Run, width: int) -> None:
+    result = evaluation.evaluate(run)
+    console = Console(file=io.StringIO(), width=width)
+    for table in tables.tables(result, width):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    for answer in (*result.scales, result.average, result.fused):
+        for value in (answer.top1, answer.nll, answer.ece):
+            assert f"{value:.3f}" in text
+    for box in result.boxes:
+        assert f"{box.side_mean:.3f}" in text
+    assert ("━" in text) == (width > 40)
