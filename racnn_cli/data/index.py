@@ -73,6 +73,7 @@ def build_index(
         notes=listing.notes + _notes(names, splits, singletons),
         fingerprint=fingerprint,
         left_out=left_out,
+        own_splits=frozenset(row.split for row in listing.rows if row.split),
     )
 
 

@@ -36,6 +36,7 @@ class Index:
         notes: remarks that are not errors, one sentence each.
         fingerprint: hash of which file is in which split; if it changes, test images may have been trained on.
         left_out: split to class name to the number of its images that `data.skip_bad` left out.
+        own_splits: the splits that the data name themselves, for which `data.val` and `data.test` are not used.
     """
 
     classes: list[str]
@@ -44,6 +45,7 @@ class Index:
     notes: list[str]
     fingerprint: str
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    own_splits: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

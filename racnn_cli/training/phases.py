@@ -119,14 +119,14 @@ def single_value_layer(model: RACNN) -> str:
     Returns:
         Name of the layer and the input size; empty if there is none.
     """
-    found: list[str] = []
+    layers: list[str] = []
     training = model.training
     model.eval()
     for number, size in enumerate(model.sizes):
         classifier = Classifier(model.scale(number))
         handles = [
             layer.register_forward_pre_hook(
-                lambda _, inputs, name=name: found.append(name) if inputs[0][0, 0].numel() == 1 else None
+                lambda _, inputs, name=name: layers.append(name) if inputs[0][0, 0].numel() == 1 else None
             )
             for name, layer in classifier.named_modules()
             if isinstance(layer, nn.modules.batchnorm._BatchNorm)
@@ -135,10 +135,10 @@ def single_value_layer(model: RACNN) -> str:
             classifier(torch.zeros(1, 3, size, size))
         for handle in handles:
             handle.remove()
-        if found:
+        if layers:
             break
     model.train(training)
-    return f"{found[0]} at {size} px" if found else ""
+    return f"{layers[0]} at {size} px" if layers else ""
 
 
 def pretrain_cnn(recipe: Recipe) -> Phase:
