@@ -25,9 +25,6 @@ ExportFormat = Literal["onnx", "torch", "safetensors"]
 Precision = Literal["float32", "half", "int8"]
 RowFormat = Literal["table", "jsonl", "csv"]
 
-# What the hints of a failed training name, and a baseline shares with its run; its size and epochs are its own.
-SHARED = ("train.", "pretrain_cnn.lr")
-
 
 def train(
     recipe: str | Path | Recipe,
@@ -70,7 +67,7 @@ def train(
         if distributed.broadcast(distributed.rank() == 0 and _holds_run_of(folder, resolved, quiet=quiet)):
             run = Run.open(folder)
             return run, resume(run, quiet=quiet)
-    trainer = Trainer.start(resolved, out=folder, quiet=quiet)
+    trainer = Trainer.start(resolved, out=folder, quiet=quiet, given=changes)
     return trainer.run, _finish(trainer, {}, quiet=quiet)
 
 
@@ -131,6 +128,7 @@ def resume(run: Run, changes: Mapping[str, Any] | None = None, *, quiet: bool = 
         quiet: print nothing.
 
     Raises:
+        RunError: the run is finished, and a change would have no effect.
         RacnnError: as in `train`.
     """
     from racnn_cli.training.trainer import Trainer
@@ -163,10 +161,11 @@ def stage(
                 f"{name} cannot start a run: it needs a network that {stages.NAMES[0]} has trained",
                 f"`racnn {stages.NAMES[0]}` with that recipe first, then `racnn {name}` without a recipe continues it",
             )
-        trainer = Trainer.start(recipe.as_used(), out=out, quiet=quiet)
+        changes = dict(changes or {})
+        trainer = Trainer.start(recipe.override(changes).as_used(), out=out, quiet=quiet, given=changes)
     else:
         assert run is not None
-        trainer = Trainer.resume(run, changes=dict(changes or {}), quiet=quiet)
+        trainer = Trainer.resume(run, changes=dict(changes or {}), stage=name, quiet=quiet)
     with closing(trainer):
         stages.run_stage(trainer, name)
     return trainer.run
@@ -192,6 +191,7 @@ def _finish(trainer: Trainer, changes: Mapping[str, Any], *, quiet: bool) -> Eva
 def _train_baseline(run: Run, recipe: Recipe, changes: Mapping[str, Any], *, quiet: bool) -> None:
     from racnn_cli.training import stages
     from racnn_cli.training.baseline import baseline_recipe, rounds_run
+    from racnn_cli.training.resume import SHARED
     from racnn_cli.training.trainer import Trainer
 
     base = Run(run.folder / "baseline")
@@ -252,10 +252,10 @@ def export(
     precision: Precision = "float32",
     raw: bool = False,
     crops: bool = False,
-    top: int = 5,
+    top: int | None = None,
     opset: int = 20,
     early_exit: bool = False,
-    max_drop: float = 0.5,
+    max_drop: float | None = None,
 ) -> dict[str, Any]:
     """Write the trained network for use elsewhere.
 
@@ -266,10 +266,10 @@ def export(
         precision: of the backbones; only ONNX.
         raw: take images as decoded, (B, H, W, 3) uint8; not for `safetensors`.
         crops: also return what the finer scales see; not for `safetensors`.
-        top: number of labels in the output; not for `safetensors`.
+        top: number of labels in the output, at most one per class; None: 5. Not for `safetensors`.
         opset: version of the ONNX operators, 18 or 20.
         early_exit: run the finer scales only for images that scale 1 is not sure of; only ONNX.
-        max_drop: largest loss of accuracy through `precision` or `early_exit`, in percentage points.
+        max_drop: largest loss of accuracy through `precision` or `early_exit`, in percentage points; None: 0.5.
 
     Returns:
         `path`, and what the check of the exported file measured.
@@ -279,13 +279,15 @@ def export(
         ExportError: the network cannot be exported, or the exported file gives other outputs.
         RunError: no weights.
     """
-    if format == "safetensors" and (raw or crops or top != 5):
+    if format == "safetensors" and (raw or crops or top is not None):
         raise RecipeError("--raw, --crops and --top need --format onnx or torch", "omit them")
     if format != "onnx" and (precision != "float32" or early_exit or opset != 20):
         raise RecipeError(
             "--precision, --half, --int8, --early-exit and --opset need --format onnx",
             "add --format onnx, or omit them",
         )
+    if max_drop is not None and precision == "float32" and not early_exit:
+        raise RecipeError("--max-drop needs --precision half or int8, or --early-exit", "omit it")
     if opset not in (18, 20):
         raise RecipeError(f"--opset {opset} is not supported", "--opset 18 or 20")
     from racnn_cli.export.graph import ExportOptions
@@ -294,11 +296,17 @@ def export(
 
     if format == "safetensors":
         return {"path": str(export_safetensors(run, out or run.folder / "export"))}
-    options = ExportOptions(raw, top, crops)
+    options = ExportOptions(raw, top or 5, crops)
     if format == "torch":
         return export_program(run, out, options=options)
     return export_onnx(
-        run, out, options=options, opset=opset, precision=precision, early_exit=early_exit, max_drop=max_drop
+        run,
+        out,
+        options=options,
+        opset=opset,
+        precision=precision,
+        early_exit=early_exit,
+        max_drop=0.5 if max_drop is None else max_drop,
     )
 
 

@@ -105,7 +105,8 @@ def train(
             "--resume continues the newest run",
         )
     else:
-        run, result = api.train(recipes.load(recipe, (), options.changes()), out=options.out, or_resume=resume)
+        changes = options.changes()
+        run, result = api.train(recipes.load(recipe, (), changes), out=options.out, changes=changes, or_resume=resume)
     _print_result(run, result)
 
 
@@ -113,7 +114,8 @@ def _run_stage(name: str, recipe: str | None, options: shared.RunOptions, *, fol
     if recipe is not None and options.run is not None:
         raise RecipeError("RECIPE starts a new run and --run continues one", "omit one, or use --out DIR")
     if recipe is not None or (isinstance(options, shared.NewRunOptions) and options.starts_run()):
-        run = api.stage(name, recipe=recipes.load(recipe, (), options.changes()), out=options.out)
+        changes = options.changes()
+        run = api.stage(name, recipe=recipes.load(recipe, (), changes), out=options.out, changes=changes)
     elif options.out is not None:
         raise RecipeError(
             "--out is the folder of a new run, and this command continues a run",
@@ -188,27 +190,31 @@ def export(
     out: Annotated[Path | None, Option(help="file or folder to write or check")] = None,
     raw: Annotated[bool, Option("--raw", help="ONNX, torch: input as decoded, (B, H, W, 3) uint8")] = False,
     crops: Annotated[bool, Option("--crops", help="ONNX, torch: also output the crops")] = False,
-    top: Annotated[int, Option(min=1, help="ONNX, torch: number of labels in the output")] = 5,
+    top: Annotated[int | None, Option(min=1, help="ONNX, torch: number of labels in the output; default: 5")] = None,
     opset: Annotated[int, Option(help="ONNX: operator set version, 18 or 20")] = 20,
     early_exit: Annotated[
         bool, Option("--early-exit", help="ONNX: skip the finer scales when scale 1 is sure")
     ] = False,
     max_drop: Annotated[
-        float, Option(min=0, help="accuracy that --precision or --early-exit may cost, in points")
-    ] = 0.5,
+        float | None, Option(min=0, help="accuracy that --precision or --early-exit may cost, in points; default: 0.5")
+    ] = None,
 ) -> None:
     """Write the trained network for use elsewhere, e.g. `racnn export --onnx` or `--format onnx --precision int8`."""
     chosen = shared.select("--format", format, {"onnx": onnx, "torch": torch, "safetensors": safetensors})
     chosen_precision: api.Precision = shared.select("--precision", precision, {"half": half, "int8": int8}) or "float32"
     if check is not None:
-        if any((chosen, chosen_precision != "float32", raw, crops, top != 5, opset != 20, early_exit)):
+        changed = (precision, half, int8, top is not None, opset != 20, max_drop is not None)
+        if any((chosen, raw, crops, early_exit, *changed)):
             raise RecipeError("--check writes nothing and takes only --run and --out", "omit the other options")
         report = api.check_export(api.open_run(run), check, path=out)
     elif chosen is None:
         raise RecipeError("export needs a format", "--onnx, --torch or --safetensors; or --check FOLDER")
     else:
+        opened = api.open_run(run)
+        if top is not None and top > (classes := len(opened.classes())):
+            typer.echo(f"note: --top {top} has the effect of --top {classes}: there are no more classes", err=True)
         report = api.export(
-            api.open_run(run),
+            opened,
             chosen,
             out=out,
             precision=chosen_precision,
@@ -290,12 +296,19 @@ def bench(
 def samples(
     name: Annotated[str, Argument(help="plankton or fieldguide")],
     out: Annotated[Path, Option(help="folder to write, new or empty")],
-    images: Annotated[int, Option(min=24, max=100_000, help="fieldguide: number of images")] = 480,
-    size: Annotated[int, Option(min=64, max=4096, help="fieldguide: side in pixels")] = 256,
-    seed: Annotated[int, Option(min=0, help="fieldguide: seed of the drawings")] = 0,
+    images: Annotated[
+        int | None, Option(min=24, max=100_000, help="fieldguide: number of images; default: 480")
+    ] = None,
+    size: Annotated[int | None, Option(min=64, max=4096, help="fieldguide: side in pixels; default: 256")] = None,
+    seed: Annotated[int | None, Option(min=0, help="fieldguide: seed of the drawings; default: 0")] = None,
 ) -> None:
     """Write a built-in data set to a folder, to inspect it or to train on it as your own data."""
-    typer.echo(f"wrote {api.write_samples(name, out, images=images, size=size, seed=seed)}")
+    given = {"images": images, "size": size, "seed": seed}
+    options = {option: value for option, value in given.items() if value is not None}
+    typer.echo(f"wrote {api.write_samples(name, out, **options)}")
+    if options and name == "plankton":
+        flags = ", ".join(f"--{option}" for option in options)
+        typer.echo(f"note: {flags}: no effect, because the images of plankton are not drawn", err=True)
 
 
 @app.command()

@@ -101,6 +101,7 @@ def build_index(
         left_out=left_out,
         value_range=value_range,
         contents={split: b"".join(sorted(digest for _, digest in digests[split])) for split in ("train", "val")},
+        own_splits=frozenset(row.split for row in listing.rows if row.split),
     )
 
 

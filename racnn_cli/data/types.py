@@ -40,6 +40,7 @@ class Index:
         value_range: the values of images with more than 8 bits that become 0 and 255; None if there are no such images.
         contents: `train` and `val` to the 16-byte hashes of the contents of their images, sorted and joined; empty
             strings if the images were not verified.
+        own_splits: the splits that the data name themselves, for which `data.val` and `data.test` are not used.
     """
 
     classes: list[str]
@@ -50,6 +51,7 @@ class Index:
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     value_range: tuple[float, float] | None = None
     contents: dict[str, bytes] = field(default_factory=dict)
+    own_splits: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

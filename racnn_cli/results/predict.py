@@ -175,17 +175,20 @@ def predict_command(
             pending.append(image)
             yield image
 
-    count = unread = 0
+    count = unread = frames = 0
     notes: list[tuple[str, str]] = []
     for prediction in model.stream(images(), batch=batch):
         image = pending.popleft()
         count += 1
         unread += bool(prediction.error)
+        frames += isinstance(image, Frame)
         notes += [(prediction.path or "(in memory)", note) for note in prediction.notes]
         write(prediction)
         if drawings and not isinstance(image, Unreadable) and not prediction.error:
             drawings.add(prediction, image)
     console = Console(stderr=True, highlight=False, emoji=False)
+    if every > 1 and not frames:
+        console.print("note: --every has no effect: no image is a frame of a video", soft_wrap=True)
     if drawings:
         console.print(escape(f"{drawings.count} drawings in {save}"), soft_wrap=True)
     for note in summarize(notes):

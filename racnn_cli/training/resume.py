@@ -7,10 +7,12 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import tomli_w
+
 from racnn_cli import recipe as recipes
 from racnn_cli.core import distributed
 from racnn_cli.data.locate import absolute
-from racnn_cli.errors import RecipeError
+from racnn_cli.errors import RecipeError, RunError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 from racnn_cli.training.checkpoint import Progress
@@ -19,6 +21,16 @@ CHANGEABLE = ("data.workers", "data.path", "data.skip_bad", "model.k", "model.gr
 """Keys of the sections `data` and `model` that a run does not depend on."""
 BETWEEN_STAGES = {"train.optimizer", "train.ema", "train.weight_decay", "pretrain_cnn.head_lr"}
 """The optimizer's state belongs to the parameters as these keys group them."""
+
+
+STAGE_KEYS = {
+    "pretrain-cnn": ("pretrain_cnn.",),
+    "pretrain-apn": ("pretrain_apn.",),
+    "alternate": ("alternate.", "fusion."),
+}
+"""The stages in their order, each with the keys that only it reads."""
+SHARED = ("train.", "pretrain_cnn.lr")
+"""What the hints of a failed training name, and a baseline shares with its run; its size and epochs are its own."""
 
 
 def flatten(recipe: Recipe) -> dict[str, object]:
@@ -54,11 +66,23 @@ def check_fixed(run: Run, recipe: Recipe, asked: Recipe) -> None:
         )
 
 
-def change_recipe(run: Run, recipe: Recipe, changes: Mapping[str, Any], progress: Progress) -> Recipe:
+def change_recipe(
+    run: Run, recipe: Recipe, changes: Mapping[str, Any], progress: Progress, *, stage: str | None = None
+) -> tuple[Recipe, dict[str, str]]:
     """The recipe with changes for what is still to be trained.
+
+    Args:
+        run, recipe: as they are.
+        changes: dotted keys to new values.
+        progress: where the run stands.
+        stage: the stage that will be run, maybe again; None: those that are not finished.
+
+    Returns:
+        The changed recipe, and the keys whose change comes too late, each with the stages that are finished.
 
     Raises:
         RecipeError: a key that cannot change at all, or not in the middle of a stage.
+        RunError: the run is finished, and a change would have no effect.
     """
     new = recipe.override(changes)
     check_fixed(run, recipe, new)
@@ -68,7 +92,26 @@ def change_recipe(run: Run, recipe: Recipe, changes: Mapping[str, Any], progress
             f"{run.folder} stands in the middle of {progress.stage}; {', '.join(bound)} cannot change there",
             "`racnn train --resume` without that; it can change between two stages",
         )
-    return new
+    stages = list(STAGE_KEYS) if recipe.model.scales > 1 else list(STAGE_KEYS)[:1]
+    done = [name for name in stages if name in progress.done and name != stage]
+    baseline = recipe.baseline and not Run(run.folder / "baseline").weights.is_file()
+    late = {
+        key: " and ".join(name for name in done if key.startswith(STAGE_KEYS[name]) or done == stages)
+        for key in differences(recipe, new)
+        if key != "onnx" and not (baseline and key.startswith(SHARED))
+    }
+    late = {key: finished for key, finished in late.items() if finished}
+    if late and done == stages and not baseline:
+        sets = " ".join(f"--set {key}={_toml(changes[key])}" for key in late)
+        raise RunError(
+            f"{run.folder} is finished, so {', '.join(late)} would change nothing; nothing was written",
+            f"a new run: `racnn train {run.recipe_file} --out DIR {sets}`",
+        )
+    return new, late
+
+
+def _toml(value: object) -> str:
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
 
 
 def recount_steps(run: Run, recipe: Recipe, progress: Progress, *, images: int) -> None:

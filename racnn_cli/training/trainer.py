@@ -27,6 +27,7 @@ from racnn_cli.threads import crowded
 from racnn_cli.training import checkpoint, resume
 from racnn_cli.training.checkpoint import Checkpoint, Progress
 from racnn_cli.training.console import Console, describe_position
+from racnn_cli.training.effects import Context, without_effect
 from racnn_cli.training.health import imbalance, warnings
 from racnn_cli.training.interrupts import Interrupts, StopRequested
 from racnn_cli.training.phases import LEARNED, BoxSource, single_value_layer
@@ -86,6 +87,7 @@ class Trainer:
         quiet: bool = False,
         source: DataSource | None = None,
         boxes: BoxSource = LEARNED,
+        given: Mapping[str, Any] | None = None,
     ) -> Trainer:
         """Make a new run. Its folder is made last, so that a wrong request leaves nothing behind.
 
@@ -96,6 +98,7 @@ class Trainer:
             quiet: print nothing.
             source: images instead of those that the recipe names.
             boxes: where boxes come from instead of the APNs.
+            given: recipe keys that were given explicitly, with their values; those without effect are noted.
 
         Raises:
             DataError: problems of the data.
@@ -135,6 +138,7 @@ class Trainer:
             boxes=boxes,
         )
         trainer._introduce()
+        trainer._note_without_effect(given or {})
         return trainer
 
     @classmethod
@@ -143,6 +147,7 @@ class Trainer:
         run: Run,
         *,
         changes: dict[str, Any] | None = None,
+        stage: str | None = None,
         parent_run: Path | None = None,
         quiet: bool = False,
         source: DataSource | None = None,
@@ -153,10 +158,13 @@ class Trainer:
         Args:
             run: its folder.
             changes: of the recipe, for what is still to be trained; the network and the data cannot change.
+            stage: the stage that will be run, maybe again; None: those that are not finished.
             parent_run, quiet, source, boxes: as in `start`.
 
         Raises:
-            RunError: the folder is damaged, the data changed since the start, or `changes` would change the network.
+            RunError: the folder is damaged, the data changed since the start, or the run is finished and `changes`
+                would have no effect.
+            RecipeError: `changes` would change the network or the data.
         """
         recipe, classes, lock = run.recipe(), run.classes(), _lock(run)
         seed_step(recipe.seed)
@@ -169,8 +177,10 @@ class Trainer:
                 "and replace them; nothing was changed",
                 "start another run with --out DIR, or take the folder state/ from a backup",
             )
+        late: dict[str, str] = {}
         if changes:
-            recipe = resume.change_recipe(run, recipe, changes, saved.progress if saved else Progress())
+            progress = saved.progress if saved else Progress()
+            recipe, late = resume.change_recipe(run, recipe, changes, progress, stage=stage)
         _start_processes(recipe)
         console = Console(quiet=quiet or distributed.rank() > 0)
         if source is None:
@@ -198,10 +208,21 @@ class Trainer:
             boxes=boxes,
         )
         console.say(f"resuming {run.folder} {describe_position(trainer.progress)}")
+        for key, finished in late.items():
+            console.say(f"note: {key} has no effect: {finished} is finished")
+        trainer._note_without_effect({key: value for key, value in (changes or {}).items() if key not in late})
         trainer._warn_if_crowded()
         if saved is None:  # the log starts again
             trainer._warn_of_imbalance()
         return trainer
+
+    def _note_without_effect(self, given: Mapping[str, Any]) -> None:
+        """Say which of the values that were given explicitly change nothing."""
+        context = Context(
+            recipe=self.recipe, index=self.source.index, device=self.device.type, world=distributed.world()
+        )
+        for key, reason in without_effect(given, context).items():
+            self.console.say(f"note: {key} has no effect: {reason}")
 
     def _warn_if_crowded(self) -> None:
         """Say once if processes compete for the cores, which the CPU's threads suffer from."""

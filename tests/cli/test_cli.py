@@ -545,3 +545,16 @@ def test_a_name_of_the_hub_is_answered_with_the_one_to_type(name) -> None:
     with pytest.raises(BackboneError) as caught:
         backbones.build(name)
     assert caught.value.hint == "--backbone resnet18.a1_in1k --pretrained"
+
+
+# ---- options without effect
+
+
+def test_options_without_effect_are_errors_or_notes(racnn, here, data, fresh) -> None:
+    is_error(racnn("export", "--onnx", "--max-drop", 1), "--max-drop needs --precision half or int8, or --early-exit")
+    is_error(racnn("export", "--safetensors", "--top", 5), "--raw, --crops and --top need --format onnx or torch")
+    for option in (["--top", 5], ["--max-drop", 1], ["--half"], ["--precision", "float32"]):
+        is_error(racnn("export", "--check", data, *option), "--check writes nothing and takes only --run and --out")
+    result = racnn("samples", "plankton", "--out", "plankton", "--images", 24, "--seed", 1)
+    assert result.code == 0
+    assert "note: --images, --seed: no effect, because the images of plankton are not drawn" in result.err

@@ -369,7 +369,7 @@ def test_rows_of_a_batch_are_written_before_the_next_one_is_read(run: Run, data:
     assert written == [0, 0, 2, 2]
 
 
-def test_frames_of_a_video(run: Run, place: Path) -> None:
+def test_frames_of_a_video(run: Run, place: Path, data: Path, capsys) -> None:
     import cv2
 
     video = cv2.VideoWriter(str(place / "video.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (80, 60))
@@ -379,6 +379,9 @@ def test_frames_of_a_video(run: Run, place: Path) -> None:
     frames = list(predict.iterate([place / "video.avi"], every=2))
     assert [Path(frame.name).name for frame in frames] == ["video.avi#0", "video.avi#2", "video.avi#4"]
     assert frames[2].pixels[30, 40].tolist() == pytest.approx([160, 0, 0], abs=6)  # red, green, blue
+    assert "--every" not in capsys.readouterr().err
+    predict.predict_command(load(run), [data.parent / "test-0-1.png"], rows="jsonl", every=3, out=io.StringIO())
+    assert "note: --every has no effect: no image is a frame of a video" in capsys.readouterr().err
     out = io.StringIO()
     predict.predict_command(load(run), [place / "video.avi"], rows="jsonl", every=3, save=place / "drawings", out=out)
     assert [json.loads(line)["path"][-11:] for line in out.getvalue().splitlines()] == ["video.avi#0", "video.avi#3"]
