@@ -206,15 +206,15 @@ def _read_rows(file: Path, reader: csv.DictReader[str], columns: list[str]) -> L
 
 def _existing(path: Path) -> Path:
     """The path, or the one that differs in its Unicode form alone, if only that exists."""
-    if str(path).isascii() or path.exists():
+    if str(path).isascii() or os.path.exists(path):
         return path
     forms = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
-    return next((form for form in forms if form.exists()), path)
+    return next((form for form in forms if os.path.exists(form)), path)
 
 
 def _missing_files(file: Path, rows: list[Row]) -> list[str]:
     """One problem with its likely cause if none of the files exists."""
-    if not rows or any(row.path.exists() for row in rows):
+    if not rows or any(os.path.exists(row.path) for row in rows):
         return []
     problem = (
         f"none of the {len(rows)} files exists, such as {show(rows[0].path)}; paths are relative to "
@@ -228,7 +228,7 @@ def _missing_files(file: Path, rows: list[Row]) -> list[str]:
     candidates = [file.parent / slashes, Path(slashes)]
     candidates += [folder / slashes for folder in sorted(file.parent.iterdir()) if folder.is_dir()]
     candidates += [file.parent.joinpath(*Path(slashes).parts[start:]) for start in range(1, len(Path(slashes).parts))]
-    if name and (existing := next((path for path in candidates if path.is_file()), None)):
+    if name and (existing := next((path for path in candidates if os.path.isfile(path)), None)):
         problem += f", and {show(existing)} exists"
     return [problem]
 

@@ -116,9 +116,9 @@ def odd_images(here: Path) -> Path:
 
 REFUSED = {
     "bomb.png": "is oversized",
-    "page.jpg": "is not a JPEG, PNG, WebP, BMP or TIFF image",
+    "page.jpg": "is an HTML page",
     "zero.jpg": "is not a regular file",
-    "secret.png": "is not a JPEG, PNG, WebP, BMP or TIFF image",
+    "secret.png": "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image",
     "nothing.png": "does not exist",
     "round.png": "symbolic links",
     "pipe.png": "is not a regular file",
