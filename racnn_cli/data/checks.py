@@ -112,13 +112,31 @@ def run_class_problems(names: Sequence[str], known: Sequence[str], *, complete: 
     return problems
 
 
-def lost_classes(names: Iterable[str], images: Mapping[str, int], unsupported: Mapping[str, int]) -> list[str]:
+def lost_classes(names: Iterable[str], images: Mapping[str, int]) -> list[str]:
     """Classes of which no image can be read, so that `--skip-bad` would drop them."""
     return [
-        f"the class {name!r} has lost all of its {images.get(name, 0) + unsupported.get(name, 0)} images: none of them "
-        "can be read"
+        f"the class {name!r} has lost all of its {images[name]} images: none of them can be read"
         for name in sorted(names)
     ]
+
+
+def left_out_notes(
+    errors: Sequence[str], counted: Iterable[Mapping[str, int]], unsplit: Mapping[str, int] | None = None
+) -> list[str]:
+    """What `--skip-bad` leaves out beyond the images that are counted per split and class.
+
+    Args:
+        errors: of all files.
+        counted: class name to number of images, per split.
+        unsplit: class name to number of files in formats that cannot be read, if no split has them.
+    """
+    unsplit = unsplit or {}
+    rest = len(errors) - sum(sum(counts.values()) for counts in (*counted, unsplit))
+    notes = [f"left out without a class: {rest} file(s), lines or folders"] if rest else []
+    if unsplit:
+        counts = ", ".join(f"{name} {count}" for name, count in unsplit.items())
+        notes.append(f"left out, in no split: {sum(unsplit.values())} file(s) in formats that cannot be read: {counts}")
+    return notes
 
 
 def split_problems(names: Sequence[str], splits: Mapping[str, Sequence[Row]]) -> list[str]:

@@ -109,6 +109,26 @@ class DataSource(Protocol):
         """The images of one split as squares of `side` pixels; `augment` for training."""
 
 
+def count_steps(count: int, *, batch: int, world: int) -> int:
+    """The number of training steps in an epoch of `count` images, as `plan` cuts it.
+
+    Every step but the last has `batch * world` images, over all processes; the last has the remaining ones.
+    """
+    size = batch * world
+    steps = math.ceil(count / size)
+    joined = batch > 1 and steps > 1 and count - (steps - 1) * size < 2 * world
+    return steps - joined
+
+
+def step_after(seen: int, count: int, *, batch: int, world: int) -> int | None:
+    """The number of training steps that the first `seen` of an epoch's `count` images take; None if none ends there."""
+    steps = count_steps(count, batch=batch, world=world)
+    step, rest = divmod(seen, batch * world)
+    if seen == count:
+        return steps
+    return step if not rest and step < steps else None
+
+
 def plan(
     count: int, *, batch: int, epoch: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1
 ) -> list[list[int]]:
@@ -123,9 +143,8 @@ def plan(
     """
     order = np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
     size = batch * world
-    chunks = [order[start : start + size] for start in range(0, count, size)]
-    if shuffle and batch > 1 and len(chunks) > 1 and len(chunks[-1]) < 2 * world:
-        chunks[-2:] = [np.concatenate(chunks[-2:])]
+    steps = count_steps(count, batch=batch, world=world) if shuffle else math.ceil(count / size)
+    chunks = [order[step * size : (step + 1) * size if step + 1 < steps else count] for step in range(steps)]
     if shuffle and chunks and len(chunks[-1]) < world:
         chunks[-1] = np.concatenate([chunks[-1], np.resize(order, world - len(chunks[-1]))])
     return [share for chunk in chunks if (share := chunk[rank::world].tolist())]

@@ -62,15 +62,19 @@ def build_index(
         verify = SPLITS
     checked = {} if listing.problems else share([row for s in verify for row in splits[s]], checks.check_files)
     errors = _errors(listing, checked)
-    names, left_out = sorted(images), dict[str, dict[str, int]]()
+    names, left_out, left_out_notes = sorted(images), dict[str, dict[str, int]](), list[str]()
     if data.skip_bad:
         bad = {row for row, file in checked.items() if file.error}
-        left_out = {split: dict(Counter(row.label for row in rows if row in bad)) for split, rows in splits.items()}
+        counts = {split: Counter(row.label for row in rows if row in bad) for split, rows in splits.items()}
         splits = {split: [row for row in rows if row not in bad] for split, rows in splits.items()}
         names = sorted({row.label for rows in splits.values() for row in rows})
-        problems += checks.lost_classes({*images, *listing.unsupported} - set(names), images, listing.unsupported)
-        for label, count in listing.unsupported.items():
-            left_out["train"][label] = left_out["train"].get(label, 0) + count
+        images.update(row.label for row in listing.unsupported)
+        unsplit = Counter[str]()
+        for row in listing.unsupported:
+            counts.get(row.split, unsplit)[row.label] += 1
+        left_out = {split: dict(count) for split, count in counts.items()}
+        left_out_notes = checks.left_out_notes(errors, counts.values(), unsplit)
+        problems += checks.lost_classes(set(images) - set(names), images)
     problems += listing.problems
     if classes is not None:
         problems += checks.run_class_problems(names, classes)
@@ -91,6 +95,7 @@ def build_index(
         skipped=errors,
         notes=[
             *listing.notes,
+            *left_out_notes,
             *name_notes,
             *_notes(names, splits, singletons),
             *duplicates,
@@ -124,7 +129,7 @@ def labelled(
         DataError: lists every error of the files, and classes that the network does not know.
     """
     root, listing = _list_rows(data, seed, classes)
-    images = Counter(row.label for row in listing.rows)
+    images = Counter(row.label for row in (*listing.rows, *listing.unsupported))
     problems = checks.class_name_problems(images)[0]
     problems += checks.run_class_problems(sorted(images), classes, complete=False) + listing.problems
     checked = {} if listing.problems else share(listing.rows, checks.check_files)
@@ -135,7 +140,7 @@ def labelled(
         raise checks.error_report(root, problems, errors)
     rows = [row for row in listing.rows if not checked[row].error]
     left_out = Counter(row.label for row in listing.rows if checked[row].error)
-    left_out.update(listing.unsupported)
+    left_out.update(row.label for row in listing.unsupported)
     files = [(row, checked[row]) for row in rows]
     value_range, range_notes = _value_range(data, [file for _, file in files])
     return Labelled(
@@ -143,6 +148,7 @@ def labelled(
         left_out=dict(left_out),
         notes=[
             *listing.notes,
+            *checks.left_out_notes(errors, [left_out]),
             *overlap_notes([(row, file.digest) for row, file in files], contents or {}),
             *range_notes,
             *checks.summarize((row.name, note) for row, file in files for note in file.notes),
@@ -157,7 +163,10 @@ def _list_rows(data: recipe.Data, seed: int, classes: Sequence[str] | None) -> t
     listing = read_folder(root) if root.is_dir() else read_csv(root)
     spelling = {unicodedata.normalize("NFC", name): name for name in classes or ()}
     if any(name != normal for normal, name in spelling.items()):
-        listing.rows = [replace(row, label=spelling.get(row.label, row.label)) for row in listing.rows]
+        listing.rows, listing.unsupported = (
+            [replace(row, label=spelling.get(row.label, row.label)) for row in rows]
+            for rows in (listing.rows, listing.unsupported)
+        )
     return root, listing
 
 

@@ -62,14 +62,14 @@ class Listing:
         errors: line of the CSV file (0 for a folder) and one sentence each, for single files that cannot be used.
         problems: one sentence each, of the data set as a whole.
         notes: what was ignored, one sentence each.
-        unsupported: class name to the number of its files in formats that cannot be read.
+        unsupported: files in formats that cannot be read; each is one of `errors`, too.
     """
 
     rows: list[Row] = field(default_factory=list)
     errors: list[tuple[int, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    unsupported: dict[str, int] = field(default_factory=dict)
+    unsupported: list[Row] = field(default_factory=list)
 
     def sort(self) -> None:
         """Sort the rows by name, and keep names apart that differ in their Unicode form alone."""
@@ -263,39 +263,42 @@ def _read_classes(folders: list[Path], root: Path, split: str, listing: Listing,
     for class_folder in folders:
         if _is_run(class_folder, walker):
             continue
-        images, unsupported = [], 0
+        label = unicodedata.normalize("NFC", class_folder.name)
+        images, unsupported = list[Row](), list[Row]()
         for file in _image_files(class_folder, walker.files(class_folder), listing):
+            row = Row(path=file, name=_portable(file.relative_to(root)), label=label, split=split, folder=class_folder)
             if (suffix := file.suffix.casefold()) in SUFFIXES:
-                images.append(file)
+                images.append(row)
             else:
+                unsupported.append(row)
                 hint = "pip install 'racnn[heif]', or convert it" if suffix in HEIF_SUFFIXES else "convert it"
                 listing.errors.append((0, f"{show(file)}: {suffix} files are not supported; {hint} to JPEG or PNG"))
-                unsupported += 1
-        label = unicodedata.normalize("NFC", class_folder.name)
-        if unsupported:
-            listing.unsupported[label] = listing.unsupported.get(label, 0) + unsupported
-        elif not images:
+        if not images and not unsupported:
             listing.errors.append((0, f"the class folder {show(class_folder)} contains no images"))
-        listing.rows += [
-            Row(path=file, name=_portable(file.relative_to(root)), label=label, split=split, folder=class_folder)
-            for file in images
-        ]
+        listing.rows += images
+        listing.unsupported += unsupported
 
 
 def _split_inside_classes(listing: Listing, walker: Walker) -> None:
     """Take the splits from the folders inside the class folders, where every class has them."""
     inner: dict[Path, set[str]] = {}
     for row in listing.rows:
-        parts = row.path.relative_to(row.folder).parts
-        inner.setdefault(row.folder, set()).add(parts[0] if len(parts) > 1 else "")
+        inner.setdefault(row.folder, set()).add(_inner_folder(row))
     if not find_inner_splits({show(folder): sorted(names) for folder, names in inner.items()}):
         return
     meanings = settle_eval(split_meaning(name) for names in inner.values() for name in names)
-    listing.rows = [
-        replace(row, split=meanings[split_meaning(row.path.relative_to(row.folder).parts[0])]) for row in listing.rows
-    ]
+    listing.rows, listing.unsupported = (
+        [replace(row, split=meanings.get(split_meaning(_inner_folder(row)), "")) for row in rows]
+        for rows in (listing.rows, listing.unsupported)
+    )
     names = sorted({name for names in inner.values() for name in names})
     walker.notes.append(f"the splits are read from the folders inside each class: {', '.join(map(show, names))}")
+
+
+def _inner_folder(row: Row) -> str:
+    """The name of the folder inside its class folder that an image is in; empty if it is in none."""
+    parts = row.path.relative_to(row.folder).parts
+    return parts[0] if len(parts) > 1 else ""
 
 
 def _is_run(folder: Path, walker: Walker) -> bool:

@@ -36,7 +36,7 @@ class Index:
         notes: remarks that are not errors, one sentence each.
         fingerprint: hash of which file is in which split; if it changes, test images may have been trained on.
         left_out: split to class name to the number of images that `data.skip_bad` left out. Files in formats that
-            cannot be read count as `train`, since they were not split.
+            cannot be read are among them if the data name their split, else counted in a note.
         value_range: the values of images with more than 8 bits that become 0 and 255; None if there are no such images.
         contents: `train` and `val` to the 16-byte hashes of the contents of their images, sorted and joined; empty
             strings if the images were not verified.

@@ -46,6 +46,7 @@ class Progress:
         round, phase: of `alternate`: rounds that are finished, and the next step of this one. `judge`: measure the
             round and decide whether it was the last one.
         epoch, step: position in the present phase; `step` counts batches.
+        images: seen in the present epoch, over all processes; 0 in files of versions that did not store it.
         batch: images per step, over all processes.
         views: epochs since the start of the run: every epoch has its own augmentations.
         sums: every loss of the present epoch, added up over its steps so far.
@@ -62,6 +63,7 @@ class Progress:
     phase: Literal["cnn", "apn", "judge", "fusion"] = "cnn"
     epoch: Count = 0
     step: Count = 0
+    images: Count = 0
     batch: Count = 0
     views: Count = 0
     sums: dict[str, float] = field(default_factory=dict)

@@ -27,11 +27,11 @@ class Console:
         self.out = RichConsole(stderr=True, quiet=quiet, highlight=False, emoji=False)
         self.moving = self.out.is_terminal and not quiet
         self.bar = ProgressBar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=self.out,
             transient=True,
             disable=not self.moving,

@@ -146,7 +146,7 @@ class _Fit:
             distributed.barrier()
             checkpoint.restore_snapshot(trainer.run, "best", self.model)
         self.model.eval().requires_grad_(False)
-        progress.epoch, progress.step, progress.stall, progress.best = 0, 0, 0, None
+        progress.epoch, progress.step, progress.images, progress.stall, progress.best = 0, 0, 0, 0, None
 
     def _epoch(self) -> None:
         """The rest of an epoch, its validation, its line in the log and its checkpoint."""
@@ -161,7 +161,8 @@ class _Fit:
         seconds = time.perf_counter() - started
         self._average_buffers()
         val = self._validate()
-        progress.epoch, progress.step, progress.views = progress.epoch + 1, 0, progress.views + 1
+        progress.epoch, progress.views = progress.epoch + 1, progress.views + 1
+        progress.step, progress.images = 0, 0
         progress.sums = {}
         if self.phase.keep_best:
             self._keep_if_best(val)
@@ -195,6 +196,7 @@ class _Fit:
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         if completes_update:
             progress.step, progress.batch = step + 1, recipe.train.batch * distributed.world()
+            progress.images = progress.step * progress.batch if progress.step < self.steps else len(trainer.train)
             if progress.step < self.steps:
                 self._save_or_stop(update)
         trainer.console.step(figures, images=len(batch["label"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +10,16 @@ import tomli_w
 
 from racnn_cli import recipe as recipes
 from racnn_cli.core import distributed
+from racnn_cli.data.images import step_after
 from racnn_cli.data.locate import absolute
 from racnn_cli.errors import RecipeError, RunError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 from racnn_cli.training.checkpoint import Progress
 
-CHANGEABLE = ("data.workers", "data.path", "data.skip_bad", "model.k", "model.gradient")
+EVALUATED = ("data.path", "data.workers", "data.skip_bad")
+"""Keys that the evaluation of a finished run reads too."""
+CHANGEABLE = (*EVALUATED, "model.k", "model.gradient")
 """Keys of the sections `data` and `model` that a run does not depend on."""
 BETWEEN_STAGES = {"train.optimizer", "train.ema", "train.weight_decay", "pretrain_cnn.head_lr"}
 """The optimizer's state belongs to the parameters as these keys group them."""
@@ -29,8 +31,8 @@ STAGE_KEYS = {
     "alternate": ("alternate.", "fusion."),
 }
 """The stages in their order, each with the keys that only it reads."""
-SHARED = ("train.", "pretrain_cnn.lr")
-"""What the hints of a failed training name, and a baseline shares with its run; its size and epochs are its own."""
+SHARED = ("train.", "pretrain_cnn.lr", *EVALUATED)
+"""Keys, or sections of them, that a baseline shares with its run; its size and epochs are its own."""
 
 
 def flatten(recipe: Recipe) -> dict[str, object]:
@@ -78,7 +80,7 @@ def change_recipe(
         stage: the stage that will be run, maybe again; None: those that are not finished.
 
     Returns:
-        The changed recipe, and the keys whose change comes too late, each with the stages that are finished.
+        The changed recipe, and the keys whose change comes too late, each with the reason.
 
     Raises:
         RecipeError: a key that cannot change at all, or not in the middle of a stage.
@@ -95,12 +97,15 @@ def change_recipe(
     stages = list(STAGE_KEYS) if recipe.model.scales > 1 else list(STAGE_KEYS)[:1]
     done = [name for name in stages if name in progress.done and name != stage]
     baseline = recipe.baseline and not Run(run.folder / "baseline").weights.is_file()
+    finished = {prefix: f"{name} is finished" for name in done for prefix in STAGE_KEYS[name]}
+    if done == stages:
+        finished = {"": "every stage is finished"}
     late = {
-        key: " and ".join(name for name in done if key.startswith(STAGE_KEYS[name]) or done == stages)
+        key: reason
         for key in differences(recipe, new)
-        if key != "onnx" and not (baseline and key.startswith(SHARED))
+        for prefix, reason in finished.items()
+        if key.startswith(prefix) and key not in (*EVALUATED, "onnx") and not (baseline and key.startswith(SHARED))
     }
-    late = {key: finished for key, finished in late.items() if finished}
     if late and done == stages and not baseline:
         sets = " ".join(f"--set {key}={_toml(changes[key])}" for key in late)
         raise RunError(
@@ -127,17 +132,15 @@ def recount_steps(run: Run, recipe: Recipe, progress: Progress, *, images: int) 
     """
     if not progress.step:
         return
-    batch, accumulate = recipe.train.batch * distributed.world(), recipe.train.accumulate
-    seen = min(progress.step * progress.batch, images)
-    if batch != progress.batch > 1 and images - seen == 1:
-        seen = images  # the last image joined the batch before it
-    steps = math.ceil(seen / batch)
-    if seen < images and (seen % batch or steps % accumulate):
+    world, accumulate = distributed.world(), recipe.train.accumulate
+    seen = min(progress.images or progress.step * progress.batch, images)
+    steps = step_after(seen, images, batch=recipe.train.batch, world=world)
+    if steps is None or (seen < images and steps % accumulate):
         raise RecipeError(
-            f"{run.folder} stands in the middle of an epoch, after {seen} images; updates of {batch * accumulate} "
-            f"({distributed.world()} process(es), train.batch = {recipe.train.batch}, "
-            f"train.accumulate = {accumulate}) do not divide that",
+            f"{run.folder} stands in the middle of an epoch, after {seen} of {images} images; updates of "
+            f"{recipe.train.batch * world * accumulate} ({world} process(es), train.batch = {recipe.train.batch}, "
+            f"train.accumulate = {accumulate}) do not end there",
             f"the same number of images per update as before, in batches that divide {progress.batch}",
         )
     progress.sums = {name: value * steps / progress.step for name, value in progress.sums.items()}
-    progress.step, progress.batch = steps, batch
+    progress.step, progress.images, progress.batch = steps, seen, recipe.train.batch * world

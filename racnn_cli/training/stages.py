@@ -18,12 +18,13 @@ from racnn_cli.core.model import RACNN
 from racnn_cli.errors import RunError
 from racnn_cli.events import RoundEvent, StageEvent
 from racnn_cli.recipe import Recipe
-from racnn_cli.run import write_text
+from racnn_cli.run import Run, write_text
 from racnn_cli.training import checkpoint, phases
 from racnn_cli.training.checkpoint import Progress
 from racnn_cli.training.interrupts import StopRequested
 from racnn_cli.training.loop import fit
 from racnn_cli.training.phases import Phase
+from racnn_cli.training.resume import EVALUATED, flatten
 from racnn_cli.training.trainer import Trainer
 
 SMOOTHING = 0.5  # weight of the newest round in the smoothed losses that end `alternate`
@@ -81,9 +82,12 @@ def plan(recipe: Recipe) -> tuple[str, ...]:
 
 def run_all(trainer: Trainer) -> None:
     """Run every stage that is not finished."""
-    for name in plan(trainer.recipe):
-        if name not in trainer.progress.done:
-            run_stage(trainer, name)
+    remaining = [name for name in plan(trainer.recipe) if name not in trainer.progress.done]
+    for name in remaining:
+        run_stage(trainer, name)
+    if not remaining:  # the recipe keeps the values that the run was trained with
+        changed = flatten(trainer.recipe)
+        _write_recipe(trainer.run, trainer.run.recipe().override({key: changed[key] for key in EVALUATED}))
     if distributed.rank() == 0 and not trainer.run.weights.exists():  # somebody deleted them
         store.save_weights(trainer.run.weights, trainer.model)
 
@@ -131,8 +135,7 @@ def check_order(trainer: Trainer, name: str) -> None:
 
 def _run_stage(trainer: Trainer, name: str) -> None:
     run, progress = trainer.run, trainer.progress
-    if distributed.rank() == 0 and run.recipe() != trainer.recipe:
-        write_text(run.recipe_file, recipes.dump(trainer.recipe))
+    _write_recipe(run, trainer.recipe)
     if progress.stage != name:
         done = [stage for stage in progress.done if stage != name]
         trainer.progress = Progress(done=done, stage=name, views=progress.views, number=progress.number)
@@ -155,6 +158,12 @@ def _run_stage(trainer: Trainer, name: str) -> None:
     if distributed.rank() == 0:
         for snapshot in ("best", "best-round"):
             checkpoint.remove_snapshot(run, snapshot)
+
+
+def _write_recipe(run: Run, recipe: Recipe) -> None:
+    """Store a run's recipe if it was changed for what is left to do; one process does."""
+    if distributed.rank() == 0 and run.recipe() != recipe:
+        write_text(run.recipe_file, recipes.dump(recipe))
 
 
 def _run_phase(trainer: Trainer, phase: Phase, *, then: Literal["apn", "judge"]) -> None:

@@ -208,8 +208,8 @@ class Trainer:
             boxes=boxes,
         )
         console.say(f"resuming {run.folder} {describe_position(trainer.progress)}")
-        for key, finished in late.items():
-            console.say(f"note: {key} has no effect: {finished} is finished")
+        for key, reason in late.items():
+            console.say(f"note: {key} has no effect: {reason}")
         trainer._note_without_effect({key: value for key, value in (changes or {}).items() if key not in late})
         trainer._warn_if_crowded()
         if saved is None:  # the log starts again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from racnn_cli import recipe
-from racnn_cli.data.index import build_index
+from racnn_cli.data.index import build_index, labelled
 from racnn_cli.data.layout import split_meaning
 from racnn_cli.data.listing import list_images
 from racnn_cli.data.types import Index
@@ -199,4 +200,45 @@ def test_unsupported_files_are_errors_and_are_counted_when_skipped(tmp_path) -> 
         listed(root)
     index = listed(root, skip_bad=True)
     assert sum(sizes(index).values()) == 12
-    assert index.left_out["train"] == {"a": 4}
+    assert index.left_out == {"train": {}, "val": {}, "test": {}}  # they were not split
+    assert "left out, in no split: 4 file(s) in formats that cannot be read: a 4" in index.notes
+
+
+@pytest.mark.parametrize("layout", ["{split}/{label}", "{label}/{split}"])
+def test_unsupported_files_count_in_the_split_that_the_data_name(tmp_path, layout) -> None:
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            place = tmp_path / "data" / layout.format(split=split, label=label)
+            for number in range(3):
+                image(place / f"{number}.png")
+            (place / "drawing.psd").write_bytes(b"8BPS")
+    (tmp_path / "data" / layout.format(split="val", label="b") / "broken.png").write_bytes(b"no image")
+    index = listed(tmp_path / "data", skip_bad=True)
+    assert {split: dict(counts) for split, counts in index.left_out.items() if counts} == {
+        "train": {"a": 1, "b": 1},
+        "val": {"a": 1, "b": 2},
+    }
+    assert sum(sum(counts.values()) for counts in index.left_out.values()) == len(index.skipped)
+    assert not [note for note in index.notes if note.startswith("left out")]
+
+
+def test_files_without_a_class_are_counted_apart(tmp_path) -> None:
+    root = folder(tmp_path, {"a": 6, "b": 6})
+    image(root / "loose.png")
+    (root / "a" / "broken.png").write_bytes(b"no image")
+    index = listed(root, skip_bad=True)
+    assert "left out without a class: 1 file(s), lines or folders" in index.notes
+    assert sum(sum(counts.values()) for counts in index.left_out.values()) == 1
+    assert len(index.skipped) == 2
+
+
+def test_unsupported_files_of_classes_the_network_does_not_know_are_errors(tmp_path) -> None:
+    root = folder(tmp_path, {"a": 3, "be\u0301": 3})
+    (root / "extra").mkdir()
+    for place in ("extra", "be\u0301"):
+        (root / place / "drawing.psd").write_bytes(b"8BPS")
+    data = recipe.Data(path=str(root), skip_bad=True)
+    with pytest.raises(DataError, match="the run does not know the class 'extra'"):
+        labelled(data, seed=0, classes=["a", "be\u0301"])
+    shutil.rmtree(root / "extra")
+    assert labelled(data, seed=0, classes=["a", "be\u0301"]).left_out == {"be\u0301": 1}

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from blobs import tiny, write_blobs, write_recipe
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from racnn_cli import api, evaluation
 from racnn_cli.cli import main
 from racnn_cli.data import images
-from racnn_cli.errors import Interrupted, RecipeError, RunError
+from racnn_cli.errors import DataError, Interrupted, RecipeError, RunError
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 from racnn_cli.training import baseline as baselines
@@ -213,6 +215,22 @@ def test_resume_of_a_finished_run_trains_nothing(mine) -> None:
     assert run.eval.is_file()
 
 
+def test_a_finished_run_follows_its_data_to_another_place(here, data) -> None:
+    """Only the evaluation is left, which reads the recipe; the baseline has the same data."""
+    shutil.copytree(data, here / "before")
+    run = train(tiny(here / "before", baseline=True), here / "mine")
+    weights, expected = run.weights.read_bytes(), run.read_eval()
+    (here / "before").rename(here / "after")
+    run.eval.unlink()
+    with pytest.raises(DataError, match="does not exist"):
+        api.resume(run, quiet=True)
+    result = api.resume(run, {"data.path": str(here / "after")}, quiet=True)
+    assert run.recipe().data.path == Run(run.folder / "baseline").recipe().data.path == str(here / "after")
+    assert (result.fused, result.baseline) == (expected.fused, expected.baseline)
+    assert run.weights.read_bytes() == weights
+    assert api.evaluate(run).fused == expected.fused
+
+
 def test_lost_weights_of_a_finished_run_are_restored(mine) -> None:
     run = mine
     weights = run.weights.read_bytes()
@@ -263,7 +281,7 @@ def test_an_epoch_continues_in_smaller_batches_with_the_same_images(here, data, 
     with pytest.raises(Interrupted):
         api.train(recipe, out=here / "mine", quiet=True)
     run = Run.open(here / "mine")
-    with pytest.raises(RecipeError, match=r"after 12 images; updates of 10 .* do not divide"):
+    with pytest.raises(RecipeError, match=r"after 12 of 24 images; updates of 10 .* do not end there"):
         api.resume(run, {"train.batch": 5, "train.accumulate": 2}, quiet=True)
     read: list[int] = []
     getitem = images.ImageDataset.__getitem__
@@ -278,6 +296,28 @@ def test_an_epoch_continues_in_smaller_batches_with_the_same_images(here, data, 
     expected, weights = load_file(uninterrupted.weights), load_file(run.weights)
     for name in expected:  # one batch of 6 and two batches of 3 give the same update, except for rounding
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+@given(count=st.integers(1, 40), batch=st.integers(1, 12), world=st.integers(1, 3), seen=st.data(), resumed=st.data())
+def test_an_epoch_continues_with_exactly_the_images_that_are_left(count, batch, world, seen, resumed) -> None:
+    def images_of(step: int, batch: int, world: int) -> tuple[set[int], int]:
+        shares = [
+            images.plan(count, batch=batch, epoch=0, seed=0, shuffle=True, rank=rank, world=world)
+            for rank in range(world)
+        ]
+        return {position for share in shares for part in share[:step] for position in part}, len(shares[0])
+
+    steps = images_of(0, batch, world)[1]
+    step = seen.draw(st.integers(1, steps))
+    before = images_of(step, batch, world)[0]
+    new_batch, new_world = resumed.draw(st.integers(1, 12)), resumed.draw(st.integers(1, 3))
+    position = images.step_after(len(before), count, batch=new_batch, world=new_world)
+    if position is not None:
+        after, new_steps = images_of(position, new_batch, new_world)
+        assert after == before
+        assert position <= new_steps
+        assert (position == new_steps) == (step == steps)
+    assert position == step or (new_batch, new_world) != (batch, world)
 
 
 def test_a_stopped_baseline_continues_with_its_run(here, data, stop_at) -> None:
