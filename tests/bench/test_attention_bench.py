@@ -39,7 +39,7 @@ source = 160
 val = 0.25
 test = 0.3
 [data.sample]
-images = 80
+images = 40
 [model]
 backbone = "small_cnn"
 weights = "none"
@@ -112,7 +112,7 @@ def test_the_table_and_the_file_agree(bench) -> None:
     folder, output = bench
     results = read_results(folder)
     assert (results["bench"], results["recipe"], results["seeds"]) == ("attention", "mini", [3, 4])
-    assert results["images"] == 24
+    assert results["images"] == 12
     with_boxes = [attention.TRUE_AT_TEST, "boxes taught", "true boxes", "random boxes"]
     assert list(results["arms"]) == ["learned", *with_boxes, "plain", "plain, equal compute"]
     for name, answers in results["arms"].items():
@@ -465,7 +465,7 @@ def test_an_ablation_of_some_arms_needs_no_boxes(here) -> None:
 def test_quick_and_data_reach_the_images(here, monkeypatch) -> None:
     monkeypatch.setattr(arms, "QUICK_IMAGES", 40)  # as many as there are items for
     write_items(here / "items")
-    (here / "mini.toml").write_text(RECIPE.replace("images = 80", "images = 8000"))
+    (here / "mini.toml").write_text(RECIPE.replace("images = 40", "images = 8000"))
     quick = SeedExperiment(Options((5,), "mini.toml", quick=True, data="items"), 5)
     assert quick.recipe.data.sample.images == arms.QUICK_IMAGES
     assert isinstance(quick.source, Clutter)

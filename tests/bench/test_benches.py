@@ -19,6 +19,21 @@ from racnn_cli.data.datasets.fieldguide import draw
 from racnn_cli.errors import RecipeError, RunError
 from racnn_cli.run import Run, write_json
 
+RECIPE = """
+about = "the smallest drawn set and network"
+[data]
+path = "fieldguide"
+source = 64
+[data.sample]
+images = 24
+size = 64
+[model]
+backbone = "small_cnn"
+weights = "none"
+scales = 3
+sizes = [32, 32, 32]
+"""
+
 
 def test_a_misspelled_name_gets_a_suggestion() -> None:
     with pytest.raises(RecipeError) as error:
@@ -123,9 +138,10 @@ def test_seeds_with_a_baseline_are_compared_in_pairs() -> None:
 def trained(tmp_path_factory):
     """`bench seeds` on two seeds, run once for all tests: its folder and its output."""
     folder = tmp_path_factory.mktemp("seeds")
+    (folder / "tiny.toml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        arguments = ["bench", "seeds", "--recipe", "tiny", "--quick", "--seeds", "0-1", "--json", "f.json"]
+        arguments = ["bench", "seeds", "--recipe", "tiny.toml", "--quick", "--seeds", "0-1", "--json", "f.json"]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, (result.output, result.exception)
     return folder, result.output
@@ -159,14 +175,14 @@ def test_a_finished_seed_is_not_trained_again_and_an_interrupted_one_continues(t
     write_json(first.eval, changed | {"fused": changed["fused"] | {"top1": 0.12345}})
     expected = second.read_eval().to_json()
     second.eval.unlink()
-    entries = seeds.run(Options((0, 1), "tiny", quick=True)).values["runs"]
+    entries = seeds.run(Options((0, 1), "tiny.toml", quick=True)).values["runs"]
     assert entries[0]["top1"]["fused"] == 0.12345
     assert second.read_eval().to_json()["fused"] == expected["fused"]
     # Results of another recipe are not reported as this one's.
     text = first.recipe_file.read_text().replace("batch = 16", "batch = 8")
     first.recipe_file.write_text(text)
     with pytest.raises(RunError, match=r"train\.batch is 8 there and 16 here"):
-        seeds.run(Options((0,), "tiny", quick=True))
+        seeds.run(Options((0,), "tiny.toml", quick=True))
 
 
 def test_the_names_are_known_without_torch() -> None:
