@@ -97,14 +97,16 @@ class Measurement:
 
     def warn_never_predicted(self, classes: Sequence[str], split: str) -> str:
         """Name the classes that the network never predicts although they have images; empty if there is none."""
-        missed = [f"{classes[label]!r} ({images} images)" for label, images in self.fused.never_predicted()]
+        counts = [(classes[label], images) for label, images in self.fused.never_predicted()]
+        missed = [f"{name!r} ({images} image{'s' if images > 1 else ''})" for name, images in counts]
         if not missed:
             return ""
-        more = f" and {len(missed) - MAX_NAMED} more" if len(missed) > MAX_NAMED else ""
+        names = " or ".join(missed[:MAX_NAMED])
+        names += f" and {len(missed) - MAX_NAMED} more" if len(missed) > MAX_NAMED else ""
+        image = "image" if split == "all" else f"{split} image"
         return (
-            f"the network predicts no {split} image as {' or '.join(missed[:MAX_NAMED])}{more}: try more images of "
-            "these classes, data.limit, which caps the large ones, or more epochs, and compare mean_class instead "
-            "of top-1"
+            f"the network predicts no {image} as {names}: try more images of these classes, data.limit, which caps the "
+            "large ones, or more epochs, and compare mean_class instead of top-1"
         )
 
     def result(

@@ -282,6 +282,10 @@ class EvalResult(Record):
         answers += [(f"scale {number}", metrics) for number, metrics in enumerate(self.scales, start=1)]
         return [*answers, ("average", self.average), ("fused", self.fused)]
 
+    def describe_images(self) -> str:
+        """Number of images and their split."""
+        return f"{self.images} images" if self.split == "all" else f"{self.images} {self.split} images"
+
     def describe_left_out(self) -> str:
         """Say how many images could not be read, per class; empty if none."""
         counts = {name: entry.left_out for name, entry in self.per_class.items()}

@@ -34,7 +34,7 @@ def accuracy(result: EvalResult) -> Table:
         title="Accuracy",
         columns=["", "top-1", "mean class", f"top-{min(5, result.classes)}", "NLL", "ECE"],
         rows=[(name, _answer(answer)) for name, answer in result.answers()],
-        caption=f"{result.images} {result.split} images of {result.classes} classes\n"
+        caption=f"{result.describe_images()} of {result.classes} classes\n"
         f"95% interval of fused top-1: {low:.3f} to {high:.3f}\n"
         "mean class: mean of the top-1 of each class",
     )

@@ -199,6 +199,7 @@ def test_what_could_not_be_read_is_counted_per_class(place: Path, data: Path, ra
     assert code == 0
     line = "3 of 12 images could not be read and were left out: blau 2, green 1"
     assert line in out.splitlines()
+    assert "9 images of 3 classes" in [text.strip() for text in out.splitlines()]
     result = run.read_eval()
     assert (result.images, result.left_out) == (9, 3)
     assert {name: (entry.n, entry.left_out) for name, entry in result.per_class.items()} == {
@@ -243,8 +244,11 @@ def test_non_finite_outputs_are_a_failure(place: Path, data: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(run: Run) -> dict:
-    return exporter.export_onnx(run)
+def exported(place: Path, data: Path) -> Path:
+    """An ONNX file of two scales."""
+    run = make_run(place / "two", data, scales=2, backbone="small_cnn")
+    exporter.export_onnx(run)
+    return run.onnx
 
 
 def test_predictions_and_their_boxes_in_file_pixels(run: Run, outputs) -> None:
@@ -327,8 +331,8 @@ def test_gather_expands_names(place: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("trained", ["run", "file"])
-def test_predict_command(run: Run, exported: dict, place: Path, data: Path, trained: str) -> None:
-    model = load(run.folder if trained == "run" else run.onnx)
+def test_predict_command(run: Run, exported: Path, place: Path, data: Path, trained: str) -> None:
+    model, scales = (load(run.folder), 3) if trained == "run" else (load(exported), 2)
     copy, drawings = place / f"copy-{trained}", place / f"drawings-{trained}"
     copy.mkdir()
     file = data.parent / "test-0-1.png"
@@ -353,8 +357,8 @@ def test_predict_command(run: Run, exported: dict, place: Path, data: Path, trai
     assert "bad.png is empty" in bad["error"]
     assert (good["label"], good["error"]) == (first["label"], "")
     assert float(good["probability"]) == pytest.approx(first["probability"], abs=1e-5)
-    edges = [float(good[f"{edge}_3"]) for edge in ("x0", "y0", "x1", "y1")]
-    assert edges == pytest.approx(first["boxes"][1], abs=0.06)
+    edges = [float(good[f"{edge}_{scales}"]) for edge in ("x0", "y0", "x1", "y1")]
+    assert edges == pytest.approx(first["boxes"][scales - 2], abs=0.06)
 
 
 def test_rows_of_a_batch_are_written_before_the_next_one_is_read(run: Run, data: Path) -> None:
