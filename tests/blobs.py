@@ -19,7 +19,7 @@ TINY: dict[str, Any] = {
     "seed": 3,
     "data.source": 64,
     "data.val": 0.2,
-    "model.backbone": "test_resnet",
+    "model.backbone": "small_cnn",
     "model.weights": "none",
     "model.scales": 2,
     "model.sizes": [64, 64],

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from blobs import tiny, write_blobs, write_recipe
+from processes import run_racnn
 from safetensors.torch import load_file, save_file
 
 from racnn_cli import api
@@ -185,14 +186,14 @@ def test_a_folder_that_cannot_be_written_is_named(run: Run, monkeypatch, number)
 
 def test_two_processes_cannot_train_in_one_folder(run: Run, data) -> None:
     trainer = Trainer.resume(run, quiet=True)
-    command = [sys.executable, "-m", "racnn_cli", "pretrain-apn", "--run", str(run.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert f"another process is training in {run.folder}" in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    command = ("pretrain-apn", "--run", run.folder)
+    done = run_racnn(*command, folder=run.folder.parent)
+    assert done.code == 2
+    assert f"another process is training in {run.folder}" in " ".join(done.err.split())
+    assert "Traceback" not in done.err
     trainer.close()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_racnn(*command, folder=run.folder.parent)
+    assert done.code == 0, done.err
 
 
 def test_a_killed_process_releases_its_lock(run: Run) -> None:

@@ -19,6 +19,7 @@ import torch
 from blobs import tiny, write_blobs, write_recipe
 from onnx import TensorProto, helper
 from PIL import Image
+from processes import call_racnn, run_racnn, start
 from safetensors.torch import load_file
 from untrained import make_run, write_data
 
@@ -147,8 +148,9 @@ def test_odd_images_are_rows_of_a_prediction(run: Run, odd_images: Path, command
 def test_csv_on_a_terminal_has_no_escape_sequences(run: Run, odd_images: Path) -> None:
     pty = pytest.importorskip("pty")
     reader, writer = pty.openpty()
-    program = [sys.executable, "-m", "racnn_cli", "predict", str(odd_images / MALICIOUS_NAME), "--run", str(run.folder)]
-    subprocess.run([*program, "--format", "csv"], stdout=writer, stderr=subprocess.PIPE, check=True)
+    arguments = ("predict", str(odd_images / MALICIOUS_NAME), "--run", str(run.folder), "--format", "csv")
+    done = start(call_racnn, *arguments, folder=odd_images, out=os.ttyname(writer)).wait()
+    assert done.code == 0, done.err
     os.close(writer)
     text = os.read(reader, 10_000)
     assert b"[2J[red]" in text
@@ -247,26 +249,21 @@ def test_a_malicious_recipe(here: Path, line: str, command) -> None:
     assert not (here / "mine").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the test limits the address space")
-def test_a_network_that_does_not_fit_in_memory(here: Path) -> None:
+def call_racnn_in_8_gib(*arguments: str) -> None:
     import resource
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+    call_racnn(*arguments)
 
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test limits the address space")
+def test_a_network_that_does_not_fit_in_memory(here: Path) -> None:
     arguments = ["train", "tiny", "--out", "mine", "--set", "model.apn_hidden=65536"]
     arguments += ["--scales", "2", "--set", "model.sizes=[4096,4096]"]
-    done = subprocess.run(
-        [sys.executable, "-m", "racnn_cli", *arguments],
-        preexec_fn=limit,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("error: out of memory"), done.stderr
-    assert "model.apn_hidden" in done.stderr.splitlines()[-1]
+    done = start(call_racnn_in_8_gib, *arguments, folder=here).wait()
+    assert done.code == 1, done.err
+    assert done.err.startswith("error: out of memory"), done.err
+    assert "model.apn_hidden" in done.err.splitlines()[-1]
     assert not (here / "mine").exists()
 
 
@@ -283,9 +280,16 @@ def test_names_that_are_too_long_are_in_the_message(here: Path, command) -> None
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_output_that_cannot_be_written(run: Run, here: Path) -> None:
-    program = f"{sys.executable} -m racnn_cli predict {run.folder} {run.folder.parent / 'data'}"
+    predict = f"predict {run.folder} {run.folder.parent / 'data'}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for redirection, code in ((">/dev/full", 1), (">&-", 0), ("| true", 0)):
+    cases = (
+        (predict, ">/dev/full", 1),
+        (predict, "| true", 0),
+        ("recipes ls", ">/dev/full", 1),
+        ("recipes ls", ">&-", 0),
+    )
+    for arguments, redirection, code in cases:
+        program = f"{sys.executable} -m racnn_cli {arguments}"
         done = subprocess.run(
             f"{program} {redirection}", shell=True, env=environment, capture_output=True, text=True, check=False
         )
@@ -455,12 +459,10 @@ def test_a_file_name_that_is_not_utf8_works(here: Path, command) -> None:
     write_recipe(here / "mine.toml", data, alternate__rounds=1)
     code, text = command("train", "mine.toml", "--out", "mine")
     assert code == 0, text
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
-    for style in ("csv", "jsonl", "table"):
-        program = [sys.executable, "-m", "racnn_cli", "predict", "data/test", "--run", "mine", "--format", style]
-        done = subprocess.run(program, env=environment, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert rb"caf\udce9.png" in done.stdout
+    for style in ("csv", "jsonl", "table"):  # written to a stream in strict UTF-8
+        done = run_racnn("predict", "data/test", "--run", "mine", "--format", style, folder=here)
+        assert done.code == 0, done.err
+        assert r"caf\udce9.png" in done.out
 
 
 # ---- ONNX files

@@ -19,11 +19,16 @@ from typing import Any
 import pytest
 import torch
 from blobs import write_blobs, write_recipe
+from command import CommandResult
+from processes import call_racnn, launch
 from safetensors.torch import load_file
 
-from racnn_cli import api
+from racnn_cli import api, recipe
+from racnn_cli.core import distributed
+from racnn_cli.data import checks, index
+from racnn_cli.errors import DataError
 from racnn_cli.run import Run
-from racnn_cli.training import stages
+from racnn_cli.training import loop, stages
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,11 +51,9 @@ LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def torchrun(folder: Path, processes: int, *program: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-    return subprocess.run(
-        [*LAUNCHER, *options, *program], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+def run_jobs(processes: int, function: Callable[..., object], *arguments: Any, folder: Path) -> CommandResult:
+    """A function in each of several processes that torchrun's engine starts."""
+    return launch(processes, function, *arguments, folder=folder).wait()
 
 
 def package_frames(stderr: str) -> list[str]:
@@ -97,9 +100,9 @@ def train_with(workspace: Path) -> Callable[[int], tuple[Run, str]]:
     @cache
     def train(processes: int) -> tuple[Run, str]:
         name = f"processes-{processes}"
-        done = torchrun(workspace, processes, "-m", "racnn_cli", "train", f"{processes}.toml", "--out", name)
-        assert done.returncode == 0, done.stderr
-        return Run(workspace / name), done.stdout + done.stderr
+        done = run_jobs(processes, call_racnn, "train", f"{processes}.toml", "--out", name, folder=workspace)
+        assert done.code == 0, done.err
+        return Run(workspace / name), done.out + done.err
 
     return train
 
@@ -123,11 +126,11 @@ def test_synced_batchnorm_is_refused_on_a_cpu(workspace: Path) -> None:
     file = workspace / "synced.toml"
     changes = KEYS | {"model__backbone": "test_resnet"}
     write_recipe(file, workspace / "data", train__batchnorm="synced", name="synced", **changes)
-    done = torchrun(workspace, 2, "-m", "racnn_cli", "train", "synced.toml", "--out", "synced")
-    assert done.returncode != 0
-    assert "train.batchnorm = synced needs CUDA devices, not cpu" in done.stderr
-    assert "--set train.batchnorm=train" in done.stderr
-    assert package_frames(done.stderr) == []
+    done = run_jobs(2, call_racnn, "train", "synced.toml", "--out", "synced", folder=workspace)
+    assert done.code != 0
+    assert "train.batchnorm = synced needs CUDA devices, not cpu" in done.err
+    assert "--set train.batchnorm=train" in done.err
+    assert package_frames(done.err) == []
     assert not (workspace / "synced").exists()
 
 
@@ -144,8 +147,8 @@ def test_validation_counts_every_image_once(runs) -> None:
     single, several, _ = runs
     expected, measured = validation_figures(single), validation_figures(several)
     assert len(expected) == len(measured) > 8
-    for index, (a, b) in enumerate(zip(expected, measured, strict=True)):
-        assert numbers(b) == pytest.approx(numbers(a), rel=2e-3, abs=5e-4), index
+    for number, (a, b) in enumerate(zip(expected, measured, strict=True)):
+        assert numbers(b) == pytest.approx(numbers(a), rel=2e-3, abs=5e-4), number
         assert all(scale["top1"] * 15 == pytest.approx(round(scale["top1"] * 15)) for scale in b["scales"])
 
 
@@ -167,10 +170,21 @@ def test_an_error_ends_all_processes_and_is_printed_once(tmp_path) -> None:
     (tmp_path / "used" / "x").write_text("x")
     data = write_blobs(tmp_path / "data", {"train": 2, "val": 1, "test": 1})
     write_recipe(tmp_path / "mine.toml", data)
-    done = torchrun(tmp_path, 2, "-m", "racnn_cli", "train", "mine.toml", "--out", "used")
-    assert done.returncode != 0
-    assert done.stderr.count("nothing was overwritten") == 1
+    done = run_jobs(2, call_racnn, "train", "mine.toml", "--out", "used", folder=tmp_path)
+    assert done.code != 0
+    assert done.err.count("nothing was overwritten") == 1
     assert os.listdir(tmp_path / "used") == ["x"]
+
+
+def share_checking() -> None:
+    """Write the number of files that this process checks, and the errors of all."""
+    distributed.start(torch.device("cpu"))
+    checked, check = list[Path](), checks.check
+    checks.check = lambda path: (checked.append(path), check(path))[1]
+    try:
+        index.build_index(recipe.Data(path="data"), seed=0, share=distributed.split_work)
+    except DataError as error:
+        Path(f"{distributed.rank()}.txt").write_text(f"{len(checked)}\n{error.message}")
 
 
 def test_processes_share_the_checking_of_files(tmp_path) -> None:
@@ -178,23 +192,8 @@ def test_processes_share_the_checking_of_files(tmp_path) -> None:
     broken = [data / "train" / "red" / "01.png", data / "train" / "blue" / "02.png", data / "test" / "red" / "00.png"]
     for path in broken:
         path.write_bytes(path.read_bytes()[:100])
-    (tmp_path / "job.py").write_text(
-        "import os, torch\n"
-        "from pathlib import Path\n"
-        "from racnn_cli import recipe\n"
-        "from racnn_cli.data import checks, index\n"
-        "from racnn_cli.errors import DataError\n"
-        "from racnn_cli.core import distributed\n"
-        "distributed.start(torch.device('cpu'))\n"
-        "checked, check = [], checks.check\n"
-        "checks.check = lambda path: checked.append(path) or check(path)\n"
-        "try:\n"
-        "    index.build_index(recipe.Data(path='data'), seed=0, share=distributed.split_work)\n"
-        "except DataError as error:\n"
-        "    Path(f'{distributed.rank()}.txt').write_text(f'{len(checked)}\\n{error.message}')\n"
-    )
-    done = torchrun(tmp_path, 2, "job.py")
-    assert done.returncode == 0, done.stderr
+    done = run_jobs(2, share_checking, folder=tmp_path)
+    assert done.code == 0, done.err
     reports = [(tmp_path / f"{rank}.txt").read_text().split("\n", 1) for rank in range(2)]
     assert [int(count) for count, _ in reports] == [14, 13]  # of 27
     messages = [message for _, message in reports]
@@ -203,38 +202,37 @@ def test_processes_share_the_checking_of_files(tmp_path) -> None:
     assert all(str(path.relative_to(tmp_path)) in messages[0] for path in broken)
 
 
+def average_statistics() -> None:
+    distributed.start(torch.device("cpu"))
+    norm = torch.nn.BatchNorm2d(1)
+    assert norm.running_mean is not None
+    assert norm.num_batches_tracked is not None
+    norm.running_mean.fill_(distributed.rank() + 1.0)
+    distributed.average_buffers(norm.buffers())
+    text = f"{norm.running_mean.item()} {int(norm.num_batches_tracked)}"
+    Path(f"{distributed.rank()}.txt").write_text(text)
+
+
 def test_batchnorm_statistics_are_averaged(tmp_path) -> None:
     """Each process sees different images, but all must validate and save the same network."""
-    (tmp_path / "job.py").write_text(
-        "import torch\n"
-        "from racnn_cli.core import distributed\n"
-        "distributed.start(torch.device('cpu'))\n"
-        "norm = torch.nn.BatchNorm2d(1)\n"
-        "norm.running_mean.fill_(distributed.rank() + 1.0)\n"
-        "distributed.average_buffers(norm.buffers())\n"
-        "text = f'{norm.running_mean.item()} {int(norm.num_batches_tracked)}'\n"
-        "open(f'{distributed.rank()}.txt', 'w').write(text)\n"
-    )
-    done = torchrun(tmp_path, 2, "job.py")
-    assert done.returncode == 0, done.stderr
+    done = run_jobs(2, average_statistics, folder=tmp_path)
+    assert done.code == 0, done.err
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["1.5 0", "1.5 0"]
 
 
-KILL_SCRIPT = """
-import os, signal, sys
-from racnn_cli.training import loop
-if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    update, calls, last = loop._Fit._update, [], int(sys.argv[2])
-    def kill_or_update(*arguments):
-        calls.append(0)
-        if len(calls) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        update(*arguments)
-    loop._Fit._update = kill_or_update
-sys.argv = ["racnn", "train", "2.toml", "--out", sys.argv[1]]
-from racnn_cli.cli import main
-main()
-"""
+def train_until_killed(out: str, last: int) -> None:
+    """Train, but kill the second process at an update, unless it was restarted."""
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        update, calls = loop._Fit._update, list[int]()
+
+        def kill_or_update(*arguments: Any) -> None:
+            calls.append(0)
+            if len(calls) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            update(*arguments)
+
+        loop._Fit._update = kill_or_update  # type: ignore[method-assign]
+    call_racnn("train", "2.toml", "--out", out)
 
 
 def assert_identical(first: Run, second: Run) -> None:
@@ -244,22 +242,21 @@ def assert_identical(first: Run, second: Run) -> None:
 
 
 def test_torchrun_restarts_a_killed_process_from_the_last_checkpoint(workspace: Path, train_with) -> None:
-    (workspace / "killed.py").write_text(KILL_SCRIPT)
-    done = torchrun(workspace, 2, "killed.py", "killed", "8", restarts=1)
-    assert done.returncode == 0, done.stderr
+    done = launch(2, train_until_killed, "killed", 8, folder=workspace, restarts=1).wait()
+    assert done.code == 0, done.err
     assert_identical(train_with(2)[0], Run(workspace / "killed"))
-    failed = torchrun(workspace, 2, "killed.py", "not-restarted", "8")
-    assert failed.returncode != 0
+    failed = run_jobs(2, train_until_killed, "not-restarted", 8, folder=workspace)
+    assert failed.code != 0
     # The surviving process finds the connection closed, unless torchrun's SIGTERM arrives first.
     messages = ("another process of this training is gone", "closing signal SIGTERM")
-    assert any(message in failed.stderr for message in messages)
-    assert package_frames(failed.stderr) == []
+    assert any(message in failed.err for message in messages)
+    assert package_frames(failed.err) == []
 
 
 def test_sigterm_to_torchrun_loses_nothing(workspace: Path, train_with) -> None:
-    """As SLURM sends it to the launcher shortly before the job's time limit."""
-    train = ["-m", "racnn_cli", "train", "2.toml", "--out", "stopped", "--resume", "--set", "data.workers=1"]
-    program = ["--standalone", "--nproc-per-node", "2", *train]
+    """As SLURM sends it to the launcher shortly before the job's time limit; here with the program as users run it."""
+    train = ["train", "2.toml", "--out", "stopped", "--resume", "--set", "data.workers=1"]
+    program = ["--standalone", "--nproc-per-node", "2", "-m", "racnn_cli", *train]
     with (workspace / "stopped.txt").open("w") as output:
         launcher = subprocess.Popen(
             [*LAUNCHER, *program], cwd=workspace, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
@@ -271,8 +268,8 @@ def test_sigterm_to_torchrun_loses_nothing(workspace: Path, train_with) -> None:
         assert launcher.wait(timeout=60) != 0
     assert "stopped by SIGTERM; everything up to this step is saved" in (workspace / "stopped.txt").read_text()
     assert not (workspace / "stopped" / "eval.json").exists()
-    done = torchrun(workspace, 2, *train)
-    assert done.returncode == 0, done.stderr
+    done = run_jobs(2, call_racnn, *train, folder=workspace)
+    assert done.code == 0, done.err
     assert_identical(train_with(2)[0], Run(workspace / "stopped"))
 
 
@@ -281,20 +278,9 @@ def test_two_nodes_train_together(workspace: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "7"]
-    program = ["-m", "racnn_cli", "train", "2.toml", "--out", "nodes"]
-    nodes = [
-        subprocess.Popen(
-            [*LAUNCHER, "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, *program],
-            cwd=workspace,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert sum(text.count("run folder nodes") for text in outputs) == 1
+    train = ("train", "2.toml", "--out", "nodes")
+    nodes = [launch(1, call_racnn, *train, folder=workspace, nodes=2, endpoint=f"127.0.0.1:{port}") for _ in range(2)]
+    done = [node.wait() for node in nodes]
+    assert [node.code for node in done] == [0, 0], done
+    assert sum((node.out + node.err).count("run folder nodes") for node in done) == 1
     assert (workspace / "nodes" / "eval.json").is_file()

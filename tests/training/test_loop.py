@@ -351,9 +351,10 @@ def test_batches_of_one_image_under_batchnorm_are_refused_before_training(here, 
         assert part in error.value.hint
     api.train(recipe.override({"train.batchnorm": "frozen", "data.limit": 2}), out="frozen", quiet=True)
     # Layers with several values per channel of an image train as before.
-    api.train(tiny(data, train__batch=1, data__limit=2, **ONE), out="maps", quiet=True)
+    small = tiny(data, model__backbone="test_resnet", train__batch=1, data__limit=2, **ONE)
+    api.train(small, out="maps", quiet=True)
     with pytest.raises(RecipeError, match=r"train\.batch = 1: test_resnet cannot train on a single image per step"):
-        api.train(tiny(data, train__batch=1, **ONE | {"model__sizes": [16]}), out="small", quiet=True)
+        api.train(small.override({"model.sizes": [16]}), out="small", quiet=True)
 
 
 def test_torchs_own_error_about_a_single_value_is_explained(here, data, monkeypatch) -> None:

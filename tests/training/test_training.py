@@ -213,6 +213,7 @@ def test_the_apns_learn_where_the_objects_are(here, tmp_path_factory, gradient) 
     corner = write_blobs(folder, {"train": 16, "val": 4, "test": 4}, centre=(0.28, 0.3), radius=9, noise=60)
     recipe = tiny(
         corner,
+        model__backbone="test_resnet",
         data__augment__scale=1.0,
         data__augment__flip="none",
         pretrain_apn__epochs=8,
