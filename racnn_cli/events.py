@@ -300,8 +300,13 @@ def describe_left_out(left_out: Mapping[str, int], images: int) -> str:
         images: number of images that could be read.
     """
     total = sum(left_out.values())
+    return f"{total} of {total + images} images could not be read and were left out: {count_by_class(left_out)}"
+
+
+def count_by_class(left_out: Mapping[str, int]) -> str:
+    """Name the classes with their numbers of files, the largest number first, and the rest together."""
     named = sorted((name for name, count in left_out.items() if count), key=lambda name: -left_out[name])
     counts = [f"{name} {left_out[name]}" for name in named[:MAX_CLASSES]]
     if len(named) > MAX_CLASSES:
         counts.append(f"{len(named) - MAX_CLASSES} more classes {sum(left_out[name] for name in named[MAX_CLASSES:])}")
-    return f"{total} of {total + images} images could not be read and were left out: {', '.join(counts)}"
+    return ", ".join(counts)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,10 @@ _CONTEXT.set_forkserver_preload(
 class Started:
     """A process under way; its output goes to files."""
 
-    def __init__(
-        self, function: Callable[..., object], *arguments: Any, folder: Path, out: str, env: Mapping[str, str]
-    ) -> None:
+    def __init__(self, function: Callable[..., object], arguments: Any, folder: Path, out: str) -> None:
         self._output = Path(tempfile.mkdtemp(dir=folder, prefix=".output-"))
-        self._process = _CONTEXT.Process(target=_call, args=(function, arguments, folder, dict(env), self._output, out))
+        self._process = _CONTEXT.Process(target=_call, args=(function, arguments, folder, self._output, out))
         self._process.start()
-        assert self._process.pid is not None
-        self.pid: int = self._process.pid
-
-    def running(self) -> bool:
-        return self._process.is_alive()
 
     def wait(self, timeout: float = 300) -> CommandResult:
         """Its exit code (negative: the signal that ended it) and output.
@@ -66,21 +59,20 @@ class Started:
         return (self._output / name).read_text(encoding="utf-8", errors="surrogateescape")
 
 
-def start(function: Callable[..., object], *arguments: Any, folder: Path, out: str = "", **env: str) -> Started:
+def start(function: Callable[..., object], *arguments: Any, folder: Path, out: str = "") -> Started:
     """Start a function of a module in a new process.
 
     Args:
         function, arguments: to be called.
         folder: the current folder of the process.
         out: file or device for its output; empty: a file whose text `Started.wait` returns.
-        env: additional environment variables.
     """
-    return Started(function, *arguments, folder=folder, out=out, env=env)
+    return Started(function, arguments, folder, out)
 
 
-def run_racnn(*arguments: object, folder: Path, **env: str) -> CommandResult:
+def run_racnn(*arguments: object, folder: Path) -> CommandResult:
     """Run the command `racnn` with arguments in a new process."""
-    return start(call_racnn, *map(str, arguments), folder=folder, **env).wait()
+    return start(call_racnn, *map(str, arguments), folder=folder).wait()
 
 
 def call_racnn(*arguments: str) -> None:
@@ -100,7 +92,15 @@ def launch(
     nodes: int = 1,
     endpoint: str = "",
 ) -> Started:
-    """Start torchrun's engine, as on one node, with a function instead of a program."""
+    """Start torchrun's engine with a function instead of a program, as a launcher on one machine does.
+
+    Args:
+        processes: started by this launcher.
+        function, arguments, folder: as in `start`, for each process.
+        restarts: how often all processes are started again after one has died.
+        nodes: number of launchers that start processes together.
+        endpoint: `host:port` where several launchers meet.
+    """
     return start(_elastic, processes, nodes, endpoint, restarts, function, arguments, folder=folder)
 
 
@@ -122,11 +122,8 @@ def _elastic(
     elastic_launch(config, function)(*arguments)
 
 
-def _call(
-    function: Callable[..., object], arguments: Any, folder: Path, env: Mapping[str, str], output: Path, out: str
-) -> None:
+def _call(function: Callable[..., object], arguments: Any, folder: Path, output: Path, out: str) -> None:
     os.chdir(folder)
-    os.environ.update(env)
     for path, number in ((output / "out", 1), (output / "err", 2)):
         path.touch()
         os.dup2(os.open(out if out and number == 1 else path, os.O_WRONLY | os.O_NOCTTY), number)

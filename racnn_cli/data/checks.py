@@ -14,6 +14,7 @@ from racnn_cli.data.color import Levels
 from racnn_cli.data.decode import check, show
 from racnn_cli.data.listing import Row
 from racnn_cli.errors import DataError
+from racnn_cli.events import count_by_class
 from racnn_cli.run import printable
 
 MAX_REPORTED = 1000
@@ -134,8 +135,8 @@ def left_out_notes(
     rest = len(errors) - sum(sum(counts.values()) for counts in (*counted, unsplit))
     notes = [f"left out without a class: {rest} file(s), lines or folders"] if rest else []
     if unsplit:
-        counts = ", ".join(f"{name} {count}" for name, count in unsplit.items())
-        notes.append(f"left out, in no split: {sum(unsplit.values())} file(s) in formats that cannot be read: {counts}")
+        count, classes = sum(unsplit.values()), count_by_class(unsplit)
+        notes.append(f"left out, in no split: {count} file(s) in formats that cannot be read: {classes}")
     return notes
 
 

@@ -48,9 +48,8 @@ KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "exception")
 TIMES = ("seconds", "images_per_second")
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"train__save_steps": 1},
-    "2 workers": {"model__backbone": "small_cnn", "data__workers": 2, "train__save_steps": 3},
+    "2 workers": {"data__workers": 2, "train__save_steps": 3},
     "everything": {  # everything that keeps state or draws random numbers
-        "model__backbone": "small_cnn",
         "train__optimizer": "sgd",
         "train__ema": 0.9,
         "train__accumulate": 2,
