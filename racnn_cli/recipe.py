@@ -206,7 +206,10 @@ class Alternate(Section):
     )
     boxes: int = Field(4, ge=2, le=1024, multiple_of=2, description="perturb only: perturbed boxes per proposal")
     spread: float = Field(
-        0.2, gt=0.0, le=1.0, description="perturb only: size of a perturbation, as a share of the side and in log-scale"
+        0.2,
+        gt=0.0,
+        le=1.0,
+        description="perturb only: size of a perturbation of center and side, as a share of the side",
     )
     jitter: Share = Field(0.2, description="CNN phase: random shift and log-scale of the boxes, as a share of the box")
     tighten: float = Field(

@@ -4,21 +4,28 @@ The loss of a CNN is rough in the box: its derivative predicts little about a st
 (`racnn bench gradient`). So the loss is averaged over a neighborhood of boxes, and the gradient of that average is
 estimated from a few antithetic pairs of samples. The CNN is frozen, so each sample costs one forward pass and no
 backward pass. Known as evolution strategies (Salimans et al. 2017) or a score-function gradient (Williams 1992).
+
+An offset of a box is `(dx, dy, r)`: the shift of its center and the change of its side, as shares of its side.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from racnn_cli.core import attention
+LARGEST = 0.9  # change of the side, so that a box keeps a tenth of it
+NODES = 64  # of the quadrature over the change of the side
+FLOOR = 2e-6  # smallest second moment of an offset, as a share of that without bounds
 
 
 def neighbours(proposals: Tensor, count: int, spread: float, noise: Tensor | None = None) -> Tensor:
     """Sample boxes around each proposal, in antithetic pairs inside the image.
 
-    The standard deviation is `spread` sides for the center and `spread` for the log side. The bounds of a proposal's
-    side do not apply here, because the gradient needs samples in both directions at a bound too.
+    Offsets are normal with standard deviation `spread`, clamped so that a box and its mirror image both lie inside the
+    image: an asymmetric pair would turn the loss's curvature into a gradient towards the border. The bounds of a
+    proposal's side do not apply here, because the gradient needs samples in both directions at a bound too.
 
     Args:
         proposals: (B, 3).
@@ -31,32 +38,41 @@ def neighbours(proposals: Tensor, count: int, spread: float, noise: Tensor | Non
     """
     if noise is None:
         noise = torch.randn(len(proposals), 3 * (count // 2), device=proposals.device)
-    offsets = spread * noise.to(proposals.dtype).view(len(proposals), count // 2, 3).transpose(0, 1)
-    # Where the image's border shortens one offset of a pair, the other is shortened too: an asymmetric pair would
-    # turn the loss's curvature into a gradient towards the border.
-    for sign in (1, -1, 1):
-        offsets = sign * _offsets(proposals, _displace(proposals, sign * offsets))
-    return torch.cat([_displace(proposals, offsets), _displace(proposals, -offsets)])
-
-
-def _offsets(proposals: Tensor, boxes: Tensor) -> Tensor:
-    """Offsets of boxes (N, B, 3) from proposals (B, 3): center in sides of the proposal, and log of the side ratio."""
+    drawn = spread * noise.to(proposals.dtype).view(len(proposals), count // 2, 3).transpose(0, 1)
+    change = _clamp_change(drawn[..., 2:], proposals)
+    low, high = _shift_bounds(proposals, change)
+    shift = torch.minimum(torch.maximum(drawn[..., :2], low), high)
     half = proposals[:, 2:]
-    return torch.cat([(boxes[..., :2] - proposals[:, :2]) / (2 * half), (boxes[..., 2:] / half).log()], dim=2)
+    moves = torch.cat([2 * half * shift, half * change], dim=2)
+    return torch.cat([proposals + moves, proposals - moves])
 
 
-def _displace(proposals: Tensor, offsets: Tensor) -> Tensor:
-    """Boxes at offsets (N, B, 3) from proposals (B, 3), clamped to the image."""
+def _clamp_change(change: Tensor, proposals: Tensor) -> Tensor:
+    """Clamp changes of the side (N, B, 1) to those with which a box and its mirror image fit into the image."""
+    limit = _largest_change(proposals)
+    return torch.minimum(torch.maximum(change, -limit), limit)
+
+
+def _largest_change(proposals: Tensor) -> Tensor:
+    return (0.5 / proposals[:, 2:] - 1).clamp(0, LARGEST)  # (B, 1)
+
+
+def _shift_bounds(proposals: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds (N, B, 2) of the shift with which a box of a changed side (N, B, 1) and its mirror image fit."""
     half = proposals[:, 2:]
-    boxes = torch.cat([proposals[:, :2] + 2 * half * offsets[..., :2], half * offsets[..., 2:].exp()], dim=2)
-    return attention.bound(boxes.flatten(0, 1), 0.0, 1.0).view(boxes.shape)
+    before = (proposals[:, :2] - half) / (2 * half)  # distance to the left and upper border, in sides
+    after = (1 - proposals[:, :2] - half) / (2 * half)
+    low = torch.maximum(change / 2 - before, -change / 2 - after)
+    high = torch.minimum(after - change / 2, before + change / 2)
+    return low, torch.maximum(low, high)  # rounding could exchange them
 
 
 def perturbed_loss(proposals: Tensor, boxes: Tensor, losses: Tensor, spread: float) -> Tensor:
     """Return the mean loss, with the estimated gradient with respect to the proposals.
 
-    The gradient is estimated in the coordinates the boxes were sampled in (center over side, log side), from their
-    offsets after clamping.
+    The mean of loss times offset is the gradient times the second moments of the offsets. These are `spread`² where
+    nothing is clamped. Near a border and for large boxes the offsets are shorter, and a change of the side comes with a
+    shift. So the moments are computed for each proposal and divided out.
 
     Args:
         proposals: (B, 3), the APN's output.
@@ -67,10 +83,38 @@ def perturbed_loss(proposals: Tensor, boxes: Tensor, losses: Tensor, spread: flo
     Returns:
         a scalar.
     """
-    fixed, losses = proposals.detach(), losses.detach()
-    offsets = _offsets(fixed, boxes.detach())  # (count, B, 3)
+    fixed, boxes, losses = proposals.detach(), boxes.detach(), losses.detach()
+    half = fixed[:, 2:]
+    offsets = torch.cat([(boxes[..., :2] - fixed[:, :2]) / (2 * half), boxes[..., 2:] / half - 1], dim=2)
     advantage = losses - losses.mean(dim=0)  # (count, B)
-    gradient = (advantage[..., None] * offsets).mean(dim=0) / spread**2  # (B, 3)
-    coordinates = torch.cat([proposals[:, :2] / (2 * fixed[:, 2:]), proposals[:, 2:].log()], dim=1)
+    product = (advantage[..., None] * offsets).mean(dim=0)  # (B, 3)
+    moments = offset_moments(fixed, spread)
+    scale = moments.diagonal(dim1=1, dim2=2).rsqrt()  # to a unit diagonal: single precision then suffices
+    gradient = scale * torch.linalg.solve(scale[:, :, None] * moments * scale[:, None], scale * product)
+    coordinates = torch.cat([proposals[:, :2] / (2 * half), proposals[:, 2:] / half], dim=1)
     surrogate = (gradient * coordinates).sum(dim=1).mean()
     return losses.mean() + surrogate - surrogate.detach()
+
+
+def offset_moments(proposals: Tensor, spread: float) -> Tensor:
+    """Second moments (B, 3, 3) of the offsets that `neighbours` draws around proposals (B, 3), with a floor.
+
+    For a given change of the side, the shifts are independent clamped normal variables, whose moments are known; over
+    the change of the side they are averaged numerically.
+    """
+    limit = _largest_change(proposals).clamp_max(5 * spread)  # (B, 1); a normal variable is not further away
+    steps = (torch.arange(NODES, device=proposals.device, dtype=proposals.dtype) + 0.5) / NODES
+    inside = torch.exp(-(steps * limit / spread).square() / 2)  # (B, NODES)
+    inside = inside / inside.sum(dim=1, keepdim=True) * torch.erf(limit / spread / math.sqrt(2))
+    weights = torch.cat([inside, 1 - inside.sum(dim=1, keepdim=True)], dim=1).T[..., None]  # the last: clamped
+    change = (torch.cat([steps, steps.new_ones(1)]) * limit).T[..., None]  # (NODES + 1, B, 1), positive: of each pair
+    low, high = (bounds / spread for bounds in _shift_bounds(proposals, change))
+    below, above = torch.special.ndtr(low), torch.special.ndtr(-high)  # shares that are clamped
+    density_low, density_high = (torch.exp(-bounds.square() / 2) / math.sqrt(2 * math.pi) for bounds in (low, high))
+    mean = low * below + high * above + density_low - density_high
+    square = low.square() * below + high.square() * above + 1 - below - above + low * density_low - high * density_high
+    means = torch.cat([spread * mean, change], dim=2)  # (NODES + 1, B, 3)
+    moments = torch.einsum("nbi,nbj->bij", weights * means, means)
+    squares = (weights * torch.cat([spread**2 * square, change.square()], dim=2)).sum(dim=0)  # (B, 3)
+    moments.diagonal(dim1=1, dim2=2).copy_(squares + FLOOR * spread**2)
+    return moments
