@@ -189,8 +189,10 @@ def _finish(trainer: Trainer, changes: Mapping[str, Any], *, quiet: bool) -> Eva
 
 
 def _train_baseline(run: Run, recipe: Recipe, changes: Mapping[str, Any], *, quiet: bool) -> None:
+    from racnn_cli.core import distributed
     from racnn_cli.training import stages
-    from racnn_cli.training.baseline import baseline_recipe, rounds_run
+    from racnn_cli.training.baseline import baseline_recipe, write_budget
+    from racnn_cli.training.compute import epochs_run
     from racnn_cli.training.resume import SHARED
     from racnn_cli.training.trainer import Trainer
 
@@ -201,17 +203,20 @@ def _train_baseline(run: Run, recipe: Recipe, changes: Mapping[str, Any], *, qui
         shared = {key: value for key, value in changes.items() if key.startswith(SHARED)}
         trainer = Trainer.resume(base, changes=shared, parent_run=run.folder, quiet=quiet)
     else:
-        rounds = rounds_run(run)
-        if recipe.model.scales > 1 and not rounds:
+        epochs = epochs_run(run)
+        if {stage for stage, _ in epochs} != set(stages.plan(recipe)):
             raise RunError(
-                f"{run.log} does not say how many rounds {run.folder} took, which is what the baseline may cost",
+                f"{run.log} does not say how many epochs {run.folder} took, which is what the baseline may cost",
                 "take it from a backup, or start a new run with --out DIR",
                 failure=True,
             )
-        plain = baseline_recipe(recipe, rounds=rounds)
+        plain = baseline_recipe(recipe, classes=len(run.classes()), epochs=epochs)
         trainer = Trainer.start(plain, out=base.folder, parent_run=run.folder, quiet=quiet)
     with closing(trainer):
         stages.run_all(trainer)
+        if distributed.rank() == 0:
+            write_budget(run, base, images=len(trainer.train))
+    distributed.barrier()
     evaluate(base)
 
 

@@ -287,9 +287,12 @@ def bench(
         ),
     ] = None,
     arm: Annotated[list[str] | None, Option(help="ablation: only this arm and the default; repeatable")] = None,
+    choose: Annotated[
+        str | None, Option(help="attention: seeds on which each arm's learning rate is chosen first, such as 0-1")
+    ] = None,
 ) -> None:
     """Run a benchmark and print its figures."""
-    api.bench(name, json_path=json, seeds=seeds, recipe=recipe, quick=quick, data=data, arms=arm or ())
+    api.bench(name, json_path=json, seeds=seeds, recipe=recipe, quick=quick, data=data, arms=arm or (), choose=choose)
 
 
 @app.command()

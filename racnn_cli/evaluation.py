@@ -32,6 +32,7 @@ from racnn_cli.events import (
     Answer,
     Baseline,
     Boxes,
+    ChoiceEvent,
     ClassResult,
     EvalAnswer,
     EvalBoxes,
@@ -82,7 +83,14 @@ class Measurement:
         """The metrics that training uses."""
 
         def answer(figures: ClassificationMetrics) -> Answer:
-            return Answer(top1=figures.top1, mean_class=figures.mean_class, nll=figures.nll)
+            temperature, calibrated_nll = figures.fit_temperature()
+            return Answer(
+                top1=figures.top1,
+                mean_class=figures.mean_class,
+                nll=figures.nll,
+                temperature=temperature,
+                calibrated_nll=calibrated_nll,
+            )
 
         scales = [answer(figures) for figures in self.scales]
         if len(scales) == 1:
@@ -94,6 +102,10 @@ class Measurement:
             rank=self.rank_sum / max(self.images * len(self.boxes), 1),
             boxes=[Boxes(**_without(boxes.compute(), "side_min", "side_max")) for boxes in self.boxes],
         )
+
+    def temperatures(self) -> Tensor:
+        """The temperatures (S + 2,) that fit these images best: of the scales, their average and the fusion head."""
+        return torch.tensor([figures.fit_temperature()[0] for figures in (*self.scales, self.average, self.fused)])
 
     def warn_never_predicted(self, classes: Sequence[str], split: str) -> str:
         """Name the classes that the network never predicts although they have images; empty if there is none."""
@@ -118,6 +130,7 @@ class Measurement:
         baseline: Baseline | None,
         left_out: Mapping[str, int],
         notes: Sequence[str],
+        choices: Sequence[ChoiceEvent] = (),
     ) -> EvalResult:
         """Every metric, as eval.json holds it.
 
@@ -127,6 +140,7 @@ class Measurement:
             baseline: the figures of the baseline.
             left_out: class name to the number of its images that could not be read.
             notes: remarks about the images.
+            choices: which epochs and which round were kept.
         """
         fused = self.fused.compute()
         return EvalResult(
@@ -151,6 +165,7 @@ class Measurement:
             baseline=baseline,
             notes=list(notes),
             warnings=[text] if (text := self.warn_never_predicted(classes, split)) else [],
+            choices=list(choices),
         )
 
 
@@ -186,10 +201,11 @@ def measure(
     """
     alone = scales == 1 or len(model.sizes) == 1
     count = 1 if alone else len(model.sizes)
+    answers = [ClassificationMetrics(model.classes, value) for value in model.temperatures.tolist()]
     measurement = Measurement(
-        scales=[ClassificationMetrics(model.classes) for _ in range(count)],
-        average=ClassificationMetrics(model.classes),
-        fused=ClassificationMetrics(model.classes),
+        scales=answers[:count],
+        average=answers[-2],
+        fused=answers[-1],
         boxes=[BoxMetrics(model.floor, model.ceiling) for _ in range(count - 1)],
     )
     training = model.training
@@ -224,7 +240,7 @@ def _count_batch(
         output = model(batch["image"], None if proposals is None else proposals(batch))
         logits, fused = list(output.logits), output.fused
         boxes = list(zip(output.proposals, output.boxes, strict=True))
-    answers = torch.stack([*logits, fused]).float().cpu().log_softmax(dim=2)  # (S + 1, B, N)
+    answers = torch.stack([*logits, fused]).float().log_softmax(dim=2)  # (S + 1, B, N)
     if not answers.isfinite().all():
         raise RunError(
             f"after {measurement.images} images the network's outputs are not finite",
@@ -236,7 +252,7 @@ def _count_batch(
     measurement.average.add(answers[:-1].logsumexp(dim=0) - math.log(len(logits)), labels)
     measurement.fused.add(answers[-1], labels)
     for coarse, fine in itertools.pairwise(answers[:-1]):
-        measurement.rank_sum += rank_loss(coarse, fine, labels, margin, "none").double().sum().item()
+        measurement.rank_sum += rank_loss(coarse.cpu(), fine.cpu(), labels, margin, "none").double().sum().item()
     truth = batch["box"].cpu()
     for box_metrics, (proposal, box) in zip(measurement.boxes, boxes, strict=True):
         box_metrics.add(proposal.float().cpu(), box.float().cpu(), truth)
@@ -306,6 +322,7 @@ def evaluate(
         baseline=None if data is not None else _baseline(run.folder / "baseline", split),
         left_out=left_out,
         notes=notes,
+        choices=run.choices(),
     )
     if distributed.rank() == 0:
         try:
@@ -342,4 +359,5 @@ def _baseline(folder: Path, split: str) -> Baseline | None:
     result = run.read_eval()
     if result.split != split:
         return None
-    return Baseline(**result.fused.to_json(), size=sizes_of(run.recipe().model)[0])
+    answer, size = result.fused.to_json(), sizes_of(run.recipe().model)[0]
+    return Baseline(**answer, size=size, budget=run.read_budget(), choices=run.choices())

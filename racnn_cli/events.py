@@ -46,12 +46,21 @@ class Record(BaseModel):
 class Answer(Record):
     """Validation metrics of one classifier: a scale, the average of the scales, or the fusion head.
 
-    `mean_class` is the mean over the classes that have images of their `top1`; older logs do not have it.
+    `mean_class` is the mean over the classes that have images of their `top1`. `temperature` is the one that fits these
+    images best (see `ClassificationMetrics.fit_temperature`), and `calibrated_nll` the NLL with it. Older logs do not
+    have these three.
     """
 
     top1: Share
     mean_class: Share | None = None
     nll: Number
+    temperature: Number | None = None
+    calibrated_nll: Number | None = None
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """What epochs and rounds are chosen by: top-1, then the NLL after temperature scaling; larger is better."""
+        return self.top1, -(self.nll if self.calibrated_nll is None else self.calibrated_nll)
 
 
 class Boxes(Record):
@@ -139,6 +148,55 @@ class RoundEvent(Event):
     still: int = 0
 
 
+class BoxesEvent(Event):
+    """An APN phase was compared with the boxes before it, on the validation images.
+
+    Attributes:
+        before, after: metrics of the average of all scales; None in a network with one scale.
+        gained, lost: images that only the new boxes, and only the old ones, classify right.
+        rolled_back: the old boxes were restored.
+    """
+
+    event: Literal["boxes"] = "boxes"
+    stage: str = "alternate"
+    round: int
+    before: Answer | None
+    after: Answer | None
+    gained: Count
+    lost: Count
+    rolled_back: bool
+
+    def describe(self) -> str:
+        """Say what the new boxes changed, and whether they are kept."""
+        result = "the boxes before this APN phase are restored" if self.rolled_back else "they are kept"
+        return f"of the validation images, the new boxes gain {self.gained} and lose {self.lost}: {result}"
+
+
+class ChoiceEvent(Event):
+    """Weights of several epochs or rounds were compared on the validation split, and the best were kept.
+
+    Attributes:
+        unit: what was compared.
+        kept, last: numbers of the kept and of the last one; 0 is the state before the first.
+        kept_val, last_val: their metrics.
+    """
+
+    event: Literal["choice"] = "choice"
+    stage: str
+    phase: str = ""
+    unit: Literal["epoch", "round"]
+    kept: Count
+    last: Count
+    kept_val: Answer
+    last_val: Answer
+
+    def describe(self) -> str:
+        """Say which one was kept, and how it compares with the last one."""
+        kept = f"{self.unit} {self.kept}" if self.kept else f"the state before {self.unit} 1"
+        text = f"{kept} of {self.last} is kept: validation top-1 {self.kept_val.top1:.3f}"
+        return text if self.kept == self.last else f"{text} ({self.unit} {self.last}: {self.last_val.top1:.3f})"
+
+
 class StageEvent(Event):
     """The end of a stage."""
 
@@ -168,7 +226,7 @@ class TestEvent(Event):
     test: dict[str, Any]
 
 
-AnyEvent = EpochEvent | RoundEvent | StageEvent | WarningEvent | TestEvent
+AnyEvent = EpochEvent | RoundEvent | BoxesEvent | ChoiceEvent | StageEvent | WarningEvent | TestEvent
 _EVENT: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="event")])
 
 
@@ -183,7 +241,8 @@ def read_line(line: str) -> AnyEvent | None:
 class EvalAnswer(Record):
     """Metrics of one classifier. `top5` is top-min(5, classes); `ece` uses 15 equal bins.
 
-    `mean_class` is the mean over the classes that have images of their `top1`; older files do not have it.
+    `mean_class` is the mean over the classes that have images of their `top1`. `temperature` was fitted on the
+    validation split, and `calibrated_nll` and `calibrated_ece` are measured with it. Older files do not have these.
     """
 
     top1: Share
@@ -191,12 +250,42 @@ class EvalAnswer(Record):
     top5: FiniteFloat
     nll: FiniteFloat
     ece: FiniteFloat
+    temperature: FiniteFloat | None = None
+    calibrated_nll: FiniteFloat | None = None
+    calibrated_ece: FiniteFloat | None = None
+
+
+class Compute(Record):
+    """Floating-point operations; a multiply-add is two.
+
+    Attributes:
+        prediction: of one image.
+        training: of all stages, forward and backward, without validation.
+    """
+
+    prediction: Count
+    training: Count
+
+
+class Budget(Record):
+    """The compute of a run and of its baseline."""
+
+    run: Compute
+    baseline: Compute
 
 
 class Baseline(EvalAnswer):
-    """Metrics of the plain backbone with the same budget on the same split. `size` is its input side in pixels."""
+    """Metrics of the plain backbone with the same budget on the same split.
+
+    Attributes:
+        size: side of its input in pixels.
+        budget: what both cost.
+        choices: which of its epochs was kept.
+    """
 
     size: int
+    budget: Budget | None = None
+    choices: list[ChoiceEvent] = []
 
 
 class ClassResult(Record):
@@ -243,6 +332,7 @@ class EvalResult(Record):
         per_class: by class name, in index order.
         notes: remarks about the images, one sentence each.
         warnings: problems that the figures point to, one sentence each.
+        choices: which epochs and which round were kept.
     """
 
     version: int = 0
@@ -263,6 +353,7 @@ class EvalResult(Record):
     baseline: Baseline | None
     notes: list[str] = []
     warnings: list[str] = []
+    choices: list[ChoiceEvent] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -284,7 +375,9 @@ class EvalResult(Record):
 
     def describe_images(self) -> str:
         """Number of images and their split."""
-        return f"{self.images} images" if self.split == "all" else f"{self.images} {self.split} images"
+        if self.split == "all":
+            return f"{self.images} images"
+        return f"{self.images} {self.split} images{' (used for choosing)' if self.split == 'val' else ''}"
 
     def describe_left_out(self) -> str:
         """Say how many images could not be read, per class; empty if none."""

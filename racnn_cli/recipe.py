@@ -176,7 +176,9 @@ class PretrainCnn(Section):
     epochs: int = Field(10, ge=1, le=100_000, description="epochs of pretrain-cnn")
     lr: Positive = Field(3e-4, description="learning rate of the backbone")
     head_lr: Positive = Field(10.0, description="learning rate of the classifier, as a multiple of lr")
-    patience: int = Field(0, ge=0, description="stop after n epochs without a lower validation loss; 0: never")
+    patience: int = Field(
+        0, ge=0, description="stop after n epochs that are not better on the validation split; 0: never"
+    )
 
 
 class PretrainApn(Section):
@@ -189,12 +191,19 @@ class PretrainApn(Section):
 
 
 class Alternate(Section):
-    """Stage 3: rounds of a CNN phase and an APN phase."""
+    """Stage 3: rounds of an APN phase (not in the first round) and a CNN phase."""
 
-    rounds: int = Field(5, ge=1, le=10_000, description="largest number of rounds, each a CNN phase and an APN phase")
+    rounds: int = Field(
+        5,
+        ge=1,
+        le=10_000,
+        description="largest number of rounds, each an APN phase (not in the first round) and a CNN phase",
+    )
     cnn_epochs: int = Field(2, ge=1, description="epochs of a CNN phase")
-    ramp: bool = Field(
-        True, description="start with short rounds so that the boxes move early: CNN phase r has at most r epochs"
+    ramp: bool | Literal["auto"] = Field(
+        "auto",
+        description="start with short rounds so that the boxes move early: CNN phase r has at most r epochs; "
+        "auto: with random weights only, because pretrained finer CNNs need a long first phase",
     )
     apn_epochs: int = Field(1, ge=0, description="epochs of an APN phase; 0: keep the boxes of pretrain-apn")
     cnn_lr: Positive = Field(1e-4, description="learning rate of the CNN phases")
@@ -223,7 +232,7 @@ class Alternate(Section):
 
     def cnn_epochs_of(self, round_: int) -> int:
         """CNN epochs of a round, counted from 0."""
-        return min(round_ + 1, self.cnn_epochs) if self.ramp else self.cnn_epochs
+        return min(round_ + 1, self.cnn_epochs) if self.ramp is True else self.cnn_epochs
 
     def cnn_epochs_in(self, rounds: int) -> int:
         """CNN epochs of the first n rounds together."""
@@ -290,7 +299,7 @@ class Recipe(Section):
                 "data.limit": min(self.data.limit or 12, 12),
                 "pretrain_cnn.epochs": min(self.pretrain_cnn.epochs, 2),
                 "pretrain_apn.epochs": min(self.pretrain_apn.epochs, 2),
-                "alternate.rounds": 1,
+                "alternate.rounds": min(self.alternate.rounds, 2),
                 "alternate.cnn_epochs": 1,
                 "alternate.apn_epochs": min(self.alternate.apn_epochs, 1),
                 "fusion.epochs": min(self.fusion.epochs, 2),

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from racnn_cli import recipe as recipes
 from racnn_cli.errors import RunError, escape_control
-from racnn_cli.events import AnyEvent, EpochEvent, EvalResult, Event, read_line
+from racnn_cli.events import AnyEvent, Budget, ChoiceEvent, EpochEvent, EvalResult, Event, read_line
 from racnn_cli.recipe import Recipe
 
 RUNS = Path("runs")
@@ -146,6 +146,7 @@ class Run:
     data = _Member("state/data.txt")  # fingerprint of the data and the split
     log = _Member("log.jsonl")
     eval = _Member("eval.json")
+    budget = _Member("budget.json")
     report = _Member("report.html")
     onnx = _Member("model.onnx")
 
@@ -342,6 +343,23 @@ class Run:
     def epochs(self) -> list[EpochEvent]:
         """All epoch events so far."""
         return [event for event in self.read_log() if isinstance(event, EpochEvent)]
+
+    def choices(self) -> list[ChoiceEvent]:
+        """Which epochs and which round were kept."""
+        return [event for event in self.read_log() if isinstance(event, ChoiceEvent)]
+
+    def read_budget(self) -> Budget | None:
+        """What the run that this one is the baseline of, and this one, cost; None if it is not known.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self.budget.is_file():
+            return None
+        try:
+            return Budget.model_validate_json(self.budget.read_bytes())
+        except (OSError, ValidationError):
+            raise RunError(f"{self.budget} is damaged", "delete it: eval works without it", failure=True) from None
 
     def read_eval(self) -> EvalResult:
         """The contents of eval.json.

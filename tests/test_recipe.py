@@ -51,7 +51,7 @@ def test_a_shipped_recipe_is_complete(name) -> None:
 def test_a_shipped_recipe_has_a_quick_version(name) -> None:
     full, quick = recipes.load(name), recipes.load(name, ["quick=true"]).as_used()
     assert quick.data.limit == 12
-    assert quick.alternate.rounds == 1
+    assert quick.alternate.rounds == 2
     for section in ("pretrain_cnn", "pretrain_apn", "fusion"):
         assert getattr(quick, section).epochs <= min(2, getattr(full, section).epochs)
     assert quick.model == full.model

@@ -30,13 +30,23 @@ MAX_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a bench: `data` replaces the recipe's, and `arms` selects arms of the ablation."""
+    """Options of a bench.
+
+    Attributes:
+        seeds: to report.
+        recipe: name or file.
+        quick: a small test.
+        data: instead of the recipe's.
+        arms: of the ablation; empty: all.
+        choose: seeds on which each arm's learning rate is chosen first; empty: the recipe's learning rates.
+    """
 
     seeds: tuple[int, ...] = (0,)
     recipe: str = "demo"
     quick: bool = False
     data: str | None = None
     arms: tuple[str, ...] = ()
+    choose: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ def run_bench(
     quick: bool = False,
     data: str | None = None,
     arms: Sequence[str] = (),
+    choose: str | None = None,
 ) -> None:
     """Run a bench, print its tables and optionally write the results as JSON.
 
@@ -64,6 +75,7 @@ def run_bench(
         json_path: file to write the results to.
         seeds: such as `0-4` or `0,3,7`; None: 0-4.
         recipe, quick, data, arms: see `Options`; a recipe of None means the default in `RECIPES`.
+        choose: as `seeds`, and none of them; None: nothing is chosen.
 
     Raises:
         RecipeError: an unknown bench, or an option that the bench does not take.
@@ -77,6 +89,7 @@ def run_bench(
         "--quick": (quick, RECIPES),
         "--data": (data is not None, ("attention", "ablation")),
         "--arm": (bool(arms), ("ablation",)),
+        "--choose": (choose is not None, ("attention",)),
     }
     extra = [flag for flag, (is_set, benches) in allowed.items() if is_set and name not in benches]
     if extra:
@@ -85,7 +98,10 @@ def run_bench(
         raise RecipeError(f"--json {json_path} does not end in .json", "--json NAME.json")
     numbers = parse_seeds(seeds or "0-4") if name in SEEDED else (0,)
     recipe = recipe or RECIPES.get(name, "")
-    options = Options(seeds=numbers, recipe=recipe, quick=quick, data=data, arms=tuple(arms))
+    choosing = parse_seeds(choose) if choose is not None else ()
+    if both := sorted(set(choosing) & set(numbers)):
+        raise RecipeError(f"seed {both[0]} is in --choose and in --seeds", "choose on other seeds than those reported")
+    options = Options(seeds=numbers, recipe=recipe, quick=quick, data=data, arms=tuple(arms), choose=choosing)
     result = importlib.import_module(f"{__name__}.{name}").run(options)
     machine, console = describe_machine(), Console(highlight=False, emoji=False)
     for table in result.tables:

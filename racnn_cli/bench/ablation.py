@@ -6,6 +6,7 @@ All arms of a seed start from one state after `pretrain-cnn`. That state and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,19 +28,9 @@ ARMS = (
     Arm("no ramp", "every round has as many CNN epochs as the last one", {"alternate.ramp": False}),
     Arm("no settling", "jitter and tightening stay the same to the end", {"alternate.settle": False}),
     Arm("no perturbation", "the boxes learn from the gradient through the crop", BACKPROP),
-    Arm(
-        "paper",
-        "as in the paper: gradient of the mask through nested crops, no random boxes",
-        {
-            **BACKPROP,
-            "model.gradient": "boxcar",
-            "model.zoom": "nested",
-            "alternate.jitter": 0.0,
-            "alternate.tighten": 0.0,
-            "alternate.settle": False,
-            "alternate.ramp": False,
-        },
-    ),
+    Arm("mask gradient", "the boxes learn from the gradient of the mask", {**BACKPROP, "model.gradient": "boxcar"}),
+    Arm("nested crops", "a crop is cut from the previous crop, not from the source", {"model.zoom": "nested"}),
+    Arm("no mask", "the crop has a hard edge", {"model.k": math.inf}),
     Arm("boxes never trained", "the boxes stay as pretrain-apn left them", {"alternate.apn_epochs": 0}),
     CENTER,
 )
@@ -87,7 +78,7 @@ def summarize(name: str, arms: Sequence[Arm], seeds: Sequence[SeedResult]) -> Be
         fused = [result.top1["fused"] for result in results]
         rows[arm.name] = {
             "about": arm.about,
-            "changes": dict(arm.changes),
+            "changes": {key: str(value) if value == math.inf else value for key, value in arm.changes.items()},
             finest: spread([result.top1[finest] for result in results]),
             "fused": spread(fused),
             **{key: spread([getattr(result.boxes[-1], key) for result in results]) for key in box_keys},

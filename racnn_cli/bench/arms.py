@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,8 +19,7 @@ from racnn_cli import api
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Options
 from racnn_cli.bench.boxes import AnnotatedFileSource, BoxKind, box_source
-from racnn_cli.bench.compute import Compute, equal_compute, plain_multiply_adds
-from racnn_cli.bench.records import ArmResult, SeedResult, read_milestones
+from racnn_cli.bench.records import ArmResult, Metrics, SeedResult, read_milestones
 from racnn_cli.bench.summary import report
 from racnn_cli.core.model import resolve
 from racnn_cli.data.datasets import clutter
@@ -31,7 +30,8 @@ from racnn_cli.events import TestEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import RUNS, Run, write_json, write_text
 from racnn_cli.training import stages
-from racnn_cli.training.baseline import baseline_recipe, rounds_run
+from racnn_cli.training.baseline import baseline_recipe
+from racnn_cli.training.compute import compute_of, epochs_run
 from racnn_cli.training.phases import BoxSource
 from racnn_cli.training.trainer import Trainer
 
@@ -64,6 +64,22 @@ class Arm:
     def folder_name(self) -> str:
         return self.folder or "-".join(re.findall(r"\w+", self.name))
 
+    @property
+    def lr_key(self) -> str:
+        """The learning rate that matters most for it."""
+        return "pretrain_cnn.lr" if self.plain else "alternate.cnn_lr"
+
+    def lr(self, recipe: Recipe) -> float:
+        """That learning rate in a recipe."""
+        return recipe.pretrain_cnn.lr if self.plain else recipe.alternate.cnn_lr
+
+    def with_lr(self, recipe: Recipe, factor: float) -> Arm:
+        """The arm with a multiple of the recipe's learning rate, in a folder of its own."""
+        if factor == 1:
+            return self
+        lr = self.lr(recipe) * factor
+        return replace(self, changes={**self.changes, self.lr_key: lr}, folder=f"{self.folder_name}-lr-{lr:g}")
+
 
 LEARNED = Arm("learned", "the recipe as it is", pretrained=False)
 
@@ -75,12 +91,13 @@ class SeedExperiment:
         options: `recipe`, `data` and `quick` of the bench.
         seed: seed of the split and of training.
         needs_boxes: the test images must have ground-truth boxes.
+        learned: the arm that the others start from, and that sets the budget of the plain ones.
 
     Raises:
         RecipeError: the recipe does not exist or has one scale.
     """
 
-    def __init__(self, options: Options, seed: int, *, needs_boxes: bool = True) -> None:
+    def __init__(self, options: Options, seed: int, *, needs_boxes: bool = True, learned: Arm = LEARNED) -> None:
         changes: dict[str, Any] = {"seed": seed, "quick": options.quick, "baseline": False, "onnx": False}
         recipe = recipes.load(options.recipe, (), changes).as_used()
         if recipe.model.scales < 2:
@@ -98,7 +115,7 @@ class SeedExperiment:
         self.seed, self.recipe, self.needs_boxes = seed, resolve(recipe), needs_boxes
         suffix = "-quick" if options.quick else ""
         self.folder = RUNS / f"bench-attention-{recipe.name}{suffix}" / f"seed-{seed}"
-        self.learned = Run(self.folder / LEARNED.folder_name)
+        self.learned = Run(self.folder / learned.folder_name)
         self.pretrained = Run(self.folder / "pretrained")
 
     @cached_property
@@ -117,21 +134,16 @@ class SeedExperiment:
             )
         return source
 
-    @cached_property
-    def compute(self) -> Compute:
-        """Cost of all scales, and the plain backbone of equal cost; needs the learned arm's run folder."""
-        return equal_compute(self.recipe.override({"seed": 0}), len(self.learned.classes()))
-
     def recipe_of(self, arm: Arm) -> Recipe:
-        """Build the recipe of an arm; that of a plain one depends on the number of rounds of the learned arm."""
+        """Build the recipe of an arm; that of a plain one depends on the epochs of the learned arm."""
         recipe, section, changes = self.recipe, self.recipe.alternate, dict(arm.changes)
         if arm.plain:
-            rounds = rounds_run(self.learned)
-            size = self.compute.size if arm.plain == "equal compute" else recipe.model.sizes[0]
-            recipe = baseline_recipe(recipe, rounds=rounds, size=size)
+            epochs, size = epochs_run(self.learned), None
             if arm.plain == "first view":
-                epochs = self.recipe.pretrain_cnn.epochs + section.cnn_epochs_in(rounds)
-                changes |= {"pretrain_cnn.epochs": epochs, "pretrain_cnn.patience": epochs}
+                size = recipe.model.sizes[0]
+                count = epochs["pretrain-cnn", ""] + epochs["alternate", "CNN phase"]
+                changes |= {"pretrain_cnn.epochs": count}
+            recipe = baseline_recipe(recipe, classes=len(self.learned.classes()), epochs=epochs, size=size)
         elif section.ramp and not changes.get("alternate.ramp", True):
             # Fewer rounds without the ramp, so that the total of CNN epochs stays the same.
             changes["alternate.rounds"] = max(round(section.cnn_epochs_in(section.rounds) / section.cnn_epochs), 1)
@@ -179,7 +191,7 @@ class SeedExperiment:
         return Trainer.start(recipe, out=run.folder, **options)
 
     def _train(self, arm: Arm, trainer: Trainer) -> ArmResult:
-        run, recipe, is_learned = trainer.run, trainer.recipe, arm.folder_name == LEARNED.folder_name
+        run, recipe, is_learned = trainer.run, trainer.recipe, arm.folder_name.startswith(LEARNED.name)
 
         def log_test(stage: str, phase: str, round_: int) -> None:
             name = f"{stage}: {phase}, round {round_}" if phase else stage
@@ -194,14 +206,14 @@ class SeedExperiment:
             if is_learned and only_first and not self.pretrained.recipe_file.is_file():
                 self._copy(self.learned, self.pretrained, recipe)
         result = _test(trainer)
+        result.val = Metrics.from_validation(trainer.validate())
         result.seconds = sum(event.seconds for event in run.epochs())
         if is_learned:
             result.milestones = read_milestones(run)
             if result.boxes[-1].iou_mean is not None:
                 result.true_boxes = _test(trainer, box_source("true", recipe))
-        if arm.plain:
-            result.size = recipe.model.sizes[0]
-            result.multiply_adds = plain_multiply_adds(self.recipe, len(run.classes()), result.size)
+        result.size, result.choices = recipe.model.sizes[0], run.choices()
+        result.compute = compute_of(run, images=len(trainer.train))
         return result
 
     def _copy(self, source: Run, target: Run, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from racnn_cli.bench import BenchResult, Options, summary
 from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment
 from racnn_cli.bench.records import ArmResult, Milestone, SeedResult
-from racnn_cli.bench.summary import ABOVE, BOX_HEADINGS, Claim, Pair, final, format_spread, new_table, spread
+from racnn_cli.bench.summary import ABOVE, BOX_HEADINGS, Claim, Pair, final, format_spread, new_table, report, spread
 
 FIXED = {
     # No APN is trained, and the boxes are used without augmentation.
@@ -31,6 +31,8 @@ PLAIN = Arm("plain", "one scale at the first view's size, as many epochs as scal
 EQUAL = Arm("plain, equal compute", "one scale that costs what all scales cost", plain="equal compute")
 ARMS = (LEARNED, TAUGHT, TRUE, RANDOM, PLAIN, EQUAL)
 """In the order of training: the others start from the learned arm or depend on its number of rounds."""
+FACTORS = (1, 0.5, 2, 4)
+"""Multiples of the recipe's learning rate that are tried for every arm."""
 ORDER = (LEARNED.name, TRUE_AT_TEST, *(arm.name for arm in ARMS[1:]))
 """Rows of the table."""
 
@@ -42,22 +44,61 @@ def run(options: Options) -> BenchResult:
         DataError: the test images have no ground-truth boxes.
         RunError: a folder holds a run of another recipe, or training fails.
     """
+    arms, grid = choose_learning_rates(options)
     seeds = []
     for number in options.seeds:
-        experiment = SeedExperiment(options, number)
-        seed = experiment.run_arms(ARMS)
+        experiment = SeedExperiment(options, number, learned=arms[0])
+        seed = experiment.run_arms(arms)
         if true_at_test := seed.arms[LEARNED.name].true_boxes:
             seed.arms[TRUE_AT_TEST] = true_at_test
         seeds.append(seed)
-    return summarize(experiment, seeds)
+    return summarize(experiment, seeds, grid)
 
 
-def summarize(experiment: SeedExperiment, seeds: Sequence[SeedResult]) -> BenchResult:
+Grid = Mapping[str, Mapping[float, Mapping[str, Any]]]
+"""Arm to learning rate to the spread of its validation top-1 over the choosing seeds."""
+
+
+def choose_learning_rates(options: Options) -> tuple[list[Arm], Grid]:
+    """Choose the learning rate of every arm by its mean validation top-1 on the choosing seeds.
+
+    Every arm gets as many runs as the others: all `FACTORS` on all of these seeds. Equal means are a tie, which the
+    learning rate nearer to the recipe's wins.
+
+    Returns:
+        the arms, with the learning rates that were chosen, and the grid; it is empty without choosing seeds.
+    """
+    chosen, grid = [], dict[str, dict[float, dict[str, Any]]]()
+    experiments = [SeedExperiment(options, number) for number in options.choose]
+    if not experiments:
+        return list(ARMS), grid
+    recipe = experiments[0].recipe
+    for arm in ARMS:
+        variants, rows = [arm.with_lr(recipe, factor) for factor in FACTORS], dict[float, dict[str, Any]]()
+        for factor, variant in zip(FACTORS, variants, strict=True):
+            values = [final_val(experiment.run_arm(variant)) for experiment in experiments]
+            rows[arm.lr(recipe) * factor] = spread(values)
+        means = [row["mean"] for row in rows.values()]
+        best = means.index(max(means))
+        report(f"{arm.name}: {arm.lr_key} = {list(rows)[best]:g} is chosen")
+        chosen.append(variants[best])
+        grid[arm.name] = rows
+    return chosen, grid
+
+
+def final_val(result: ArmResult) -> float:
+    """Validation top-1 of the final answer."""
+    assert result.val is not None
+    return result.val.final
+
+
+def summarize(experiment: SeedExperiment, seeds: Sequence[SeedResult], grid: Grid) -> BenchResult:
     """Summarize the results as tables and values.
 
     Args:
         experiment: of any seed.
         seeds: results of all seeds.
+        grid: how the learning rates were chosen; may be empty.
     """
     recipe, first = experiment.recipe, seeds[0].arms
     answers, images = list(first[LEARNED.name].top1), first[LEARNED.name].images
@@ -65,14 +106,17 @@ def summarize(experiment: SeedExperiment, seeds: Sequence[SeedResult]) -> BenchR
         arm: {answer: spread([seed.arms[arm].top1[answer] for seed in seeds]) for answer in first[arm].top1}
         for arm in ORDER
     }
-    costs = {"all scales": experiment.compute.scales}
-    costs |= {name: first[name].multiply_adds for name in (PLAIN.name, EQUAL.name)}
-    text = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in costs.items())
+    costs = {name: spread_compute([seed.arms[name] for seed in seeds]) for name in (arm.name for arm in ARMS)}
+    compared = (LEARNED.name, PLAIN.name, EQUAL.name)
+    predictions = ", ".join(f"{name} {costs[name]['prediction']['mean'] / 1e6:.2f}" for name in compared)
+    trainings = ", ".join(f"{name} {costs[name]['training']['mean'] / 1e12:.1f}" for name in compared)
     notes = [
         summary.SPREAD_NOTE,
         *(f"{arm.name}: {arm.about}" for arm in ARMS),
         f"{TRUE_AT_TEST}: the learned weights, tested with true boxes",
-        f"million multiply-adds per image, counted: {text} (at {first[EQUAL.name].size} px)",
+        f"compute of a prediction in MFLOPs: {predictions} (at {first[EQUAL.name].size} px)",
+        f"compute of training in TFLOPs, forward and backward: {trainings}",
+        describe_choices(seeds),
     ]
     title = f"Recipe {recipe.name}: top-1 on {images} test images"
     table = new_table(title, text=["arm"], numbers=answers, notes=notes)
@@ -86,9 +130,44 @@ def summarize(experiment: SeedExperiment, seeds: Sequence[SeedResult]) -> BenchR
         "moments": merge_milestones([seed.arms[LEARNED.name].milestones for seed in seeds]),
         "claims": [claim.measure([seed.arms for seed in seeds]) for claim in CLAIMS],
         "data": recipe.data.path,
-        "multiply_adds": costs,
+        "compute": costs,
+        "learning_rates": {arm: {f"{lr:g}": value for lr, value in rows.items()} for arm, rows in grid.items()},
     }
-    return BenchResult([table, _milestone_table(values["moments"]), _claim_table(values["claims"])], values)
+    tables = [table, _milestone_table(values["moments"]), _claim_table(values["claims"])]
+    return BenchResult([*([_grid_table(grid)] if grid else []), *tables], values)
+
+
+def spread_compute(results: Sequence[ArmResult]) -> dict[str, Any]:
+    """Spreads of the compute of `prediction` and `training`."""
+    costs = [result.compute for result in results if result.compute is not None]
+    return {key: spread([getattr(cost, key) for cost in costs]) for key in ("prediction", "training")}
+
+
+def describe_choices(seeds: Sequence[SeedResult]) -> str:
+    """Compare the kept round or epoch with the last one, on the validation split, in the mean over the seeds."""
+    parts = []
+    for name, unit in ((LEARNED.name, "round"), (PLAIN.name, "epoch"), (EQUAL.name, "epoch")):
+        every = [choice for seed in seeds for choice in seed.arms[name].choices]
+        choices = [choice for choice in every if choice.unit == unit and not choice.phase]
+        kept = spread([choice.kept_val.top1 for choice in choices])["mean"]
+        last = spread([choice.last_val.top1 for choice in choices])["mean"]
+        parts.append(f"{name} {kept:.3f} (last {unit} {last:.3f})")
+    return f"validation top-1 of what was kept: {', '.join(parts)}"
+
+
+def _grid_table(grid: Grid) -> Table:
+    table = new_table(
+        "Validation top-1 by learning rate, on the choosing seeds",
+        text=["arm"],
+        numbers=["", "", "", ""],
+        notes=["mean ± standard deviation; *: chosen. `alternate.cnn_lr`, of a plain backbone `pretrain_cnn.lr`"],
+    )
+    for arm, rows in grid.items():
+        best = max(row["mean"] for row in rows.values())
+        first = next(lr for lr, row in rows.items() if row["mean"] == best)
+        cells = [f"{lr:g}: {format_spread(row)}{' *' if lr == first else ''}" for lr, row in rows.items()]
+        table.add_row(arm, *cells)
+    return table
 
 
 def merge_milestones(runs: Sequence[Sequence[Milestone]]) -> list[dict[str, Any]]:

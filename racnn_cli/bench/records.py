@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, Field
 
-from racnn_cli.events import Boxes, EpochEvent, Number, Record, Share, TestEvent, Validation
+from racnn_cli.events import Boxes, ChoiceEvent, Compute, EpochEvent, Number, Record, Share, TestEvent, Validation
 from racnn_cli.run import Run
 
 
@@ -55,16 +55,21 @@ class ArmResult(Metrics):
     """Test metrics of a trained arm.
 
     Attributes:
+        val: metrics on the validation split, which chose between epochs and rounds.
         seconds: of training, including a shared pretrain-cnn.
         milestones, true_boxes: of the learned arm; its metrics with ground-truth boxes.
-        size, multiply_adds: of a plain arm; its input side, and its cost per image.
+        size: input side of scale 1.
+        compute: of a prediction and of training, including a shared pretrain-cnn.
+        choices: which epochs and which round were kept.
     """
 
+    val: Metrics | None = None
     seconds: Number = 0.0
     milestones: list[Milestone] = Field(default=[], alias="moments")
     true_boxes: ArmResult | None = None
     size: int = 0
-    multiply_adds: int = 0
+    compute: Compute | None = None
+    choices: list[ChoiceEvent] = Field(default=[])
 
 
 class SeedResult(BenchRecord):

@@ -12,6 +12,7 @@ import statistics
 import torch
 from torch import Tensor
 
+TEMPERATURES = [2 ** (number / 4) for number in range(-8, 17)]  # 0.25 to 16, among which the best one is found
 BINS = 15  # of the calibration error (Guo et al., ICML 2017)
 TOLERANCE = 0.02  # a side within 2 % of a bound counts as being at it, because proposals only approach it
 
@@ -21,26 +22,35 @@ class ClassificationMetrics:
 
     Args:
         classes: number of classes N.
+        temperature: of the calibrated probabilities, `softmax(logits / temperature)`.
     """
 
-    def __init__(self, classes: int) -> None:
-        self.classes, self.images = classes, 0
-        self._top1 = self._top5 = self._nll = 0.0
-        self._bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, sum of confidences, correct predictions
+    def __init__(self, classes: int, temperature: float = 1.0) -> None:
+        self.classes, self.temperature, self.images = classes, temperature, 0
+        self._top1 = self._top5 = 0.0
+        self._nll = torch.zeros(2, dtype=torch.float64)  # as they are, calibrated
+        self._nlls = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+        # Images, sum of confidences, correct predictions; as they are, calibrated.
+        self._bins = torch.zeros(2, 3, BINS, dtype=torch.float64)
         self._pairs: list[Tensor] = []  # label * N + prediction of every image
         self._per_class = torch.zeros(2, classes, dtype=torch.int64)  # images, correct predictions
 
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
         """Add a batch of log-probabilities (B, N) and labels (B,)."""
+        self._nlls -= _scaled(log_probabilities, TEMPERATURES, labels).sum(dim=1).cpu()
         scores, labels = log_probabilities.detach().cpu().double(), labels.cpu()
         self.images += len(labels)
         correct = topk(scores, labels, 1)
         self._top1 += correct.sum().item()
         self._top5 += topk(scores, labels, 5).sum().item()
-        self._nll -= scores.gather(1, labels[:, None]).sum().item()
-        confidence, prediction = scores.exp().max(dim=1)
-        bins = (confidence * BINS).long().clamp(0, BINS - 1)
-        self._bins.index_add_(1, bins, torch.stack([torch.ones_like(confidence), confidence, correct.double()]))
+        prediction = scores.argmax(dim=1)
+        calibrated = scores if self.temperature == 1 else (scores / self.temperature).log_softmax(dim=1)
+        for kind, values in enumerate((scores, calibrated)):
+            self._nll[kind] -= values.gather(1, labels[:, None]).sum()
+            confidence = values.amax(dim=1).exp()
+            bins = (confidence * BINS).long().clamp(0, BINS - 1)
+            sums = torch.stack([torch.ones_like(confidence), confidence, correct.double()])
+            self._bins[kind].index_add_(1, bins, sums)
         self._pairs.append(labels * self.classes + prediction)
         self._per_class.index_add_(1, labels, torch.stack([torch.ones_like(labels), (prediction == labels).long()]))
 
@@ -50,9 +60,22 @@ class ClassificationMetrics:
         self._top1 += other._top1
         self._top5 += other._top5
         self._nll += other._nll
+        self._nlls += other._nlls
         self._bins += other._bins
         self._pairs += other._pairs
         self._per_class += other._per_class
+
+    def compare(self, other: ClassificationMetrics) -> tuple[int, int]:
+        """Count the images that only this instance, and only the other one, classified right.
+
+        Both must have seen the same images in the same order.
+        """
+        both = []
+        for metrics in (self, other):
+            pairs = torch.cat([*metrics._pairs, torch.zeros(0, dtype=torch.int64)])
+            both.append(pairs // self.classes == pairs % self.classes)
+        mine, theirs = both
+        return int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
 
     @property
     def top1(self) -> float:
@@ -68,15 +91,34 @@ class ClassificationMetrics:
     @property
     def nll(self) -> float:
         """Mean negative log-likelihood, in nats."""
-        return self._nll / max(self.images, 1)
+        return self._nll[0].item() / max(self.images, 1)
+
+    def fit_temperature(self) -> tuple[float, float]:
+        """Return the temperature that fits these images best, and the mean NLL with it.
+
+        Temperature scaling (Guo et al., ICML 2017). A standard normal prior on the temperature's logarithm keeps it
+        near 1 where there are few images, all of which may be right by chance.
+        """
+        logs = torch.tensor(TEMPERATURES, dtype=torch.float64).log()
+        costs = self._nlls + logs.square() / 2
+        best = int(costs[1:-1].argmin()) + 1
+        left, middle, right = costs[best - 1 : best + 2].tolist()
+        bend = left - 2 * middle + right
+        shift = 0.5 * (left - right) / bend if bend > 0 else 0.0  # minimum of the parabola through the three
+        shift = min(max(shift, -1.0), 1.0)
+        nll = middle - 0.25 * (left - right) * shift if abs(shift) < 1 else min(left, right)
+        temperature = math.exp(logs[best].item() + shift * (logs[1] - logs[0]).item())
+        return temperature, (nll - math.log(temperature) ** 2 / 2) / max(self.images, 1)
 
     def compute(self) -> dict[str, float]:
-        """Return `top1`, `mean_class`, `top5` (of min(5, N)), `nll` and `ece` (15 equal bins, weighted by images)."""
+        """Return `top1`, `mean_class`, `top5` (of min(5, N)), `nll` and `ece` (15 equal bins, weighted by images), the
+        `temperature`, and with it `calibrated_nll` and `calibrated_ece`."""
         count = max(self.images, 1)
-        _, confidence, correct = self._bins
-        ece = (confidence - correct).abs().sum().item() / count
+        nll, calibrated_nll = (self._nll / count).tolist()
+        ece, calibrated_ece = ((self._bins[:, 1] - self._bins[:, 2]).abs().sum(dim=1) / count).tolist()
         figures = {"top1": self.top1, "mean_class": self.mean_class, "top5": self._top5 / count}
-        return figures | {"nll": self.nll, "ece": ece}
+        figures |= {"nll": nll, "ece": ece, "temperature": self.temperature}
+        return figures | {"calibrated_nll": calibrated_nll, "calibrated_ece": calibrated_ece}
 
     def confusion(self) -> Tensor:
         """Return (K, 3) int64: true class, predicted class and number of images, sorted, without empty pairs."""
@@ -140,6 +182,13 @@ class BoxMetrics:
             names = ("iou_mean", "hit_rate", "coverage_mean")
             result |= dict(zip(names, overlaps.mean(dim=0).tolist(), strict=True))
         return result
+
+
+def _scaled(log_probabilities: Tensor, temperatures: list[float], labels: Tensor) -> Tensor:
+    """Log-probability (T, B) of the true class at each temperature, of log-probabilities (B, N) and labels (B,)."""
+    scores, labels = log_probabilities.detach().float(), labels.to(log_probabilities.device)[:, None]
+    rows = [(scores / value).log_softmax(dim=1).gather(1, labels)[:, 0] for value in temperatures]
+    return torch.stack(rows).double() if scores.device.type != "mps" else torch.stack(rows).cpu().double()
 
 
 def topk(scores: Tensor, labels: Tensor, k: int) -> Tensor:

@@ -26,7 +26,7 @@ from racnn_cli.recipe import Model, Recipe
 class Output(NamedTuple):
     """Result of a forward pass; boxes and views are ordered from the coarsest scale to the finest."""
 
-    probabilities: Tensor  # (B, N) of the fusion head
+    probabilities: Tensor  # (B, N) of the fusion head, calibrated
     fused: Tensor  # (B, N) logits of the fusion head
     logits: tuple[Tensor, ...]  # S × (B, N)
     boxes: tuple[Tensor, ...]  # S - 1 × (B, 3) on the source image
@@ -94,6 +94,7 @@ class RACNN(nn.Module):
 
     mean: Tensor
     std: Tensor
+    temperatures: Tensor  # (S + 2,) of the scales, their average and the fusion head; 1 until they are fitted
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class RACNN(nn.Module):
             self.scales.append(Scale(backbone, classes, dropout=dropout, apn=apn))
         # A single scale is the plain backbone: a fusion layer would add unused weights.
         self.fusion = nn.Linear(sum(backbone.width for backbone in modules), classes) if last else None
+        self.register_buffer("temperatures", torch.ones(len(modules) + 2))
         self.register_buffer("mean", torch.tensor(modules[0].mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(modules[0].std)[:, None, None], persistent=False)
 
@@ -183,6 +185,11 @@ class RACNN(nn.Module):
         image, region = (view, proposal) if self.zoom == "nested" else (source, box)
         return attention.zoom(image, region, self.sizes[number], k=self.k, gradient=self.gradient), box
 
+    def scale_probabilities(self, logits: Sequence[Tensor]) -> Tensor:
+        """Map the logits S × (B, N) of the scales to their calibrated probabilities (B, S, N)."""
+        pairs = zip(logits, self.temperatures[: len(logits)], strict=True)
+        return torch.stack([(values.float() / temperature).softmax(dim=1) for values, temperature in pairs], dim=1)
+
     def fuse(self, descriptors: Sequence[Tensor]) -> Tensor:
         """Map the descriptors S × (B, D), each normalized to unit length, to the fused logits (B, N)."""
         assert self.fusion is not None
@@ -227,7 +234,7 @@ class RACNN(nn.Module):
             descriptors.append(descriptor)
         fused = logits[0] if self.fusion is None else self.fuse(descriptors)
         return Output(
-            probabilities=fused.softmax(dim=1),
+            probabilities=(fused / self.temperatures[-1]).softmax(dim=1),
             fused=fused,
             logits=tuple(logits),
             boxes=tuple(boxes),
@@ -248,9 +255,20 @@ def sizes_of(model: Model) -> tuple[int, ...]:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Fill in the sizes and the source side that the recipe leaves to the backbone."""
-    sizes = sizes_of(recipe.model)
-    return recipe.override({"model.sizes": list(sizes), "data.source": recipe.data.source or sizes[0]})
+    """Fill in what the recipe leaves to the backbone and its weights: sizes, source side and `alternate.ramp`.
+
+    `train.batchnorm = frozen` becomes `train` with random weights, whose BatchNorm layers have no statistics to keep.
+    """
+    sizes, ramp, batchnorm = sizes_of(recipe.model), recipe.alternate.ramp, recipe.train.batchnorm
+    random = recipe.model.weights == "none"
+    return recipe.override(
+        {
+            "model.sizes": list(sizes),
+            "data.source": recipe.data.source or sizes[0],
+            "alternate.ramp": random if ramp == "auto" else ramp,
+            "train.batchnorm": "train" if random and batchnorm == "frozen" else batchnorm,
+        }
+    )
 
 
 def build(model: Model, classes: int, *, source: int = 0, weights: str | None = None) -> RACNN:

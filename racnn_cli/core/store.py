@@ -82,6 +82,7 @@ def fill(model: RACNN, tensors: dict[str, torch.Tensor], path: Path) -> None:
         RunError: names or shapes differ.
     """
     state = model.state_dict()
+    tensors = {"temperatures": torch.ones_like(model.temperatures)} | tensors  # files of older versions have none
     mismatches = sorted(state.keys() ^ tensors.keys()) + [
         f"{name}: {tuple(tensors[name].shape)} where {tuple(state[name].shape)} is needed"
         for name in sorted(state.keys() & tensors.keys())

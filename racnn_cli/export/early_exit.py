@@ -42,7 +42,7 @@ class CoarseGraph(ExportedGraph):
         _, square, _ = self._prepare(image)
         _, logits, descriptor, proposal = model.coarse(model.normalise(square))
         assert proposal is not None
-        probabilities = logits.softmax(dim=1)
+        probabilities = model.scale_probabilities([logits])[:, 0]
         batch, finer = logits.shape[0], model.sizes[1:]
         zeros = partial(probabilities.new_zeros, batch)
         scales = torch.cat([probabilities[:, None], zeros(len(finer), model.classes)], dim=1)

@@ -114,7 +114,7 @@ class ExportedGraph(nn.Module):
 
     def _outputs(self, output: Output, image: Tensor, square: Tensor, *, offset: Point) -> tuple[Tensor, ...]:
         """What `forward` returns; `square` lies at `offset` in `image`."""
-        scales = torch.stack([logits.softmax(dim=1) for logits in output.logits], dim=1)
+        scales = self.model.scale_probabilities(output.logits)
         outputs = [output.probabilities, self._top_labels(output.probabilities), scales]
         if output.boxes:
             boxes = torch.stack([metrics.corners(box) for box in output.boxes], dim=1)  # (B, S - 1, 4)

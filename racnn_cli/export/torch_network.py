@@ -37,7 +37,7 @@ class TorchNetwork:
     def predict(self, squares: np.ndarray) -> NetworkOutput:
         """As `Network.predict`."""
         output = self.model(torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device))
-        scales = torch.stack([logits.float().softmax(dim=1) for logits in output.logits], dim=1)
+        scales = self.model.scale_probabilities(output.logits)
         corners = [metrics.corners(box.float()) for box in output.boxes]
         boxes = torch.stack(corners, dim=1) if corners else torch.zeros(len(squares), 0, 4)
         return NetworkOutput(

@@ -30,19 +30,46 @@ class Table:
 def accuracy(result: EvalResult) -> Table:
     """The figures of the baseline, each scale, their average and the fusion head."""
     low, high = result.interval
+    lines = [
+        f"{result.describe_images()} of {result.classes} classes",
+        f"95% interval of fused top-1: {low:.3f} to {high:.3f}",
+        "mean class: mean of the top-1 of each class",
+    ]
+    if result.fused.temperature is not None:
+        lines.append("T: temperature, fitted on the validation split; NLL/T, ECE/T: with it")
     return Table(
         title="Accuracy",
-        columns=["", "top-1", "mean class", f"top-{min(5, result.classes)}", "NLL", "ECE"],
+        columns=["", "top-1", "mean class", f"top-{min(5, result.classes)}", "NLL", "ECE", "T", "NLL/T", "ECE/T"],
         rows=[(name, _answer(answer)) for name, answer in result.answers()],
-        caption=f"{result.describe_images()} of {result.classes} classes\n"
-        f"95% interval of fused top-1: {low:.3f} to {high:.3f}\n"
-        "mean class: mean of the top-1 of each class",
+        caption="\n".join(lines + comparison(result)),
     )
 
 
+def comparison(result: EvalResult) -> list[str]:
+    """What makes the comparison with the baseline fair, one line each: the epochs and rounds kept, and the compute."""
+    lines = [f"{choice.stage}: {choice.describe()}" for choice in result.choices if choice.kept != choice.last]
+    if (baseline := result.baseline) is None:
+        return lines
+    lines += [f"baseline: {choice.describe()}" for choice in baseline.choices]
+    if (budget := baseline.budget) is not None:
+        run, plain = budget.run, budget.baseline
+        lines.append(f"compute of a prediction: {_giga(run.prediction)} GFLOPs, baseline {_giga(plain.prediction)}")
+        lines.append(
+            f"compute of training, forward and backward: {_giga(run.training)} GFLOPs, baseline {_giga(plain.training)}"
+        )
+    return lines
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:,.3g}" if flops < 1e11 else f"{flops / 1e9:,.0f}"
+
+
 def _answer(answer: EvalAnswer) -> list[str]:
-    values = (answer.top1, answer.mean_class, answer.top5, answer.nll, answer.ece)
-    return ["" if value is None else f"{value:.3f}" for value in values]  # older files have no mean_class
+    values = [answer.top1, answer.mean_class, answer.top5, answer.nll, answer.ece]
+    cells = [*values, answer.temperature, answer.calibrated_nll, answer.calibrated_ece]
+    digits = [3, 3, 3, 3, 3, 2, 3, 3]  # the table fits into 80 columns
+    # Older files do not have all of them.
+    return ["" if value is None else f"{value:.{count}f}" for value, count in zip(cells, digits, strict=True)]
 
 
 def remarks(result: EvalResult) -> list[str]:

@@ -4,51 +4,43 @@ from __future__ import annotations
 
 import math
 
-from racnn_cli import backbones
-from racnn_cli.errors import BackboneError
-from racnn_cli.events import RoundEvent
+from racnn_cli.events import Budget
 from racnn_cli.recipe import Recipe
-from racnn_cli.run import Run
+from racnn_cli.run import Run, write_json
+from racnn_cli.training.compute import Epochs, compute_of, equal_size, plain, training_flops
 
 
-def rounds_run(run: Run) -> int:
-    """How many rounds `alternate` ran, from the log."""
-    return len({event.round for event in run.read_log() if isinstance(event, RoundEvent)})
+def baseline_recipe(recipe: Recipe, *, classes: int, epochs: Epochs, size: int | None = None) -> Recipe:
+    """The recipe of the plain backbone under the same budget.
 
-
-def baseline_recipe(recipe: Recipe, *, rounds: int, size: int | None = None) -> Recipe:
-    """The recipe of the plain backbone under the same budget, counted in multiply-adds of the convolutions.
-
-    One scale whose input has as many pixels as all scales together (rounded to a multiple of 32, or scale 1's size
-    where the backbone takes no other), and as many epochs as cost what the CNN and APN phases cost. An APN phase is
-    counted like a CNN phase, in the baseline's favour.
+    One scale whose input costs at least as much per prediction as all scales together (see `equal_size`), trained for
+    as many epochs as cost at least what all stages of the run cost, in FLOPs of forward and backward passes.
 
     Args:
         recipe: as used by the run, with its sizes resolved.
-        rounds: that `alternate` ran.
+        classes: number of classes.
+        epochs: of each phase of the run.
         size: of the input, instead of that size.
     """
-    sizes = recipe.model.sizes
-    if size is None:
-        size = max(round(math.sqrt(sum(side * side for side in sizes)) / 32) * 32, sizes[0])
-        try:
-            backbones.build(recipe.model.backbone, size=size, weights="none")
-        except BackboneError:
-            size = sizes[0]
-    phases = recipe.alternate.cnn_epochs_in(rounds) + rounds * recipe.alternate.apn_epochs
-    cost = recipe.pretrain_cnn.epochs * sizes[0] ** 2 + phases * sum(side * side for side in sizes)
-    epochs = max(math.ceil(cost / size**2), 1)
-    return recipe.override(
+    size = size or equal_size(recipe.override({"seed": 0}), classes)
+    single = plain(recipe, size)
+    if recipe.model.zoom == "source":
+        single = single.override({"data.source": max(recipe.data.source, size)})
+    target = training_flops(recipe, classes, epochs)
+    count = max(math.ceil(target / training_flops(single, classes, {("pretrain-cnn", ""): 1})), 1)
+    return single.override(
         {
             "name": "baseline",
             "about": f"the plain backbone of {recipe.name} under the same budget",
             "baseline": False,
             "onnx": False,
-            "model.scales": 1,
-            "model.sizes": [size],
-            "data.source": max(recipe.data.source, size) if recipe.model.zoom == "source" else size,
-            "pretrain_cnn.epochs": epochs,
-            # Its best epoch on the validation split is kept, as the best round of the run is.
-            "pretrain_cnn.patience": epochs,
+            "pretrain_cnn.epochs": count,
+            "pretrain_cnn.patience": 0,
         }
     )
+
+
+def write_budget(run: Run, baseline: Run, *, images: int) -> None:
+    """Write what a run and its baseline cost into the baseline's folder."""
+    budget = Budget(run=compute_of(run, images=images), baseline=compute_of(baseline, images=images))
+    write_json(baseline.budget, budget.to_json())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from racnn_cli.core.model import RACNN
 from racnn_cli.core.store import fill, read_tensors, save_tensors
 from racnn_cli.errors import RunError
+from racnn_cli.events import Answer
 from racnn_cli.run import Run
 
 NAME = "checkpoint-{:08d}.safetensors"
@@ -36,6 +37,14 @@ def _both(losses: dict[str, float]) -> dict[str, float]:
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that may be kept: the number of their epoch or round (0: before the first), and their metrics."""
+
+    number: Count
+    val: Answer
+
+
 @dataclass
 class Progress:
     """Where a run stands. Randomness is a function of this and the seed, so no generator's state has to be kept.
@@ -49,9 +58,9 @@ class Progress:
         images: seen in the present epoch, over all processes; 0 in files of versions that did not store it.
         batch: images per step, over all processes.
         views: epochs since the start of the run: every epoch has its own augmentations.
-        sums: every loss of the present epoch, added up over its steps so far.
-        best, stall: of the present phase: lowest validation loss, and epochs since.
-        best_round, best_round_loss: of `alternate`: the round that will be restored.
+        sums: every loss of the present epoch, added up over its images so far.
+        best, last, stall: of the present phase: best and last epoch, and epochs since the best one.
+        best_round, last_round: of `alternate`: the round that will be restored, and the last one.
         smoothed, still: of `alternate`: the smoothed losses, and rounds since one of them changed.
         number: of the checkpoint; each has the next one.
         logged: bytes of log.jsonl that were written before it; what follows them is written again.
@@ -67,10 +76,11 @@ class Progress:
     batch: Count = 0
     views: Count = 0
     sums: dict[str, float] = field(default_factory=dict)
-    best: float | None = None
+    best: Candidate | None = None
+    last: Candidate | None = None
     stall: Count = 0
-    best_round: Count = 0
-    best_round_loss: float | None = None
+    best_round: Candidate | None = None
+    last_round: Candidate | None = None
     smoothed: Annotated[dict[str, float], AfterValidator(_both)] = field(default_factory=dict)
     still: Count = 0
     number: Count = 0
@@ -199,7 +209,7 @@ def restore_training_state(
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-    position = json.dumps(asdict(progress))
+    position = _PROGRESS.dump_json(progress).decode()
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(path, flat, {"progress": position, "sha256": _checksum(flat, position)})
 
@@ -234,9 +244,24 @@ def _checksum(tensors: Mapping[str, Tensor], position: str) -> str:
     return digest.hexdigest()
 
 
+def _upgrade(values: dict[str, Any]) -> dict[str, Any]:
+    """The position as written by versions that kept the epoch and the round with the lowest validation loss."""
+    if "best_round_loss" not in values:
+        return values
+
+    def candidate(loss: float | None, number: int) -> dict[str, Any] | None:
+        return None if loss is None else {"number": number, "val": {"top1": 0.0, "nll": loss}}
+
+    upgraded = {key: value for key, value in values.items() if key != "best_round_loss"}
+    upgraded["sums"] = {name: total * values["batch"] for name, total in values["sums"].items()}
+    upgraded["best"] = candidate(values["best"], max(values["epoch"] - values["stall"], 0))
+    upgraded["best_round"] = candidate(values["best_round_loss"], values["best_round"])
+    return upgraded | {"last": upgraded["best"], "last_round": upgraded["best_round"]}
+
+
 def _progress(metadata: dict[str, str], path: Path) -> Progress:
     try:
-        values = json.loads(metadata["progress"])
+        values = _upgrade(json.loads(metadata["progress"]))
         return _PROGRESS.validate_python({f.name: values[f.name] for f in fields(Progress)})
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise RunError(

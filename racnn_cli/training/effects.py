@@ -74,6 +74,11 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Context], bool], str], ...] = (
         "APN phases are skipped (alternate.apn_epochs = 0)",
     ),
     (
+        (*APN_KEYS, *PERTURB_KEYS, "alternate.apn_epochs"),
+        lambda context: context.recipe.alternate.rounds == 1,
+        "the first round, which is the only one, has no APN phase (alternate.rounds = 1)",
+    ),
+    (
         PERTURB_KEYS,
         lambda context: context.recipe.alternate.apn_gradient != "perturb",
         "no boxes are perturbed (alternate.apn_gradient = backprop)",

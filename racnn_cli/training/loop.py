@@ -17,6 +17,7 @@ from racnn_cli.errors import RunError, is_out_of_memory
 from racnn_cli.events import EpochEvent, Validation
 from racnn_cli.recipe import Recipe
 from racnn_cli.training import checkpoint
+from racnn_cli.training.checkpoint import Candidate
 from racnn_cli.training.ema import Ema
 from racnn_cli.training.interrupts import StopRequested
 from racnn_cli.training.phases import Phase
@@ -118,6 +119,9 @@ class _Fit:
                 optimizer=self.optimizer, averages=self.ema.values, saved=saved, folder=trainer.run.state
             )
         self.steps = len(trainer.batches("train"))
+        size = self.recipe.train.batch * distributed.world()
+        self.images = (self.steps - 1) * size + self._images_of(self.steps - 1)
+        self.update_images = min(size * self.accumulate, self.images)
         self.updates_per_epoch = math.ceil(self.steps / self.accumulate)
         updates = self.progress.epoch * self.updates_per_epoch + math.ceil(self.progress.step / self.accumulate)
         self.ema.updates = updates
@@ -133,7 +137,7 @@ class _Fit:
         try:
             with translate_errors(trainer):
                 if phase.keep_best and phase.from_start and progress.best is None:
-                    self._keep_if_best(self._validate())
+                    self._keep_if_best(0, self._validate())
                 while progress.epoch < phase.epochs and not (phase.patience and progress.stall >= phase.patience):
                     self._epoch()
         except StopRequested:
@@ -145,8 +149,10 @@ class _Fit:
         if phase.keep_best and progress.best is not None:
             distributed.barrier()
             checkpoint.restore_snapshot(trainer.run, "best", self.model)
+            trainer.log_choice(progress.best, progress.last or progress.best, phase=phase.name, unit="epoch")
         self.model.eval().requires_grad_(False)
-        progress.epoch, progress.step, progress.images, progress.stall, progress.best = 0, 0, 0, 0, None
+        progress.epoch, progress.step, progress.images, progress.stall = 0, 0, 0, 0
+        progress.best, progress.last = None, None
 
     def _epoch(self) -> None:
         """The rest of an epoch, its validation, its line in the log and its checkpoint."""
@@ -157,7 +163,7 @@ class _Fit:
         trainer.console.begin_epoch(progress.epoch, self.phase.epochs)
         for step, batch in enumerate(trainer.batches("train", skip=progress.step), start=progress.step):
             self._step(step, batch)
-        losses = {name: total / max(self.steps, 1) for name, total in progress.sums.items()}
+        losses = {name: total / self.images for name, total in progress.sums.items()}
         seconds = time.perf_counter() - started
         self._average_buffers()
         val = self._validate()
@@ -165,7 +171,7 @@ class _Fit:
         progress.step, progress.images = 0, 0
         progress.sums = {}
         if self.phase.keep_best:
-            self._keep_if_best(val)
+            self._keep_if_best(progress.epoch, val)
         self._log(losses, val, seconds)
         self._save()
         if distributed.any_process([bool(trainer.interrupts.number)], trainer.device)[0]:
@@ -177,29 +183,28 @@ class _Fit:
         seed_step(recipe.seed, progress.views, step, distributed.rank())
         batch = {name: value.to(trainer.device, non_blocking=True) for name, value in batch.items()}
         batch["key"] = draws.keys(recipe.seed, progress.views, batch["index"])
-        weight = self._batch_weight(step, len(batch["label"]))
-        # The batches of the last, shorter, update share its gradient evenly too.
-        group = min(self.accumulate, self.steps - step // self.accumulate * self.accumulate)
+        # Every image of an epoch weighs the same, also those of a last update that has fewer of them.
+        images, of_step = len(batch["label"]), self._images_of(step)
+        weight = images * distributed.world() / self.update_images
         completes_update = (step + 1) % self.accumulate == 0 or step + 1 == self.steps
         figures: dict[str, float] = {}
         with self._no_sync(not completes_update):
             for name, loss in self._losses(batch):
-                loss = loss * weight
-                figures[name] = distributed.mean(loss.detach())
+                figures[name] = distributed.mean(loss.detach() * images * distributed.world() / of_step)
                 if not math.isfinite(figures[name]):
                     raise self._not_finite(f"the loss `{name}` is {figures[name]}", step)
-                (loss / group).backward()
+                (loss * weight).backward()
         update = progress.epoch * self.updates_per_epoch + step // self.accumulate
         if completes_update:
             self._update(update, step)
         for name, value in figures.items():
-            progress.sums[name] = progress.sums.get(name, 0.0) + value
+            progress.sums[name] = progress.sums.get(name, 0.0) + value * of_step
         if completes_update:
             progress.step, progress.batch = step + 1, recipe.train.batch * distributed.world()
             progress.images = progress.step * progress.batch if progress.step < self.steps else len(trainer.train)
             if progress.step < self.steps:
                 self._save_or_stop(update)
-        trainer.console.step(figures, images=len(batch["label"]))
+        trainer.console.step(figures, images=images)
 
     def _losses(self, batch: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The phase's losses, each computed under autocast; `backward` of the one before it runs outside of it."""
@@ -229,14 +234,14 @@ class _Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
 
-    def _batch_weight(self, step: int, images: int) -> float:
-        """How much a mean over this process's images counts in the mean over the processes: the last batch of an epoch
-        may be uneven, and every image of it has the same weight."""
+    def _images_of(self, step: int) -> int:
+        """The number of images of a step, over all processes."""
         world = distributed.world()
         size = self.recipe.train.batch * world
-        if step + 1 == self.steps:  # smaller, or larger by images that would have been a batch of their own
-            size = max(len(self.trainer.train) - step * size, world)
-        return images * world / size
+        if step + 1 < self.steps:
+            return size
+        # Smaller, or larger by images that would have been a batch of their own.
+        return max(len(self.trainer.train) - step * size, world)
 
     def _distribute(self, module: nn.Module) -> nn.Module:
         """The module in DistributedDataParallel, which averages gradients in buckets while `backward` runs."""
@@ -265,11 +270,12 @@ class _Fit:
         with self.ema.applied():
             return self.trainer.validate(self.validated_scales)
 
-    def _keep_if_best(self, val: Validation) -> None:
+    def _keep_if_best(self, epoch: int, val: Validation) -> None:
         answer = val.fused if self.phase.part == "fusion" else val.scales[0]
         assert answer is not None
-        if self.progress.best is None or answer.nll < self.progress.best:
-            self.progress.best, self.progress.stall = answer.nll, 0
+        self.progress.last = Candidate(number=epoch, val=answer)
+        if self.progress.best is None or answer.score > self.progress.best.val.score:
+            self.progress.best, self.progress.stall = self.progress.last, 0
             with self.ema.applied():
                 if distributed.rank() == 0:
                     checkpoint.save_snapshot(self.trainer.run, "best", self.model, self.progress)
@@ -337,7 +343,8 @@ def translate_errors(trainer: Trainer) -> Iterator[None]:
         if SINGLE_VALUE in text:
             raise RunError(
                 f"a layer of {trainer.recipe.model.backbone} cannot train on one value per channel: {error}",
-                f"`{command} --set train.batchnorm=frozen`, a larger train.batch, or a --backbone without BatchNorm",
+                ("" if trainer.recipe.model.weights == "none" else f"`{command} --set train.batchnorm=frozen`, ")
+                + "a larger train.batch, or a --backbone without BatchNorm",
                 failure=True,
             ) from None
         if distributed.world() > 1 and any(phrase in text for phrase in LOST_PROCESS):

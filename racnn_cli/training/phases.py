@@ -59,8 +59,8 @@ class Phase:
         losses: see `Losses`.
         epochs, lr, lr_key: how long, the learning rate, and the recipe key that sets it.
         head_lr: learning rate of the classifiers as a multiple of `lr`.
-        keep_best: at the end, go back to the epoch with the lowest validation loss (the start counts too with
-            `from_start`).
+        keep_best: at the end, go back to the best epoch on the validation split (the start counts too with
+            `from_start`): see `Answer.score`.
         patience: stop after this many epochs without a better one; 0: never.
     """
 
@@ -158,7 +158,7 @@ def pretrain_cnn(recipe: Recipe) -> Phase:
         lr=section.lr,
         lr_key="pretrain_cnn.lr",
         head_lr=section.head_lr,
-        keep_best=section.patience > 0,
+        keep_best=True,
         patience=section.patience,
     )
 

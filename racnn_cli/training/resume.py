@@ -142,5 +142,4 @@ def recount_steps(run: Run, recipe: Recipe, progress: Progress, *, images: int) 
             f"train.accumulate = {accumulate}) do not end there",
             f"the same number of images per update as before, in batches that divide {progress.batch}",
         )
-    progress.sums = {name: value * steps / progress.step for name, value in progress.sums.items()}
     progress.step, progress.images, progress.batch = steps, seen, recipe.train.batch * world

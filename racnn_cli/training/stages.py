@@ -16,11 +16,11 @@ from racnn_cli import recipe as recipes
 from racnn_cli.core import distributed, store
 from racnn_cli.core.model import RACNN
 from racnn_cli.errors import RunError
-from racnn_cli.events import RoundEvent, StageEvent
+from racnn_cli.events import BoxesEvent, RoundEvent, StageEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run, write_text
 from racnn_cli.training import checkpoint, phases
-from racnn_cli.training.checkpoint import Progress
+from racnn_cli.training.checkpoint import Candidate, Progress
 from racnn_cli.training.interrupts import StopRequested
 from racnn_cli.training.loop import fit
 from racnn_cli.training.phases import Phase
@@ -28,6 +28,7 @@ from racnn_cli.training.resume import EVALUATED, flatten
 from racnn_cli.training.trainer import Trainer
 
 SMOOTHING = 0.5  # weight of the newest round in the smoothed losses that end `alternate`
+BEFORE_APN = "before-apn"  # snapshot of the weights before an APN phase
 NORM_IMAGES = 512  # training images that the lengths of descriptors are measured on
 
 
@@ -47,21 +48,27 @@ def pretrain_apn(trainer: Trainer) -> None:
 
 
 def alternate(trainer: Trainer) -> None:
-    """CNN phase and APN phase in turn until neither loss changes; then the best round's weights and the fusion head."""
+    """APN phase and CNN phase in turn until neither loss changes; then the best round's weights and the fusion head.
+
+    The first round has no APN phase: its boxes are those of `pretrain-apn`. Every round ends with a CNN phase, so the
+    CNNs that are kept were trained on the boxes that are kept.
+    """
     recipe, progress, boxes = trainer.recipe, trainer.progress, trainer.boxes
     while progress.phase != "fusion":
-        if progress.phase == "cnn":
-            after: Literal["apn", "judge"] = "apn" if recipe.alternate.apn_epochs else "judge"
-            _run_phase(trainer, phases.cnn_phase(recipe, boxes, round_index=progress.round), then=after)
         if progress.phase == "apn":
-            _run_phase(trainer, phases.apn_phase(recipe, boxes), then="judge")
+            _run_apn_phase(trainer, phases.apn_phase(recipe, boxes))
+        if progress.phase == "cnn":
+            _run_phase(trainer, phases.cnn_phase(recipe, boxes, round_index=progress.round), then="judge")
         if progress.phase == "judge":
-            progress.phase = "fusion" if end_round(trainer) else "cnn"
+            another: Literal["apn", "cnn"] = "apn" if recipe.alternate.apn_epochs else "cnn"
+            progress.phase = "fusion" if end_round(trainer) else another
             trainer.save()
     if not (progress.epoch or progress.step or progress.best is not None):
         distributed.barrier()
         checkpoint.restore_snapshot(trainer.run, "best-round", trainer.model)
-        trainer.console.say(f"  round {progress.best_round} had the lowest validation loss and is kept")
+        assert progress.best_round is not None
+        assert progress.last_round is not None
+        trainer.log_choice(progress.best_round, progress.last_round, unit="round")
         start_fusion(trainer)
     fit(trainer, phases.fusion(recipe, boxes))
 
@@ -143,6 +150,7 @@ def _run_stage(trainer: Trainer, name: str) -> None:
     STAGES[name](trainer)
     measurement = trainer.measure("val")
     val = measurement.validation()
+    trainer.model.temperatures.copy_(measurement.temperatures())
     if name != NAMES[0]:  # no APN has been trained before
         trainer.warn(val, finer=name == "alternate")
     if name == plan(trainer.recipe)[-1]:
@@ -156,7 +164,7 @@ def _run_stage(trainer: Trainer, name: str) -> None:
     trainer.save()
     distributed.barrier()  # another process may still be reading the best weights
     if distributed.rank() == 0:
-        for snapshot in ("best", "best-round"):
+        for snapshot in ("best", "best-round", BEFORE_APN):
             checkpoint.remove_snapshot(run, snapshot)
 
 
@@ -166,10 +174,53 @@ def _write_recipe(run: Run, recipe: Recipe) -> None:
         write_text(run.recipe_file, recipes.dump(recipe))
 
 
-def _run_phase(trainer: Trainer, phase: Phase, *, then: Literal["apn", "judge"]) -> None:
+def _run_apn_phase(trainer: Trainer, phase: Phase) -> None:
+    """Train the APNs, unless the validation images are classified worse in their new boxes."""
+    progress, run = trainer.progress, trainer.run
+    if not (progress.epoch or progress.step):
+        distributed.barrier()
+        if distributed.rank() == 0:
+            checkpoint.save_snapshot(run, BEFORE_APN, trainer.model, progress)
+    _run_phase(trainer, phase, then="cnn", check=keep_better_boxes)
+
+
+def keep_better_boxes(trainer: Trainer) -> None:
+    """Go back to the boxes before an APN phase if they are better on the validation split.
+
+    The same images are classified with both: `gained` are right with the new boxes only, and `lost` with the old ones
+    only. The old boxes are restored if more images are lost than gained, by more than one standard error of that
+    difference, sqrt(gained + lost). Differences below that are left to later rounds.
+    """
+    model = trainer.model
+    after, trained = trainer.measure("val"), {name: value.clone() for name, value in model.state_dict().items()}
+    distributed.barrier()
+    checkpoint.restore_snapshot(trainer.run, BEFORE_APN, model)
+    before = trainer.measure("val")
+    gained, lost = after.average.compare(before.average)
+    rolled_back = lost - gained > math.sqrt(gained + lost)
+    if not rolled_back:
+        model.load_state_dict(trained)
+    answers = [measurement.validation().average for measurement in (before, after)]
+    event = BoxesEvent(
+        round=trainer.progress.round + 1,
+        before=answers[0],
+        after=answers[1],
+        gained=gained,
+        lost=lost,
+        rolled_back=rolled_back,
+    )
+    trainer.log(event)
+    trainer.console.say(f"  {event.describe()}")
+
+
+def _run_phase(
+    trainer: Trainer, phase: Phase, *, then: Literal["cnn", "judge"], check: Callable[[Trainer], None] | None = None
+) -> None:
     progress = trainer.progress
     trainer.console.say(f"  round {progress.round + 1} of at most {trainer.recipe.alternate.rounds}, {phase.name}")
     fit(trainer, phase)
+    if check is not None:
+        check(trainer)
     progress.phase = then
     trainer.after_phase(phase.stage, phase.name, progress.round + 1)
     trainer.save()
@@ -187,8 +238,9 @@ def end_round(trainer: Trainer) -> bool:
     assert val.average is not None
     assert val.rank is not None
     progress.round += 1
-    if progress.best_round_loss is None or val.average.nll < progress.best_round_loss:
-        progress.best_round, progress.best_round_loss = progress.round, val.average.nll
+    progress.last_round = Candidate(number=progress.round, val=val.average)
+    if progress.best_round is None or val.average.score > progress.best_round.val.score:
+        progress.best_round = progress.last_round
         if distributed.rank() == 0:
             checkpoint.save_snapshot(trainer.run, "best-round", trainer.model, progress)
     losses = {"classification": sum(scale.nll for scale in val.scales) / len(val.scales), "rank": val.rank}

