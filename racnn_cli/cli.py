@@ -271,18 +271,18 @@ def report(run: shared.RunFolder = None) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, Argument(help="seeds, attention, ablation, gradient or export")],
+    name: Annotated[str, Argument(help="seeds, attention, ablation, fusion, gradient or export")],
     json: Annotated[Path | None, Option(help="also write the figures to this file")] = None,
     seeds: Annotated[str | None, Option(help="benchmarks that take seeds: such as 0-4 or 0,3,7; default: 0-4")] = None,
     recipe: Annotated[
         str | None,
         Option(help="benchmarks that train; default: demo or clutter", autocompletion=shared.complete_recipe),
     ] = None,
-    quick: Annotated[bool, Option("--quick", help="seeds, attention, ablation: few images and epochs")] = False,
+    quick: Annotated[bool, Option("--quick", help="seeds, attention, ablation, fusion: few images and epochs")] = False,
     data: Annotated[
         str | None,
         Option(
-            help="attention, ablation: use other data, for attention with ground-truth boxes; "
+            help="attention, ablation, fusion: use other data, for attention with ground-truth boxes; "
             "for clutter, the folder of the four Fashion-MNIST files"
         ),
     ] = None,

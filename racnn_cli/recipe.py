@@ -122,6 +122,11 @@ class Model(Section):
         "mask and sampling positions, mask only, positions only, or none",
     )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout before each classifier")
+    fuse: Literal["head", "weights", "both"] = Field(
+        "head",
+        description="how the scales' answers are fused: a layer over their descriptors (the paper), a weighted mean of "
+        "their probabilities, or both",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:

@@ -19,10 +19,10 @@ from rich.table import Table
 from racnn_cli.errors import RecipeError, did_you_mean
 from racnn_cli.run import write_json
 
-NAMES = ("seeds", "attention", "ablation", "gradient", "export")
+NAMES = ("seeds", "attention", "ablation", "fusion", "gradient", "export")
 """Each is a module of this package with `run(Options) -> BenchResult`."""
 
-RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter"}
+RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter", "fusion": "clutter"}
 """Default recipe of the benches that train."""
 SEEDED = (*RECIPES, "gradient")
 MAX_SEEDS = 1000
@@ -87,7 +87,7 @@ def run_bench(
         "--seeds": (seeds is not None, SEEDED),
         "--recipe": (recipe is not None, RECIPES),
         "--quick": (quick, RECIPES),
-        "--data": (data is not None, ("attention", "ablation")),
+        "--data": (data is not None, ("attention", "ablation", "fusion")),
         "--arm": (bool(arms), ("ablation",)),
         "--choose": (choose is not None, ("attention",)),
     }

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -177,6 +177,12 @@ class SeedExperiment:
             raise
         write_json(file, result.to_json())
         return result
+
+    @contextmanager
+    def finished(self, arm: Arm) -> Iterator[Trainer]:
+        """A finished arm, to measure more of it."""
+        with closing(self._open_trainer(arm, self.recipe_of(arm), Run(self.folder / arm.folder_name))) as trainer:
+            yield trainer
 
     def _open_trainer(self, arm: Arm, recipe: Recipe, run: Run) -> Trainer:
         source = self.source

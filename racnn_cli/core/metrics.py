@@ -12,7 +12,9 @@ import statistics
 import torch
 from torch import Tensor
 
-TEMPERATURES = [2 ** (number / 4) for number in range(-8, 17)]  # 0.25 to 16, among which the best one is found
+from racnn_cli.core import mixture
+
+TEMPERATURES = [2 ** (number / 8) for number in range(-16, 25)]  # 0.25 to 8, among which the best one is chosen
 BINS = 15  # of the calibration error (Guo et al., ICML 2017)
 TOLERANCE = 0.02  # a side within 2 % of a bound counts as being at it, because proposals only approach it
 
@@ -37,7 +39,7 @@ class ClassificationMetrics:
 
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
         """Add a batch of log-probabilities (B, N) and labels (B,)."""
-        self._nlls -= _scaled(log_probabilities, TEMPERATURES, labels).sum(dim=1).cpu()
+        self._nlls -= true_class_scores(log_probabilities, labels).sum(dim=1)
         scores, labels = log_probabilities.detach().cpu().double(), labels.cpu()
         self.images += len(labels)
         correct = topk(scores, labels, 1)
@@ -94,21 +96,12 @@ class ClassificationMetrics:
         return self._nll[0].item() / max(self.images, 1)
 
     def fit_temperature(self) -> tuple[float, float]:
-        """Return the temperature that fits these images best, and the mean NLL with it.
+        """Return the one of `TEMPERATURES` that fits these images best, and the mean NLL with it.
 
-        Temperature scaling (Guo et al., ICML 2017). A standard normal prior on the temperature's logarithm keeps it
-        near 1 where there are few images, all of which may be right by chance.
+        Temperature scaling (Guo et al., ICML 2017).
         """
-        logs = torch.tensor(TEMPERATURES, dtype=torch.float64).log()
-        costs = self._nlls + logs.square() / 2
-        best = int(costs[1:-1].argmin()) + 1
-        left, middle, right = costs[best - 1 : best + 2].tolist()
-        bend = left - 2 * middle + right
-        shift = 0.5 * (left - right) / bend if bend > 0 else 0.0  # minimum of the parabola through the three
-        shift = min(max(shift, -1.0), 1.0)
-        nll = middle - 0.25 * (left - right) * shift if abs(shift) < 1 else min(left, right)
-        temperature = math.exp(logs[best].item() + shift * (logs[1] - logs[0]).item())
-        return temperature, (nll - math.log(temperature) ** 2 / 2) / max(self.images, 1)
+        best = mixture.fit_temperature(self._nlls, TEMPERATURES)
+        return TEMPERATURES[best], self._nlls[best].item() / max(self.images, 1)
 
     def compute(self) -> dict[str, float]:
         """Return `top1`, `mean_class`, `top5` (of min(5, N)), `nll` and `ece` (15 equal bins, weighted by images), the
@@ -184,11 +177,11 @@ class BoxMetrics:
         return result
 
 
-def _scaled(log_probabilities: Tensor, temperatures: list[float], labels: Tensor) -> Tensor:
-    """Log-probability (T, B) of the true class at each temperature, of log-probabilities (B, N) and labels (B,)."""
+def true_class_scores(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of the true class at each of `TEMPERATURES`: of (B, N) and labels (B,), (T, B) on the CPU."""
     scores, labels = log_probabilities.detach().float(), labels.to(log_probabilities.device)[:, None]
-    rows = [(scores / value).log_softmax(dim=1).gather(1, labels)[:, 0] for value in temperatures]
-    return torch.stack(rows).double() if scores.device.type != "mps" else torch.stack(rows).cpu().double()
+    rows = [(scores / value).log_softmax(dim=1).gather(1, labels)[:, 0] for value in TEMPERATURES]
+    return torch.stack(rows).cpu().double()
 
 
 def topk(scores: Tensor, labels: Tensor, k: int) -> Tensor:

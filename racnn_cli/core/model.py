@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from racnn_cli.backbones import Backbone, build_scales, native_sizes
 from racnn_cli.core import attention
+from racnn_cli.core.mixture import log_mixture
 from racnn_cli.errors import SizeRefused
 from racnn_cli.recipe import Model, Recipe
 
@@ -82,6 +83,8 @@ class RACNN(nn.Module):
         k: steepness of the boxcar mask per pixel of the cropped image; `math.inf` disables it.
         gradient: what a box gets a gradient through, see `attention.zoom`.
         dropout: dropout probability before each classifier.
+        fuse: `head` (the paper), a layer over the descriptors of all scales; `weights`, a mixture of the scales; or
+            `both`, a mixture of the scales and the head. See `core.mixture`.
         scales: number of scales S; only with a name, as are the following.
         sizes: input side of each scale in pixels; empty: the backbone's native sizes.
         weights: as in `backbones.build`; all scales start from the same weights.
@@ -110,6 +113,7 @@ class RACNN(nn.Module):
         k: float = 0.5,
         gradient: attention.Gradient = "exact",
         dropout: float = 0.0,
+        fuse: Literal["head", "weights", "both"] = "head",
         scales: int = 3,
         sizes: Sequence[int] = (),
         weights: str = "none",
@@ -134,10 +138,21 @@ class RACNN(nn.Module):
             apn = self._apn(backbone, apn_hidden) if number < last else None
             self.scales.append(Scale(backbone, classes, dropout=dropout, apn=apn))
         # A single scale is the plain backbone: a fusion layer would add unused weights.
-        self.fusion = nn.Linear(sum(backbone.width for backbone in modules), classes) if last else None
+        has_head, has_mixture = last > 0 and fuse != "weights", last > 0 and fuse != "head"
+        self.fusion = nn.Linear(sum(backbone.width for backbone in modules), classes) if has_head else None
+        self.mixture: Tensor | None
+        self.register_buffer("mixture", self._initial_mixture(fuse) if has_mixture else None)
         self.register_buffer("temperatures", torch.ones(len(modules) + 2))
         self.register_buffer("mean", torch.tensor(modules[0].mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(modules[0].std)[:, None, None], persistent=False)
+
+    def _initial_mixture(self, fuse: str) -> Tensor:
+        """Weights and temperatures (2, K) of the mixture: all scales alike, without the head."""
+        count = len(self.scales)
+        weights = torch.full((count,), 1 / count)
+        if fuse == "both":
+            weights = torch.cat([weights, torch.zeros(1)])
+        return torch.stack([weights, torch.ones_like(weights)])
 
     def _apn(self, backbone: Backbone, hidden: int) -> attention.APN:
         if backbone.map_size == (1, 1):
@@ -190,10 +205,22 @@ class RACNN(nn.Module):
         pairs = zip(logits, self.temperatures[: len(logits)], strict=True)
         return torch.stack([(values.float() / temperature).softmax(dim=1) for values, temperature in pairs], dim=1)
 
-    def fuse(self, descriptors: Sequence[Tensor]) -> Tensor:
-        """Map the descriptors S × (B, D), each normalized to unit length, to the fused logits (B, N)."""
-        assert self.fusion is not None
-        return cast(Tensor, self.fusion(join_descriptors(descriptors)))
+    def classifiers(self, descriptors: Sequence[Tensor], logits: Sequence[Tensor]) -> list[Tensor]:
+        """The logits (B, N) that are mixed: of the scales, and of the fusion head if there is one.
+
+        Args:
+            descriptors: S × (B, D).
+            logits: S × (B, N).
+        """
+        head = [] if self.fusion is None else [cast(Tensor, self.fusion(join_descriptors(descriptors)))]
+        return [*logits, *head]
+
+    def fuse(self, descriptors: Sequence[Tensor], logits: Sequence[Tensor]) -> Tensor:
+        """Map the descriptors S × (B, D) and the logits S × (B, N) of the scales to the fused logits (B, N)."""
+        classifiers = self.classifiers(descriptors, logits)
+        if self.mixture is None:
+            return classifiers[-1]  # of the head, or of the only scale
+        return log_mixture(classifiers, *self.mixture)
 
     def forward(self, images: Tensor, proposals: Sequence[Tensor] | None = None) -> Output:
         """Run all scales.
@@ -232,7 +259,7 @@ class RACNN(nn.Module):
             scale_logits, descriptor, proposal = self.scale(number)(view)
             logits.append(scale_logits)
             descriptors.append(descriptor)
-        fused = logits[0] if self.fusion is None else self.fuse(descriptors)
+        fused = self.fuse(descriptors, logits)
         return Output(
             probabilities=(fused / self.temperatures[-1]).softmax(dim=1),
             fused=fused,

@@ -53,12 +53,8 @@ def training_flops(recipe: Recipe, classes: int, epochs: Epochs) -> int:
     model = _untrained(recipe, classes)
     every = [phases.pretrain_cnn(recipe)]
     if recipe.model.scales > 1:
-        every += [
-            phases.pretrain_apn(recipe),
-            phases.cnn_phase(recipe),
-            phases.apn_phase(recipe),
-            phases.fusion(recipe),
-        ]
+        every += [phases.pretrain_apn(recipe), phases.cnn_phase(recipe), phases.apn_phase(recipe)]
+        every += [phases.fusion(recipe)] if model.fusion is not None else []
     return sum(
         number * phase_flops(model, phase) for phase in every if (number := epochs.get((phase.stage, phase.name), 0))
     )

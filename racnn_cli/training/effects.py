@@ -64,6 +64,11 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Context], bool], str], ...] = (
         "the network has one scale and no APN (model.scales = 1)",
     ),
     (
+        ("fusion.*",),
+        lambda context: context.recipe.model.fuse == "weights",
+        "the fusion has no layer to train (model.fuse = weights)",
+    ),
+    (
         ("pretrain_apn.lr",),
         lambda context: context.recipe.pretrain_apn.epochs == 0,
         "the stage is skipped (pretrain_apn.epochs = 0)",

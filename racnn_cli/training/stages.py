@@ -14,6 +14,8 @@ import torch
 from racnn_cli import backbones
 from racnn_cli import recipe as recipes
 from racnn_cli.core import distributed, store
+from racnn_cli.core.metrics import TEMPERATURES, true_class_scores
+from racnn_cli.core.mixture import fit_temperature, fit_weights
 from racnn_cli.core.model import RACNN
 from racnn_cli.errors import RunError
 from racnn_cli.events import BoxesEvent, RoundEvent, StageEvent
@@ -69,8 +71,12 @@ def alternate(trainer: Trainer) -> None:
         assert progress.best_round is not None
         assert progress.last_round is not None
         trainer.log_choice(progress.best_round, progress.last_round, unit="round")
-        start_fusion(trainer)
-    fit(trainer, phases.fusion(recipe, boxes))
+        if trainer.model.fusion is not None:
+            start_fusion(trainer)
+    if trainer.model.fusion is not None:
+        fit(trainer, phases.fusion(recipe, boxes))
+    if trainer.model.mixture is not None:
+        fit_mixture(trainer)
 
 
 STAGES: dict[str, Callable[[Trainer], None]] = {
@@ -260,6 +266,27 @@ def end_round(trainer: Trainer) -> bool:
         trainer.console.say(f"  neither loss changed for {progress.still} rounds: alternate ends")
         return True
     return progress.round >= section.rounds
+
+
+@torch.no_grad()
+def fit_mixture(trainer: Trainer) -> None:
+    """Fit the weights and temperatures of the fusion on the validation images."""
+    model, device, proposals = trainer.model.eval(), trainer.device, trainer.boxes.proposals
+    assert model.mixture is not None
+    scores: list[torch.Tensor] = []  # (K, T, B) of each batch
+    for batch in trainer.interruptible(trainer.batches("val"), activity="fusion"):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        output = model(batch["image"], proposals and proposals(batch))
+        answers = model.classifiers(output.descriptors, output.logits)
+        scores.append(torch.stack([true_class_scores(answer, batch["label"]) for answer in answers]))
+    every = torch.cat([part for parts in distributed.gather(scores) for part in parts], dim=2)
+    best = [fit_temperature(-costs, TEMPERATURES) for costs in every.sum(dim=2)]
+    at_best = torch.stack([row[position] for row, position in zip(every, best, strict=True)], dim=1)  # (images, K)
+    weights = fit_weights(at_best.exp())
+    model.mixture.copy_(torch.stack([weights, torch.tensor([TEMPERATURES[position] for position in best])]))
+    names = [f"scale {number}" for number in range(1, len(model.sizes) + 1)] + ["head"] * (model.fusion is not None)
+    text = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights.tolist(), strict=True))
+    trainer.console.say(f"  weights of the fusion: {text}")
 
 
 @torch.no_grad()

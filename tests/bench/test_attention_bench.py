@@ -269,6 +269,24 @@ def test_the_ablation_shares_the_learned_arm_and_its_start(copy) -> None:
     assert (results["recovered"]["count"][1], result.exit_code) == (1, 0)
 
 
+def test_the_fusions_are_compared_on_the_same_networks(copy) -> None:
+    learned = BENCH_FOLDER / "seed-3" / "learned"
+    before = {file: file.read_bytes() for file in learned.iterdir() if file.is_file()}
+    result = CliRunner().invoke(app, ["bench", "fusion", *WORDS[2:], "--json", "fusion.json"], catch_exceptions=False)
+    assert {file: file.read_bytes() for file in learned.iterdir() if file.is_file()} == before
+    results = json.loads((copy / "fusion.json").read_text())
+    for entry in results["runs"]:
+        top1 = json.loads((Path(entry["folder"]) / "learned" / "bench.json").read_text())["top1"]
+        assert entry["head"]["top1"] == top1["fused"]
+        assert entry["average"]["top1"] == top1["average"]
+        assert (len(entry["weights"]["mixture"][0]), len(entry["both"]["mixture"][0])) == (3, 4)
+        for kind in ("weights", "both"):
+            assert sum(entry[kind]["mixture"][0]) == pytest.approx(1, abs=1e-5)
+    for kind, row in results["fusions"].items():
+        line = next(line for line in result.output.splitlines() if re.match(rf"│ {kind} +│", line))
+        assert f"{row['top1']['mean']:.3f} ±{row['top1']['deviation']:.3f}" in line
+
+
 # ---- boxes
 
 

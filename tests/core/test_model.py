@@ -291,10 +291,10 @@ def test_fusion_starts_as_the_mean_of_the_logits() -> None:
             model.scale(number).classifier.bias.normal_()
         stages.initialise_fusion(model, norms)
         logits = torch.stack([model.scale(n).classifier(descriptors[n]) for n in range(3)])
-        torch.testing.assert_close(model.fuse(descriptors), logits.mean(0))
+        torch.testing.assert_close(model.fuse(descriptors, list(logits)), logits.mean(0))
         # Each descriptor is normalized, so its length does not matter.
         longer = [d * (n + 2) for n, d in enumerate(descriptors)]
-        torch.testing.assert_close(model.fuse(longer), logits.mean(0))
+        torch.testing.assert_close(model.fuse(longer, list(logits)), logits.mean(0))
 
 
 # ---- losses

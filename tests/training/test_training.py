@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import racnn_cli
 from racnn_cli import api
-from racnn_cli.core import attention
+from racnn_cli.core import attention, store
 from racnn_cli.run import Run
 from racnn_cli.training import phases, stages
 from racnn_cli.training.loop import fit
@@ -169,6 +169,31 @@ def test_each_phase_changes_what_it_trains_and_nothing_else(here, data, batchnor
             elif phase.part != "fusion":  # the fusion head is restored to its start if that had the lowest loss
                 assert not same, f"{phase.title} did not change {name}"
         assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["weights", "both"])
+def test_a_fitted_mixture_is_stored_evaluated_and_exported(here, data, kind) -> None:
+    run, result = api.train(tiny(data, model__fuse=kind), out=here / "mine", quiet=True)
+    phases_run = [event.phase for event in run.epochs()]
+    assert ("fusion head" in phases_run) == (kind == "both")
+    model, _ = store.load(run.folder)
+    assert model.mixture is not None
+    weights, temperatures = model.mixture
+    assert len(weights) == (3 if kind == "both" else 2)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-5)
+    assert temperatures.min() > 0
+    images = torch.rand(3, 3, 64, 64)
+    with torch.inference_mode():
+        output = model(images)
+        parts = [
+            values.div(t).softmax(dim=1) * w for values, w, t in zip(output.logits, weights, temperatures, strict=False)
+        ]
+    if kind == "weights":
+        torch.testing.assert_close(output.fused.exp(), sum(parts), rtol=1e-4, atol=1e-6)
+    scaled = (output.fused / model.temperatures[-1]).softmax(dim=1)
+    torch.testing.assert_close(output.probabilities, scaled)
+    assert result.fused.temperature == pytest.approx(model.temperatures[-1].item())
+    api.export(run)  # checks the file against the network
 
 
 def test_the_fusion_head_learns_where_the_scales_disagree(here, data) -> None:
