@@ -160,13 +160,20 @@ def save_snapshot(run: Run, name: str, model: RACNN, progress: Progress) -> None
     _write(run.state / f"{name}.safetensors", tensors, progress)
 
 
-def restore_snapshot(run: Run, name: str, model: RACNN) -> None:
+def restore_snapshot(run: Run, name: str, model: RACNN, *, round_: int | None = None) -> None:
     """Read the weights that `save_snapshot` wrote into the network.
 
+    Args:
+        run, name, model: as for `save_snapshot`.
+        round_: rounds that were finished when it was written; None: any.
+
     Raises:
-        RunError: the file is missing or damaged.
+        RunError: the file is missing or damaged, or was written in another round.
     """
-    _read(run.state / f"{name}.safetensors", model)
+    path = run.state / f"{name}.safetensors"
+    saved = _read(path, model).progress
+    if round_ is not None and saved.round != round_:
+        raise RunError(f"{path} is of round {saved.round + 1} and not of round {round_ + 1}", HINT, failure=True)
 
 
 def remove_snapshot(run: Run, name: str) -> None:

@@ -167,7 +167,8 @@ def _run_stage(trainer: Trainer, name: str) -> None:
         store.save_weights(run.weights, trainer.model)
     trainer.log(StageEvent(stage=name, views=progress.views, val=val))
     trainer.after_phase(name, "", 0)  # before it is saved: a resume cuts what is logged after that
-    trainer.save()
+    for _ in range(trainer.recipe.train.keep + 1):  # so that no checkpoint that is kept needs a snapshot
+        trainer.save()
     distributed.barrier()  # another process may still be reading the best weights
     if distributed.rank() == 0:
         for snapshot in ("best", "best-round", BEFORE_APN):
@@ -200,7 +201,7 @@ def keep_better_boxes(trainer: Trainer) -> None:
     model = trainer.model
     after, trained = trainer.measure("val"), {name: value.clone() for name, value in model.state_dict().items()}
     distributed.barrier()
-    checkpoint.restore_snapshot(trainer.run, BEFORE_APN, model)
+    checkpoint.restore_snapshot(trainer.run, BEFORE_APN, model, round_=trainer.progress.round)
     before = trainer.measure("val")
     gained, lost = after.average.compare(before.average)
     rolled_back = lost - gained > math.sqrt(gained + lost)
