@@ -18,13 +18,13 @@ from typing import Any, Literal
 from racnn_cli import api
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Options
-from racnn_cli.bench.boxes import AnnotatedFileSource, BoxKind, box_source
+from racnn_cli.bench.boxes import BoxKind, box_source
 from racnn_cli.bench.records import ArmResult, Metrics, SeedResult, read_milestones
 from racnn_cli.bench.summary import report
 from racnn_cli.core.model import resolve
 from racnn_cli.data.datasets import clutter
 from racnn_cli.data.images import DataSource
-from racnn_cli.data.source import FileSource, open_source
+from racnn_cli.data.source import open_source
 from racnn_cli.errors import DataError, Interrupted, RecipeError, RunError
 from racnn_cli.events import TestEvent
 from racnn_cli.recipe import Recipe
@@ -185,13 +185,10 @@ class SeedExperiment:
             yield trainer
 
     def _open_trainer(self, arm: Arm, recipe: Recipe, run: Run) -> Trainer:
-        source = self.source
-        if arm.boxes != "apn" and isinstance(source, FileSource):  # slower, so only where it is needed
-            source = AnnotatedFileSource(source.index, source.data, source.seed)
         boxes = box_source(arm.boxes, recipe)
         if arm.pretrained and not arm.plain and not run.recipe_file.is_file():
             self._copy(self.pretrained, run, recipe)
-        options: dict[str, Any] = {"parent_run": run.folder, "quiet": True, "source": source, "boxes": boxes}
+        options: dict[str, Any] = {"parent_run": run.folder, "quiet": True, "source": self.source, "boxes": boxes}
         if run.recipe_file.is_file():
             return Trainer.resume(run, **options)
         return Trainer.start(recipe, out=run.folder, **options)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from racnn_cli.core import attention
-from racnn_cli.data.geometry import Rect
-from racnn_cli.data.images import ImageDataset, Key
-from racnn_cli.data.source import FileSource
-from racnn_cli.data.square import load_source
 from racnn_cli.recipe import Recipe
 from racnn_cli.training.phases import LEARNED, Batch, BoxSource
 
@@ -98,57 +91,3 @@ def enclosing_squares(boxes: Tensor) -> Tensor:
     boxes = torch.where(missing, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), boxes)
     side = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
     return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, side / 2], dim=1)
-
-
-@dataclass(frozen=True)
-class AnnotatedFileSource(FileSource):
-    """A `FileSource` that knows the ground-truth boxes of augmented images, too."""
-
-    def dataset(self, split: str, side: int, *, augment: bool) -> AnnotatedDataset:
-        return AnnotatedDataset(self.index.splits[split], self.data, side, seed=self.seed, augment=augment)
-
-
-class AnnotatedDataset(ImageDataset):
-    """An `ImageDataset` that augments the ground-truth box along with the image.
-
-    A mask of the box goes through the same augmentation. The result is the upright box around what remains of it,
-    NaN where a random crop left nothing.
-    """
-
-    def __init__(self, *args: Any, augment: bool, **kwargs: Any) -> None:
-        super().__init__(*args, augment=augment, **kwargs)
-        self._augment_mask = None
-        if augment:
-            from racnn_cli.data.transforms import Augmentation
-
-            # The mask keeps its gray values, and a rotation pads it with gray instead of a reflection.
-            geometry_only = self.data.augment.model_copy(update={"color": 0.0})
-            data = self.data.model_copy(update={"augment": geometry_only, "fit": "pad"})
-            self._augment_mask = Augmentation(data, self.side)
-
-    def __getitem__(self, key: Key) -> dict[str, Tensor]:
-        sample, item = super().__getitem__(key), self.items[key[1]]
-        if self._augment_mask is not None and item.box is not None:
-            mask = self._augment_mask(self._mask(item.path, item.box), seed=self.seed, epoch=key[0], position=key[1])
-            sample["box"] = torch.tensor(bounding_box(mask[:, :, 0] > 192), dtype=torch.float32)
-        return sample
-
-    def _mask(self, path: Path, box: Rect) -> np.ndarray:
-        """White box on black, of the size of the image that is augmented: (H, W, 3) uint8."""
-        mask = np.zeros_like(self._load_uncropped(path))
-        # A random crop is cut from the whole image.
-        fit = "squash" if self.data.fit == "crop" and self.data.augment.scale < 1 else self.data.fit
-        _, geometry = load_source(path, fit, len(mask))
-        x0, y0, x1, y1 = geometry.from_file(box)
-        height, width = mask.shape[:2]
-        mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 255
-        return mask
-
-
-def bounding_box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Return the box x0, y0, x1, y1 in [0, 1] around the True pixels of (H, W); NaN if there are none."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return (math.nan,) * 4
-    height, width = mask.shape
-    return columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height

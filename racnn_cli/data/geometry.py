@@ -49,8 +49,7 @@ class Geometry:
 
         A box outside the source becomes a box without area.
         """
-        x, y, w, h = box
-        upright = self.upright_from_stored((x, y, x + w, y + h))
+        upright = upright_box(box, self.stored, self.orientation)
         x0, y0, x1, y1 = ((value - self.origin[axis % 2]) / self.extent[axis % 2] for axis, value in enumerate(upright))
         return _clip((x0, y0, x1, y1), 1.0, 1.0)
 
@@ -73,6 +72,19 @@ class Geometry:
         if self.orientation in (3, 4, 6, 7):
             y0, y1 = height - y1, height - y0
         return x0, y0, x1, y1
+
+
+def upright_box(box: tuple[float, float, float, float], stored: tuple[int, int], orientation: int) -> Rect:
+    """Map x, y, width, height in pixels of a stored file to a box in pixels of the upright image.
+
+    Args:
+        box: as annotated.
+        stored: (width, height) of the stored file.
+        orientation: EXIF orientation, 1..8.
+    """
+    x, y, w, h = box
+    geometry = Geometry(stored=stored, orientation=orientation, origin=(0.0, 0.0), extent=(1.0, 1.0))
+    return geometry.upright_from_stored((x, y, x + w, y + h))
 
 
 def fit_square(stored: tuple[int, int], orientation: int, fit: str, side: int) -> Geometry:

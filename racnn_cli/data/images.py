@@ -6,7 +6,6 @@ import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from racnn_cli import recipe
 from racnn_cli.data.color import as_range
-from racnn_cli.data.decode import read_image
-from racnn_cli.data.geometry import Rect
+from racnn_cli.data.decode import decode
+from racnn_cli.data.geometry import Rect, upright_box
 from racnn_cli.data.square import load_source
 from racnn_cli.data.types import Index, Item
 from racnn_cli.errors import DataError, RunError
@@ -53,8 +52,8 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
 
         Returns:
             `image` (3, side, side) uint8; `label` () int64; `index` () int64, the position; `box` (4,) float32, the
-            ground-truth box x0, y0, x1, y1 in [0, 1] of the source. The box is NaN if the image has none, if it lies
-            outside the source, and for augmented images.
+            ground-truth box x0, y0, x1, y1 in [0, 1] of the source. The box is NaN if the image has none or if it lies
+            outside the source. It is augmented with the image.
 
         Raises:
             DataError: the file can no longer be read.
@@ -72,14 +71,18 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
     def load(self, item: Item, *, epoch: int, position: int) -> tuple[torch.Tensor, Rect]:
         """Load one image as (3, side, side) uint8, and its box, NaN if unknown."""
         box = (math.nan,) * 4
+        seen = None
         if self._augmentation is not None:
-            pixels = self._load_uncropped(item.path)  # (H, W, 3)
-            pixels = self._augmentation(pixels, seed=self.seed, epoch=epoch, position=position)
+            stored = decode(item.path, min_side=2 * self.side, value_range=self._range)
+            pixels, placement = self._augmentation(stored, seed=self.seed, epoch=epoch, position=position)
+            if item.box is not None:
+                seen = placement.apply(upright_box(item.box, stored.stored_size, stored.orientation))
         else:
             pixels, geometry = load_source(item.path, self.data.fit, self.side, self._range)
             if item.box is not None:
-                x0, y0, x1, y1 = geometry.from_file(item.box)
-                box = (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else box
+                seen = geometry.from_file(item.box)
+        if seen is not None and seen[2] > seen[0] and seen[3] > seen[1]:
+            box = seen
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), box
 
     def __getitems__(self, keys: list[Key]) -> dict[str, torch.Tensor] | DataError:
@@ -89,13 +92,6 @@ class ImageDataset(Dataset[dict[str, torch.Tensor]]):
         except DataError as error:
             return error
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-    def _load_uncropped(self, path: Path) -> np.ndarray:
-        """Load the image that a random crop is cut from, (H, W, 3) uint8, slightly larger than needed."""
-        side = math.ceil(self.side / math.sqrt(self.data.augment.scale))
-        if self.data.augment.scale == 1.0 or self.data.fit != "crop":
-            return load_source(path, self.data.fit, side, self._range)[0]
-        return read_image(path, min_side=side, value_range=self._range).pixels
 
 
 class DataSource(Protocol):

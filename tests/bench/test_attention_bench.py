@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import Options, ablation, arms, attention, boxes, run_bench
 from racnn_cli.bench.arms import LEARNED, SeedExperiment
-from racnn_cli.bench.boxes import AnnotatedDataset, bounding_box
 from racnn_cli.bench.records import ArmResult, Metrics
 from racnn_cli.bench.summary import ABOVE, Claim
 from racnn_cli.cli import app
@@ -24,7 +22,6 @@ from racnn_cli.core.attention import compose
 from racnn_cli.core.metrics import iou
 from racnn_cli.core.model import build, resolve
 from racnn_cli.data.datasets.clutter import Clutter
-from racnn_cli.data.types import Item
 from racnn_cli.errors import DataError, RecipeError, RunError
 from racnn_cli.run import Run
 from racnn_cli.training import compute, stages
@@ -446,42 +443,6 @@ def test_drawn_images_have_boxes(here) -> None:
     seed = SeedExperiment(Options((0,), "drawn.toml", quick=True), 0)
     seed.run_arm(LEARNED)
     assert seed.run_arm(attention.TRUE).boxes[-1].coverage_mean > 0.95
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"data.fit": "pad", "data.augment.flip": "both"},
-        {"data.fit": "squash", "data.augment.scale": 1.0, "data.augment.rotate": 45.0},
-    ],
-)
-def test_a_box_is_augmented_with_its_image(here, changes) -> None:
-    """A white box on black: the box must be where the augmented image is bright."""
-    pixels = np.zeros((180, 120, 3), np.uint8)
-    pixels[60:110, 30:70] = 255
-    stored = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)  # upright once it is turned back
-    exif = Image.Exif()
-    exif[274] = 6
-    stored.save(here / "white.png", exif=exif)
-    data = recipes.load("clutter").override({"data.augment.color": 0.0, **changes}).data
-    items = [Item(here / "white.png", 0, (60, 50, 50, 40))]
-    augmented = AnnotatedDataset(items, data, 96, seed=1, augment=True)
-    plain = AnnotatedDataset(items, data, 96, seed=1, augment=False)
-    seen = []
-    for epoch in range(20):
-        sample = augmented[(epoch, 0)]
-        bright = bounding_box(sample["image"][0].numpy() > 192)
-        np.testing.assert_allclose(sample["box"].numpy(), bright, atol=2.5 / 96)
-        seen.append(bright)
-    assert np.ptp(seen, axis=0).min() > 0.05
-    bright = bounding_box(plain[(0, 0)]["image"][0].numpy() > 128)
-    np.testing.assert_allclose(plain[(0, 0)]["box"].numpy(), bright, atol=1.5 / 96)
-
-
-def test_a_box_outside_of_the_crop_is_nan() -> None:
-    assert np.isnan(bounding_box(np.zeros((4, 4), bool))).all()
-    assert bounding_box(np.eye(4, dtype=bool)[:, :2]) == (0, 0, 1, 0.5)
 
 
 def test_images_without_boxes_are_refused(here) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from racnn_cli.data.decode import check, read_image
 from racnn_cli.data.geometry import Geometry, fit_square
 from racnn_cli.data.images import ImageDataset, batches, plan
 from racnn_cli.data.square import load_source
+from racnn_cli.data.transforms import Augmentation, Placement
 from racnn_cli.data.types import Item
 from racnn_cli.errors import DataError
 
@@ -388,14 +390,107 @@ def test_flip_none_horizontal_both(tmp_path):
     assert positions("both") == {(0, 0), (0, 30), (30, 0), (30, 30)}
 
 
-def test_boxes_only_for_images_that_are_not_augmented(items):
+def test_boxes_are_shares_of_the_source(items):
     plain = ImageDataset(items, data("squash"), 32, seed=0, augment=False)
     assert plain[(0, 0)]["box"].tolist() == pytest.approx([20 / 90, 10 / 60, 50 / 90, 30 / 60])
     assert plain[(0, 1)]["box"].isnan().all()
     augmented = ImageDataset(items, data("squash"), 32, seed=0, augment=True)
-    assert augmented[(0, 0)]["box"].isnan().all()
+    assert augmented[(0, 1)]["box"].isnan().all()
     assert plain[(7, 4)]["index"] == 4
     assert plain[(7, 4)]["label"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        data(color=0.0),
+        data("pad", flip="both", rotate=45.0, color=0.0),
+        data("squash", flip="both", rotate=20.0, color=0.0),
+        data("crop", scale=1.0, rotate=45.0, color=0.0),
+    ],
+    ids=["crop", "pad", "squash", "whole"],
+)
+def test_a_box_is_augmented_with_its_image(tmp_path, settings_):
+    """A white disc on black: the box must be where the augmented image is bright."""
+    rows, columns = np.mgrid[:180, :120] + 0.5
+    pixels = np.zeros((180, 120, 3), np.uint8)
+    pixels[np.hypot(rows - 80, columns - 54) < 22] = 255
+    stored = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)  # upright once it is turned back
+    exif = Image.Exif()
+    exif[274] = 6
+    stored.save(tmp_path / "white.png", exif=exif)
+    items = [Item(tmp_path / "white.png", 0, (80 - 22, 120 - 54 - 22, 44, 44))]
+    images = ImageDataset(items, settings_, 96, seed=1, augment=True)
+    seen = []
+    for epoch in range(30):
+        sample = images[(epoch, 0)]
+        bright = sample["image"][0].numpy() > 150
+        down, right = np.flatnonzero(bright.any(axis=1)), np.flatnonzero(bright.any(axis=0))
+        corners = np.array([right[0], down[0], right[-1] + 1, down[-1] + 1]) / 96
+        # The box around a rotated square box is larger than the disc in it, but has its center.
+        box = sample["box"].numpy()
+        inside = (corners > 0.02).all() and (corners < 0.98).all()
+        if inside:
+            np.testing.assert_allclose((box[:2] + box[2:]) / 2, (corners[:2] + corners[2:]) / 2, atol=1.2 / 96)
+        assert (box[:2] <= corners[:2] + 1.5 / 96).all()
+        assert (box[2:] >= corners[2:] - 1.5 / 96).all()
+        seen.append(corners)
+    assert np.ptp(seen, axis=0).min() > 0.03
+
+
+def test_a_box_outside_of_the_crop_is_nan():
+    placement = Placement(center=(50.0, 50.0), size=(20.0, 20.0))
+    assert placement.apply((40, 40, 60, 60)) == (0, 0, 1, 1)
+    assert placement.apply((45, 40, 50, 60)) == (0.25, 0, 0.5, 1)
+    x0, _, x1, _ = placement.apply((70, 45, 90, 55))
+    assert x0 == x1 == 1
+    turned = Placement(center=(50.0, 50.0), size=(20.0, 20.0), flip=True, turns=1)
+    pixels = np.zeros((20, 20), int)
+    pixels[2:5, 10:18] = 1  # y 42 to 45, x 50 to 58
+    rows, columns = np.nonzero(np.rot90(pixels[:, ::-1], 1))
+    expected = columns.min() / 20, rows.min() / 20, (columns.max() + 1) / 20, (rows.max() + 1) / 20
+    assert turned.apply((50, 42, 58, 45)) == pytest.approx(expected)
+
+
+def sharpness(image: torch.Tensor) -> float:
+    """Energy of the Laplacian, away from the borders."""
+    values = image.float().mean(dim=0)
+    laplacian = 4 * values[1:-1, 1:-1] - values[:-2, 1:-1] - values[2:, 1:-1] - values[1:-1, :-2] - values[1:-1, 2:]
+    return laplacian[20:-20, 20:-20].square().mean().item()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.3, 2.0, 5.0])
+@pytest.mark.parametrize("fit", FITS)
+def test_training_images_are_as_sharp_as_those_of_evaluation(tmp_path, ratio, fit):
+    """One resampling with the same kernel. Resizing and then rotating had left two thirds of this energy."""
+    generator = np.random.default_rng(0)
+    side = round(128 * ratio)
+    noise = generator.standard_normal((side, side))
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side))
+    texture = np.fft.ifft2(np.fft.fft2(noise) / (frequency + 0.02)).real  # like that of photographs
+    texture = np.clip(128 + 40 * texture / texture.std(), 0, 255).astype(np.uint8)
+    Image.fromarray(np.stack([texture] * 3, axis=2)).save(tmp_path / "a.png")
+    items = [Item(tmp_path / "a.png", 0, None)]
+    expected = sharpness(ImageDataset(items, data(fit), 128, seed=0, augment=False)[(0, 0)]["image"])
+    images = ImageDataset(items, data(fit, scale=1.0, rotate=20.0, color=0.0), 128, seed=0, augment=True)
+    energies = [sharpness(images[(epoch, 0)]["image"]) / expected for epoch in range(12)]
+    assert sum(abs(energy - 1) < 1e-9 for energy in energies) >= 2  # not rotated
+    # An image of the output's own size is not resampled at all in evaluation, and has no resolution to spare here.
+    assert min(energies) > (0.75 if ratio == 1 else 0.85)
+    assert np.mean(energies) == pytest.approx(1, abs=0.2 if ratio == 1 else 0.1)
+
+
+def test_half_of_the_images_are_rotated():
+    augmentation = Augmentation(data(rotate=10.0), 64)
+    placements = [augmentation.place((100, 80), np.random.default_rng(number)) for number in range(400)]
+    angles = np.array([placement.angle for placement in placements])
+    assert 0.4 < (angles != 0).mean() < 0.6
+    assert np.abs(angles).max() < math.radians(10)
+    for placement in placements:
+        x0, y0, x1, y1 = placement.rect
+        assert min(x0, y0, 100 - x1, 80 - y1) > -1e-9
+        assert (x1 - x0) * (y1 - y0) >= 0.6 * 100 * 80 - 1e-6
+        assert 0.74 < (x1 - x0) / (y1 - y0) < 1.34
 
 
 @pytest.mark.parametrize("workers", [0, 2])
