@@ -67,7 +67,10 @@ class Data(Section):
 
     path: str = Field("", description="folder with one folder per class, CSV file, or name of a built-in data set")
     source: int = Field(
-        0, ge=0, le=8192, description="side in pixels of the square source of all crops; 0: the size of scale 1"
+        0,
+        ge=0,
+        le=8192,
+        description="side in pixels of the square source of all crops; 0: chosen from the files and the views",
     )
     fit: Literal["crop", "pad", "squash"] = Field(
         "crop", description="how an image becomes square: center crop, gray borders, or stretched"

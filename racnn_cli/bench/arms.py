@@ -143,10 +143,13 @@ class SeedExperiment:
                 size = recipe.model.sizes[0]
                 count = epochs["pretrain-cnn", ""] + epochs["alternate", "CNN phase"]
                 changes |= {"pretrain_cnn.epochs": count}
+            recipe = recipe.override({"data.source": self.learned.recipe().data.source})
             recipe = baseline_recipe(recipe, classes=len(self.learned.classes()), epochs=epochs, size=size)
         elif section.ramp and not changes.get("alternate.ramp", True):
             # Fewer rounds without the ramp, so that the total of CNN epochs stays the same.
             changes["alternate.rounds"] = max(round(section.cnn_epochs_in(section.rounds) / section.cnn_epochs), 1)
+        if not recipe.data.source and self.learned.recipe_file.is_file():  # chosen when that was started
+            changes["data.source"] = self.learned.recipe().data.source
         return resolve(recipe.override(changes))
 
     def run_arms(self, arms: Iterable[Arm]) -> SeedResult:

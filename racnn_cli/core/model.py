@@ -23,6 +23,9 @@ from racnn_cli.core.mixture import log_mixture
 from racnn_cli.errors import SizeRefused
 from racnn_cli.recipe import Model, Recipe
 
+SOURCE_BYTES = 2**30
+"""Memory that the normalized source images of a batch may take, if the recipe does not set their side."""
+
 
 class Output(NamedTuple):
     """Result of a forward pass; boxes and views are ordered from the coarsest scale to the finest."""
@@ -281,8 +284,28 @@ def sizes_of(model: Model) -> tuple[int, ...]:
     return model.sizes or native_sizes(model.backbone, model.scales)
 
 
-def resolve(recipe: Recipe) -> Recipe:
-    """Fill in what the recipe leaves to the backbone and its weights: sizes, source side and `alternate.ramp`.
+def choose_source(recipe: Recipe, sizes: Sequence[int], side: int) -> int:
+    """Choose the side of the source, from which all crops are cut.
+
+    So large that the boxes of every scale, if they have the side `model.side`, have a pixel of the source for each
+    pixel of their view; but no larger than the files, than `SOURCE_BYTES` allow, or, with nested crops, than scale 1.
+
+    Args:
+        recipe: with any source.
+        sizes: input side of each scale in pixels.
+        side: of the files, as `Index.side`; 0 if it is not known.
+    """
+    if recipe.model.zoom == "nested" or not side:
+        return sizes[0]
+    wanted = max(math.ceil(size / recipe.model.side**number) for number, size in enumerate(sizes))
+    largest = math.isqrt(SOURCE_BYTES // (12 * recipe.train.batch))  # three channels of four bytes
+    return max(min(wanted, side, largest), sizes[0])
+
+
+def resolve(recipe: Recipe, *, side: int | None = None) -> Recipe:
+    """Fill in what the recipe leaves to the backbone, its weights and the files.
+
+    These are the sizes, `alternate.ramp`, and with `side` the source (see `choose_source`).
 
     `train.batchnorm = frozen` becomes `train` with random weights, whose BatchNorm layers have no statistics to keep.
     """
@@ -291,7 +314,7 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe.override(
         {
             "model.sizes": list(sizes),
-            "data.source": recipe.data.source or sizes[0],
+            "data.source": recipe.data.source or (0 if side is None else choose_source(recipe, sizes, side)),
             "alternate.ramp": random if ramp == "auto" else ramp,
             "train.batchnorm": "train" if random and batchnorm == "frozen" else batchnorm,
         }

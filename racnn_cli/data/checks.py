@@ -36,13 +36,14 @@ class CheckedFile:
 
     Attributes:
         error: why it cannot be used; empty if it can.
-        digest, levels, notes: as in `FileCheck`.
+        digest, levels, notes, stored_size: as in `FileCheck`.
     """
 
     error: str = ""
     digest: bytes = b""
     levels: Levels | None = None
     notes: tuple[str, ...] = ()
+    stored_size: tuple[int, int] = (0, 0)
 
 
 def check_files(rows: list[Row]) -> dict[Row, CheckedFile]:
@@ -211,4 +212,4 @@ def _check_file(row: Row) -> CheckedFile:
                 f"{prefix}the box x,y,w,h = {x:g},{y:g},{w:g},{h:g} extends beyond the image {show(row.path)}, "
                 f"which is stored as {width} x {height}"
             )
-    return CheckedFile(digest=file.digest, levels=file.levels, notes=file.notes)
+    return CheckedFile(digest=file.digest, levels=file.levels, notes=file.notes, stored_size=file.stored_size)

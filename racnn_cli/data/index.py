@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import statistics
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -107,6 +109,7 @@ def build_index(
         value_range=value_range,
         contents={split: b"".join(sorted(digest for _, digest in digests[split])) for split in ("train", "val")},
         own_splits=frozenset(row.split for row in listing.rows if row.split),
+        side=_median_side(data, [file for _, file in files]),
     )
 
 
@@ -174,6 +177,15 @@ def _errors(listing: Listing, checked: Mapping[Row, CheckedFile]) -> list[str]:
     """The errors of all files, in the order of the CSV file's lines."""
     errors = listing.errors + [(row.line, file.error) for row, file in checked.items() if file.error]
     return [text for _, text in sorted(errors, key=lambda error: error[0])]
+
+
+def _median_side(data: recipe.Data, files: Sequence[CheckedFile]) -> int:
+    """The side of the square that an image becomes at its own resolution, in the median."""
+    sides = []
+    for width, height in (file.stored_size for file in files):
+        middle = round(math.sqrt(width * height))
+        sides.append({"crop": min(width, height), "pad": max(width, height), "squash": middle}[data.fit])
+    return statistics.median_low(sides) if sides else 0
 
 
 def _value_range(data: recipe.Data, files: Iterable[CheckedFile]) -> tuple[ValueRange | None, list[str]]:

@@ -41,6 +41,8 @@ class Index:
         contents: `train` and `val` to the 16-byte hashes of the contents of their images, sorted and joined; empty
             strings if the images were not verified.
         own_splits: the splits that the data name themselves, for which `data.val` and `data.test` are not used.
+        side: of a square in pixels, such that its images are neither enlarged nor reduced in the median, as `data.fit`
+            makes them square; 0 if the files were not verified or are drawn.
     """
 
     classes: list[str]
@@ -52,6 +54,7 @@ class Index:
     value_range: tuple[float, float] | None = None
     contents: dict[str, bytes] = field(default_factory=dict)
     own_splits: frozenset[str] = frozenset()
+    side: int = 0
 
 
 @dataclass(frozen=True)

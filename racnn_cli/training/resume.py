@@ -46,6 +46,8 @@ def differences(old: Recipe, new: Recipe) -> dict[str, tuple[object, object]]:
     before["data.path"], after["data.path"] = absolute(old.data), absolute(new.data)
     if not new.data.range:  # decided when the run was started
         after["data.range"] = before["data.range"]
+    if not new.data.source:  # as well
+        after["data.source"] = before["data.source"]
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 

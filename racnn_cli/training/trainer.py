@@ -112,7 +112,8 @@ class Trainer:
         index = source.index
         changes = {"data.path": absolute(recipe.data), "data.range": list(index.value_range or recipe.data.range)}
         batchnorm = recipe.train.batchnorm
-        recipe = resolve(recipe).override(changes)
+        chosen = not recipe.data.source
+        recipe = resolve(recipe, side=index.side).override(changes)
         seed_step(recipe.seed)
         model = build(recipe.model, len(index.classes), source=recipe.data.source)
         _check_batchnorm(recipe, model, images=len(index.splits["train"]))
@@ -138,7 +139,7 @@ class Trainer:
             parent_run=parent_run,
             boxes=boxes,
         )
-        trainer._introduce()
+        trainer._introduce(chosen_source=chosen)
         if batchnorm != recipe.train.batchnorm:
             console.say(
                 f"note: train.batchnorm = {recipe.train.batchnorm} instead of {batchnorm}: random weights have no "
@@ -384,7 +385,7 @@ class Trainer:
         if self.parent_run == self.run.folder:
             self._warn(imbalance(self.source.index))
 
-    def _introduce(self) -> None:
+    def _introduce(self, *, chosen_source: bool) -> None:
         index, recipe, console = self.source.index, self.recipe, self.console
         counts = ", ".join(f"{len(items)} {name}" for name, items in index.splits.items())
         model = recipe.model
@@ -392,6 +393,10 @@ class Trainer:
         console.say(
             f"{recipe.data.path}: {len(index.classes)} classes, {counts} images; source {recipe.data.source} px"
         )
+        if chosen_source and index.side:
+            console.say(
+                f"source: chosen from files of {index.side} px (median) and from the views; data.source sets it"
+            )
         console.say(f"run folder {self.run.folder}, device {self.device}, seed {recipe.seed}")
         self._warn_if_crowded()
         if note := backbones.describe_run(model.weights):

@@ -14,8 +14,9 @@ import racnn_cli
 from racnn_cli import backbones, recipe
 from racnn_cli.core import attention, store
 from racnn_cli.core.losses import classification_loss, rank_loss
-from racnn_cli.core.model import RACNN, build, sizes_of
+from racnn_cli.core.model import RACNN, build, resolve, sizes_of
 from racnn_cli.errors import RunError, SizeRefused
+from racnn_cli.recipe import Recipe
 from racnn_cli.training import phases, stages
 from racnn_cli.training.loop import freeze_all_but, make_optimizer, set_training_mode
 
@@ -295,6 +296,29 @@ def test_fusion_starts_as_the_mean_of_the_logits() -> None:
         # Each descriptor is normalized, so its length does not matter.
         longer = [d * (n + 2) for n, d in enumerate(descriptors)]
         torch.testing.assert_close(model.fuse(longer, list(logits)), logits.mean(0))
+
+
+# ---- the source
+
+
+@pytest.mark.parametrize(
+    ("sizes", "side", "files", "changes", "expected"),
+    [
+        ((224, 224, 224), 0.5, 4000, {}, 896),  # 224 / 0.5², a pixel per pixel of the finest box
+        ((224, 224, 224), 0.5, 600, {}, 600),  # the files have no more
+        ((224, 224, 224), 0.5, 100, {}, 224),
+        ((288, 288, 288), 0.85, 4000, {}, 399),
+        ((448, 224, 224), 0.5, 4000, {}, 896),
+        ((224, 224, 224), 0.5, 4000, {"model.zoom": "nested"}, 224),
+        ((224, 224, 224), 0.2, 4000, {"train.batch": 64}, 1182),  # a batch of it takes a gigabyte
+        ((224, 224, 224), 0.5, 0, {}, 224),  # files of an unknown size
+        ((224, 224, 224), 0.5, 4000, {"data.source": 300}, 300),
+    ],
+)
+def test_the_source_has_a_pixel_for_each_pixel_of_the_finest_view(sizes, side, files, changes, expected) -> None:
+    keys = {"model.weights": "none", "model.sizes": list(sizes), "model.side": side, "model.floor": 0.1}
+    recipe = Recipe.model_validate({"model": {"weights": "none"}}).override(keys | changes)
+    assert resolve(recipe, side=files).data.source == expected
 
 
 # ---- losses

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from blobs import tiny, write_blobs, write_recipe
+from PIL import Image
 from safetensors.torch import load_file
 
 import racnn_cli
@@ -108,6 +109,23 @@ def test_every_epoch_is_one_line_of_the_log(here, data) -> None:
         assert len(event["val"]["scales"]) == 2
         assert event["val"]["rank"] >= 0
     assert result.images == 12
+
+
+@pytest.mark.parametrize(("fit", "expected"), [("crop", 96), ("pad", 120)])
+def test_the_source_is_chosen_from_the_files_and_said(here, fit, expected, capsys) -> None:
+    for number in range(12):
+        folder = here / "data" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        size = (120, 96) if number < 8 else (400, 300)
+        Image.new("RGB", size, (20 * number, 90, 90)).save(folder / f"{number}.png")
+    changes = {"data__source": 0, "data__fit": fit, "data__val": 0.3, "data__test": 0.3}
+    trainer = Trainer.start(tiny(here / "data", **changes), out=here / "mine")
+    assert trainer.recipe.data.source == trainer.run.recipe().data.source == expected
+    assert f"chosen from files of {expected} px (median)" in capsys.readouterr().err
+    assert trainer.train[(0, 0)]["image"].shape == (3, expected, expected)
+    trainer.close()
+    run, _ = api.train(tiny(here / "data", **changes), out=here / "mine", or_resume=True, quiet=True)  # the same run
+    assert run.recipe().data.source == expected
 
 
 def test_quick_runs_every_stage(here, data) -> None:
