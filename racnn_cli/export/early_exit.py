@@ -136,17 +136,47 @@ def with_early_exit(graph: ExportedGraph, images: LabelledImages, max_drop: floa
     Raises:
         ExportError: no threshold keeps the accuracy.
     """
+    confidence, coarse_correct, full_correct = _answers(graph, images)
+    threshold = choose_threshold(
+        confidence, coarse_correct=coarse_correct, full_correct=full_correct, max_drop=max_drop
+    )
+    return EarlyExitGraph(graph, threshold).eval()
+
+
+def _answers(graph: ExportedGraph, images: LabelledImages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The confidence (n,) of scale 1, and whether scale 1 and all scales are right, (n,) bool each."""
     with torch.inference_mode():
         outputs = [graph(torch.from_numpy(batch))[:3] for batch in input_batches(images.squares, graph.options)]
     probabilities, _, scales = (torch.cat(values).numpy() for values in zip(*outputs, strict=True))
     coarse = scales[:, 0]
-    threshold = choose_threshold(
-        coarse.max(axis=1),
-        coarse_correct=coarse.argmax(axis=1) == images.labels,
-        full_correct=probabilities.argmax(axis=1) == images.labels,
-        max_drop=max_drop,
-    )
-    return EarlyExitGraph(graph, threshold).eval()
+    return (coarse.max(axis=1), coarse.argmax(axis=1) == images.labels, probabilities.argmax(axis=1) == images.labels)
+
+
+def cross_fitted_accuracy(graph: EarlyExitGraph, images: LabelledImages, max_drop: float) -> float:
+    """The accuracy with early exit, where the threshold of each half of the images is chosen on the other half.
+
+    Args:
+        graph: with any threshold.
+        images: the only held-out images there are.
+        max_drop: as in `with_early_exit`.
+    """
+    full = ExportedGraph(graph.model, graph.fit, graph.options).eval()
+    confidence, coarse_correct, full_correct = _answers(full, images)
+    halves = [np.arange(len(confidence)) % 2 == number for number in range(2)]
+    correct = np.zeros(len(confidence), bool)
+    for chosen, reported in (halves, halves[::-1]):
+        try:
+            threshold = choose_threshold(
+                confidence[chosen],
+                coarse_correct=coarse_correct[chosen],
+                full_correct=full_correct[chosen],
+                max_drop=max_drop,
+            )
+        except ExportError:  # with no threshold, every image goes through all scales
+            threshold = NO_EXIT
+        stops = confidence[reported] >= threshold
+        correct[reported] = np.where(stops, coarse_correct[reported], full_correct[reported])
+    return float(correct.mean())
 
 
 def choose_threshold(
@@ -186,8 +216,8 @@ def measure(graph: EarlyExitGraph, file: Path, images: LabelledImages) -> dict[s
     """Measure speed and accuracy of a file with and without early exit, one image at a time.
 
     Returns:
-        `threshold`, `images`, `stopped` (images that stop after scale 1), `before` and `after` (accuracy without
-        and with early exit), `times_faster`.
+        `threshold`, `images` and their `split`, `stopped` (images that stop after scale 1), `before` and `after`
+        (accuracy without and with early exit), `times_faster`.
     """
     session, count = open_session(file), len(images.labels)
     modes: list[dict[str, np.ndarray]] = [{}, {"threshold": np.array(NO_EXIT, np.float32)}]  # with early exit, without
@@ -204,6 +234,7 @@ def measure(graph: EarlyExitGraph, file: Path, images: LabelledImages) -> dict[s
     return {
         "threshold": graph.threshold,
         "images": count,
+        "split": images.split,
         "stopped": int((ran[0] == 1).sum()),
         "before": before,
         "after": after,

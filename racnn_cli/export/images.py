@@ -27,6 +27,7 @@ class LabelledImages(NamedTuple):
 
     squares: np.ndarray  # (n, H, H, 3) uint8
     labels: np.ndarray  # (n,)
+    split: str = "val"
 
 
 def labelled_images(run: Run, split: str, side: int, limit: int | None = None) -> LabelledImages:
@@ -41,7 +42,12 @@ def labelled_images(run: Run, split: str, side: int, limit: int | None = None) -
     dataset = _open(run).dataset(split, side, augment=False)
     positions = range(0, len(dataset), math.ceil(len(dataset) / (limit or len(dataset))))
     labels = [dataset.items[position].label for position in positions]
-    return LabelledImages(_squares(dataset, positions), np.array(labels))
+    return LabelledImages(_squares(dataset, positions), np.array(labels), split)
+
+
+def held_out_images(run: Run, side: int) -> LabelledImages | None:
+    """Read the test images, on which nothing was chosen; None if the run's data have none."""
+    return labelled_images(run, "test", side) if _open(run).index.splits["test"] else None
 
 
 def _open(run: Run) -> DataSource:

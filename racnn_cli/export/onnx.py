@@ -21,9 +21,9 @@ from onnx.external_data_helper import uses_external_data
 from racnn_cli.errors import ExportError
 from racnn_cli.export import quantize
 from racnn_cli.export.check import compare, untraceable, validate
-from racnn_cli.export.early_exit import EarlyExitGraph, join, measure, with_early_exit
+from racnn_cli.export.early_exit import EarlyExitGraph, cross_fitted_accuracy, join, measure, with_early_exit
 from racnn_cli.export.graph import ExportedGraph, ExportOptions
-from racnn_cli.export.images import CheckImages, labelled_images
+from racnn_cli.export.images import CheckImages, held_out_images, labelled_images
 from racnn_cli.export.quantize import Precision
 from racnn_cli.run import Run, write_atomic
 
@@ -77,9 +77,9 @@ def export_onnx(
         raise ExportError(
             f"{run.folder} has a single scale, so there are no finer scales to skip", "export without --early-exit"
         )
-    validation = None
+    validation = test = None
     if early_exit or precision != "float32":
-        validation = labelled_images(run, "val", source)
+        validation, test = labelled_images(run, "val", source), held_out_images(run, source)
         if early_exit:
             graph = with_early_exit(graph, validation, max_drop)
     program = to_onnx(graph, opset)
@@ -92,10 +92,12 @@ def export_onnx(
         if validation is None:
             return
         if isinstance(graph, EarlyExitGraph):
-            report["early_exit"] = measure(graph, file, validation)
+            report["early_exit"] = measure(graph, file, test or validation)
+            if test is None:
+                report["early_exit"]["after"] = cross_fitted_accuracy(graph, validation, max_drop)
         else:
             report["compressed"] = quantize.compress(
-                run, graph, file, precision=precision, images=validation, max_drop=max_drop
+                run, graph, file, precision=precision, images=validation, max_drop=max_drop, test=test
             )
 
     size = save(program, path, verify)
@@ -205,16 +207,21 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(
             f"  {compressed['precision']}: {compressed['bytes_before'] / 2**20:.1f} MiB before; "
             f"{compressed['times_faster']:.2f} × as fast on this machine; accuracy {compressed['before']:.3f} before "
-            f"and {compressed['after']:.3f} after on {compressed['images']} validation images"
+            f"and {compressed['after']:.3f} after on {_describe_images(compressed)}"
         )
     if exits := report.get("early_exit"):
         lines.append(
-            f"  early exit: {exits['stopped']} of {exits['images']} validation images stop after scale 1, with a "
+            f"  early exit: {exits['stopped']} of {_describe_images(exits)} stop after scale 1, with a "
             f"probability of {exits['threshold']:.3f} or more; {exits['times_faster']:.2f} × as fast on this machine, "
             f"one image at a time; accuracy {exits['before']:.3f} with all scales and {exits['after']:.3f} with early "
-            "exit"
+            f"exit{'' if exits['split'] == 'test' else ', its threshold chosen on the other half of the images'}"
         )
     return "\n".join(lines)
+
+
+def _describe_images(report: Mapping[str, Any]) -> str:
+    """Number and split of the images of a measurement."""
+    return f"{report['images']} {report['split']} images{'' if report['split'] == 'test' else ' (used for choosing)'}"
 
 
 def _shapes(values: Iterable[onnx_ir.Value]) -> dict[str, list[str | int]]:

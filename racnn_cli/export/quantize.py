@@ -39,7 +39,14 @@ CALIBRATION_IMAGES = 128  # training images that set the ranges of int8
 
 
 def compress(
-    run: Run, graph: ExportedGraph, file: Path, *, precision: Precision, images: LabelledImages, max_drop: float
+    run: Run,
+    graph: ExportedGraph,
+    file: Path,
+    *,
+    precision: Precision,
+    images: LabelledImages,
+    max_drop: float,
+    test: LabelledImages | None = None,
 ) -> dict[str, Any]:
     """Replace a float32 file with a compressed one if the accuracy holds.
 
@@ -48,11 +55,12 @@ def compress(
         graph: what `file` was exported from.
         file: replaced in place.
         precision: `half` or `int8`.
-        images: validation images.
+        images: validation images, which decide.
         max_drop: allowed loss of accuracy on these images, in percentage points.
+        test: images to report the accuracy on; None: those that decided.
 
     Returns:
-        `precision`, `before` and `after` (accuracy), `images`, `bytes_before`, `times_faster`.
+        `precision`, `before` and `after` (accuracy), `images` and their `split`, `bytes_before`, `times_faster`.
 
     Raises:
         ExportError: the accuracy drops too far, or the compressed graph is not valid.
@@ -67,21 +75,24 @@ def compress(
         validate(compressed)
         before, after = open_session(file), open_session(compressed)
         image = as_input(images.squares[:1], raw=graph.options.raw)
+        decided = [accuracy(session, images, graph.options) for session in (before, after)]
+        reported = decided if test is None else [accuracy(session, test, graph.options) for session in (before, after)]
         report: dict[str, Any] = {
             "precision": precision,
-            "before": accuracy(before, images, graph.options),
-            "after": accuracy(after, images, graph.options),
-            "images": len(images.labels),
+            "before": reported[0],
+            "after": reported[1],
+            "images": len((test or images).labels),
+            "split": (test or images).split,
             "bytes_before": file.stat().st_size,
             "times_faster": speedup(
                 lambda: before.run(None, {"image": image}), lambda: after.run(None, {"image": image})
             ),
         }
-        drop = 100 * (report["before"] - report["after"])
+        drop = 100 * (decided[0] - decided[1])
         if drop > max_drop + 1e-9:
             raise ExportError(
                 f"{precision} costs {drop:.1f} points of accuracy on {len(images.labels)} validation images "
-                f"({report['before']:.3f} to {report['after']:.3f}); {max_drop:g} are allowed, and no file was written",
+                f"({decided[0]:.3f} to {decided[1]:.3f}); {max_drop:g} are allowed, and no file was written",
                 f"--max-drop {math.ceil(10 * drop - 1e-6) / 10:g}, or export in float32",
                 failure=True,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from untrained import CLASSES, SIDE, make_run
 
+from racnn_cli.data.square import load_source
 from racnn_cli.errors import ExportError
 from racnn_cli.export import early_exit
 from racnn_cli.export.check import check
@@ -66,21 +68,45 @@ def test_only_uncertain_images_go_through_the_finer_scales(
         assert not outputs[name][stops].any(), name
     assert not outputs["scales"][stops, 1:].any()
 
-    files = sorted(data.parent.glob("val-*.png"))
-    labels = np.array([run.classes().index(CLASSES[int(file.name[4])]) for file in files])
-    accuracies = [float((values["labels"][:, 0] == labels).mean()) for values in (full, outputs)]
+    # The threshold was chosen on these images; the accuracy is reported on the test images.
+    files = sorted(data.parent.glob("test-*.png"))
+    labels = np.array([run.classes().index(CLASSES[int(file.name[5])]) for file in files])
+    squares = np.stack([load_source(file, "crop", SIDE)[0] for file in files]).transpose(0, 3, 1, 2)
+    test = np.ascontiguousarray(squares, np.float32) / np.float32(255)
+    early, late = (
+        run_file(report["path"], image=test, threshold=np.array(threshold, np.float32))
+        for threshold in (figures["threshold"], early_exit.NO_EXIT)
+    )
+    accuracies = [float((values["labels"][:, 0] == labels).mean()) for values in (late, early)]
     assert accuracies == pytest.approx([figures["before"], figures["after"]])
-    assert (figures["stopped"], figures["images"]) == (stops.sum(), len(files))
+    assert (figures["stopped"], figures["images"], figures["split"]) == ((early["ran"] == 1).sum(), len(files), "test")
 
     no_exit = run_file(report["path"], image=image, threshold=np.array(early_exit.NO_EXIT, np.float32))
     assert np.abs(no_exit["probabilities"] - full["probabilities"]).max() < 1e-3
     assert set(run_file(report["path"], image=image, threshold=np.array(0, np.float32))["ran"]) == {1}
 
 
+def test_without_test_images_the_threshold_is_cross_fitted(monkeypatch) -> None:
+    """Each half of the images is measured with the threshold of the other half."""
+    confidence = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    coarse = np.array([True, True, False, True, True, False])
+    full = np.array([True, True, True, True, True, True])
+    monkeypatch.setattr(early_exit, "_answers", lambda *_: (confidence, coarse, full))
+    monkeypatch.setattr(early_exit, "ExportedGraph", lambda *_: torch.nn.Identity())
+    graph = SimpleNamespace(model=None, fit="", options=None)
+    # Even images allow the first to stop (threshold .8), odd ones the first two (.5): .6 and .5 in the other half.
+    assert early_exit.cross_fitted_accuracy(graph, None, 0.0) == pytest.approx(5 / 6)  # type: ignore[arg-type]
+    with_images = {"images": 6, "split": "val", "stopped": 3, "threshold": 0.5, "times_faster": 1.0}
+    base = {"sides": [64], "agreement": [1, 1], "max_difference": {}, "checked_on": "", "batches": []}
+    text = describe(base | {"early_exit": with_images | {"before": 1.0, "after": 5 / 6}})
+    assert "3 of 6 val images (used for choosing) stop after scale 1" in text
+    assert "threshold chosen on the other half" in text
+
+
 def test_the_file_is_checked_and_described(run: Run, report: dict, data: Path) -> None:
     assert report["agreement"] == [60, 60]  # twenty images, of which none, all and half are refined
     assert list(report["outputs"])[-1] == "ran"
-    assert re.search(r"early exit: \d+ of 24 validation images stop after scale 1", describe(report))
+    assert re.search(r"early exit: \d+ of 24 test images stop after scale 1", describe(report))
     assert check(run, Path(report["path"]), data.parent)["agreement"] == [60, 60]
     metadata = onnxruntime.InferenceSession(report["path"]).get_modelmeta().custom_metadata_map
     assert float(metadata["threshold"]) == pytest.approx(report["early_exit"]["threshold"])

@@ -259,7 +259,7 @@ def test_smaller_precisions_keep_the_boxes_in_float32(
     assert figures["times_faster"] > 0
     text = describe(report)
     assert f"{precision}: " in text
-    assert f"accuracy {figures['before']:.3f} before and {figures['after']:.3f} after on 24" in text
+    assert f"accuracy {figures['before']:.3f} before and {figures['after']:.3f} after on 24 test images" in text
     backbones, others = weight_types(report["path"])
     assert kind in backbones
     assert others == {1}  # float32
@@ -267,10 +267,10 @@ def test_smaller_precisions_keep_the_boxes_in_float32(
     nodes = onnx.load(report["path"]).graph.node
     # The crops are cut from images that were not rounded.
     assert not [node for node in nodes if "image" in node.input and node.op_type == "Cast"]
-    files = sorted(data.parent.glob("val-*.png"))
+    files = sorted(data.parent.glob("test-*.png"))  # the validation images decided
     before, after = (load(file).predict(files) for file in (run.onnx, report["path"]))
     accuracies = [
-        np.mean([answer.label == CLASSES[int(Path(answer.path).name[4])] for answer in answers])
+        np.mean([answer.label == CLASSES[int(Path(answer.path).name[5])] for answer in answers])
         for answers in (before, after)
     ]
     assert accuracies == pytest.approx([figures["before"], figures["after"]])
@@ -281,7 +281,7 @@ def test_smaller_precisions_keep_the_boxes_in_float32(
 def test_a_compressed_file_that_is_less_accurate_is_refused(
     run: Run, reuse_graph: None, tmp_path: Path, monkeypatch
 ) -> None:
-    accuracies = iter([0.9, 0.85])
+    accuracies = iter([0.9, 0.85, 0.9, 0.85])  # on the validation and on the test images
     monkeypatch.setattr(quantize, "accuracy", lambda *_: next(accuracies))
     with pytest.raises(ExportError, match=r"half costs 5\.0 points .* \(0\.900 to 0\.850\)") as error:
         export_onnx(run, tmp_path / "worse" / "net.onnx", precision="half", max_drop=4.9)
