@@ -54,3 +54,14 @@ class Backbone(nn.Module):
     def descriptor(self, features: Tensor) -> Tensor:
         """Pool features (B, C, h, w) to one vector per image (B, D); by default the global average pool."""
         return torch.mean(features, dim=(2, 3))  # (B, C, h, w) -> (B, C)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with several dimensions that weight decay must leave alone, such as embeddings."""
+        return set()
+
+    def layer_scales(self, decay: float) -> dict[str, float]:
+        """Factors of the learning rate by the parameter's name: 1 for the last layer, `decay` for the one below, …
+
+        Empty if the layers have no order.
+        """
+        return {}

@@ -10,9 +10,12 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
+from timm.layers import DropPath
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from racnn_cli.backbones.contract import Backbone
+from racnn_cli.errors import BackboneError
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,37 @@ class TimmBackbone(Backbone):
             features = nn.functional.pad(features, (0, 0, self.padding, 0))  # (B, padding + h * w, C)
         return cast(Tensor, self.net.forward_head(features, pre_logits=True))
 
+    def no_weight_decay(self) -> set[str]:
+        """As timm's model says."""
+        names = self.net.no_weight_decay() if hasattr(self.net, "no_weight_decay") else ()
+        return {f"net.{name}" for name in names}
 
-def create(name: str, options: tuple[tuple[str, Any], ...], *, pretrained: bool = False) -> Any:
-    """Create timm's model without its classifier."""
-    return timm.create_model(name, pretrained=pretrained, num_classes=0, **dict(options))
+    def layer_scales(self, decay: float) -> dict[str, float]:
+        """By the layers of timm's model (Clark et al., ICLR 2020)."""
+        if not hasattr(self.net, "group_matcher"):
+            return {}
+        groups = param_groups_layer_decay(self.net, layer_decay=decay)
+        factors = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+        named = self.net.named_parameters()
+        return {f"net.{name}": factors[parameter] for name, parameter in named if parameter in factors}  # if trained
+
+
+def create(name: str, options: tuple[tuple[str, Any], ...], *, pretrained: bool = False, drop_path: float = 0.0) -> Any:
+    """Create timm's model without its classifier.
+
+    Raises:
+        BackboneError: the model has no residual branches to skip, and `drop_path` is not 0.
+    """
+    arguments = dict(options) | ({"drop_path_rate": drop_path} if drop_path else {})
+    try:
+        net = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise BackboneError(f"{name} has no stochastic depth", "model.drop_path = 0") from None
+    if drop_path and not any(isinstance(module, DropPath) for module in net.modules()):
+        raise BackboneError(f"{name} has no residual branch to skip", "model.drop_path = 0")
+    return net
 
 
 def classifiers(net: nn.Module) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class Augment(Section):
     flip: Literal["none", "horizontal", "both"] = Field("horizontal", description="random mirroring")
     rotate: float = Field(10.0, ge=0.0, le=180.0, description="largest rotation in degrees")
     color: Share = Field(0.2, description="strength of brightness, contrast and color changes")
+    erase: Share = Field(0.0, description="share of the images in which a random rectangle is replaced by noise")
 
 
 class Sample(Section):
@@ -125,6 +126,9 @@ class Model(Section):
         "mask and sampling positions, mask only, positions only, or none",
     )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout before each classifier")
+    drop_path: float = Field(
+        0.0, ge=0.0, lt=1.0, description="largest probability of skipping a residual branch (stochastic depth)"
+    )
     fuse: Literal["head", "weights", "both"] = Field(
         "head",
         description="how the scales' answers are fused: a layer over their descriptors (the paper), a weighted mean of "
@@ -155,6 +159,15 @@ class Train(Section):
     weight_decay: float = Field(0.01, ge=0.0, description="weight decay")
     schedule: Literal["cosine", "step", "constant"] = Field(
         "cosine", description="learning rate schedule within each stage or phase"
+    )
+    span: Literal["phase", "stage"] = Field(
+        "phase", description="what the schedule covers in alternate: each phase, or the phases of all rounds together"
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="factor of the learning rate from one layer of a backbone to the one below it; 1: the same rate",
     )
     step_epochs: int = Field(
         30, ge=1, description="schedule step only: epochs between two divisions of the learning rate by 10"
@@ -208,6 +221,9 @@ class Alternate(Section):
         description="largest number of rounds, each an APN phase (not in the first round) and a CNN phase",
     )
     cnn_epochs: int = Field(2, ge=1, description="epochs of a CNN phase")
+    first_epochs: int = Field(
+        0, ge=0, description="epochs of the first CNN phase; 0: cnn_epochs, or what ramp makes of it"
+    )
     ramp: bool | Literal["auto"] = Field(
         "auto",
         description="start with short rounds so that the boxes move early: CNN phase r has at most r epochs; "
@@ -240,6 +256,8 @@ class Alternate(Section):
 
     def cnn_epochs_of(self, round_: int) -> int:
         """CNN epochs of a round, counted from 0."""
+        if round_ == 0 and self.first_epochs:
+            return self.first_epochs
         return min(round_ + 1, self.cnn_epochs) if self.ramp is True else self.cnn_epochs
 
     def cnn_epochs_in(self, rounds: int) -> int:
@@ -309,6 +327,7 @@ class Recipe(Section):
                 "pretrain_apn.epochs": min(self.pretrain_apn.epochs, 2),
                 "alternate.rounds": min(self.alternate.rounds, 2),
                 "alternate.cnn_epochs": 1,
+                "alternate.first_epochs": 0,
                 "alternate.apn_epochs": min(self.alternate.apn_epochs, 1),
                 "fusion.epochs": min(self.fusion.epochs, 2),
             }

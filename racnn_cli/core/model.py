@@ -91,6 +91,7 @@ class RACNN(nn.Module):
         scales: number of scales S; only with a name, as are the following.
         sizes: input side of each scale in pixels; empty: the backbone's native sizes.
         weights: as in `backbones.build`; all scales start from the same weights.
+        drop_path: as in `backbones.build`.
 
     Raises:
         ValueError: arguments that contradict each other.
@@ -120,6 +121,7 @@ class RACNN(nn.Module):
         scales: int = 3,
         sizes: Sequence[int] = (),
         weights: str = "none",
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if zoom not in ("source", "nested"):
@@ -128,7 +130,7 @@ class RACNN(nn.Module):
             sizes = tuple(sizes) or native_sizes(backbones, scales)
             if len(sizes) != scales:
                 raise ValueError(f"sizes has {len(sizes)} entries for {scales} scales")
-            modules: Sequence[Backbone] = build_scales(backbones, sizes, weights=weights)
+            modules: Sequence[Backbone] = build_scales(backbones, sizes, weights=weights, drop_path=drop_path)
         else:
             modules = backbones
         self.classes, self.zoom, self.k, self.gradient = classes, zoom, k, gradient

@@ -17,7 +17,7 @@ from PIL import Image
 from racnn_cli.data.decode import StoredImage, upright
 from racnn_cli.data.geometry import GREY, Rect
 from racnn_cli.data.square import to_square
-from racnn_cli.recipe import Data
+from racnn_cli.recipe import Augment, Data
 
 ASPECT = 4 / 3  # largest ratio of the sides of a random crop
 TRIES = 10  # to fit a random crop into the image
@@ -73,7 +73,7 @@ class Augmentation:
 
     def __init__(self, data: Data, side: int) -> None:
         self.data, self.side = data, side
-        self._color = _color_jitter(data.augment.color)
+        self._color = _color_transforms(data.augment)
 
     def __call__(self, stored: StoredImage, *, seed: int, epoch: int, position: int) -> tuple[np.ndarray, Placement]:
         """Augment a decoded image; a pure function of the image and the three numbers.
@@ -91,9 +91,9 @@ class Augmentation:
         if placement.flip:
             pixels = pixels[:, ::-1]
         pixels = np.ascontiguousarray(np.rot90(pixels, placement.turns))
-        if self._color is not None:
-            self._color.set_random_seed(int(color_seed.generate_state(1)[0]))
-            pixels = self._color(image=pixels)["image"]
+        for transform, state in zip(self._color, color_seed.generate_state(2), strict=False):
+            transform.set_random_seed(int(state))
+            pixels = transform(image=pixels)["image"]
         return pixels, placement
 
     def place(self, size: tuple[int, int], generator: np.random.Generator) -> Placement:
@@ -192,14 +192,19 @@ def _with_border(image: Image.Image, rect: Rect) -> tuple[Image.Image, tuple[int
     return canvas, (left, top)
 
 
-def _color_jitter(strength: float) -> A.BasicTransform | None:
-    if not strength:
-        return None
-    brightness = (max(0.2, 1 - strength), 1 + strength)
-    return A.ColorJitter(
-        brightness=brightness,
-        contrast=brightness,
-        saturation=(1 - strength, 1 + strength),
-        hue=(-strength / 4, strength / 4),
-        p=1.0,
-    )
+def _color_transforms(augment: Augment) -> list[A.BasicTransform]:
+    """Color jitter and random erasing (Zhong et al., AAAI 2020), as far as they are set."""
+    transforms: list[A.BasicTransform] = []
+    if strength := augment.color:
+        brightness = (max(0.2, 1 - strength), 1 + strength)
+        jitter = A.ColorJitter(
+            brightness=brightness,
+            contrast=brightness,
+            saturation=(1 - strength, 1 + strength),
+            hue=(-strength / 4, strength / 4),
+            p=1.0,
+        )
+        transforms.append(jitter)
+    if augment.erase:
+        transforms.append(A.Erasing(scale=(0.02, 0.33), ratio=(0.3, 3.3), fill="random", p=augment.erase))
+    return transforms

@@ -72,12 +72,22 @@ def set_training_mode(model: RACNN, modules: list[nn.Module], *, freeze_batchnor
 
 
 def make_optimizer(recipe: Recipe, phase: Phase, model: RACNN) -> torch.optim.Optimizer:
-    """AdamW or SGD over what is trained; parameters of one dimension (biases, norms) have no weight decay."""
-    heads = phase.heads(model)
+    """AdamW or SGD over what is trained.
+
+    Parameters of one dimension (biases, norms), and those that a backbone names, such as position embeddings, have no
+    weight decay.
+    """
+    heads, scales, undecayed = phase.heads(model), dict[nn.Parameter, float](), set[nn.Parameter]()
+    for number in range(len(model.sizes)):
+        backbone = model.scale(number).backbone
+        named = dict(backbone.named_parameters())
+        undecayed |= {named[name] for name in backbone.no_weight_decay() if name in named}
+        if recipe.train.layer_decay < 1:
+            scales |= {named[name]: scale for name, scale in backbone.layer_scales(recipe.train.layer_decay).items()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in (p for p in model.parameters() if p.requires_grad):
-        lr = phase.lr * (phase.head_lr if parameter in heads else 1.0)
-        decay = recipe.train.weight_decay if parameter.ndim > 1 else 0.0
+        lr = phase.lr * (phase.head_lr if parameter in heads else scales.get(parameter, 1.0))
+        decay = recipe.train.weight_decay if parameter.ndim > 1 and parameter not in undecayed else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
     options = [
         {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
@@ -229,8 +239,10 @@ class _Fit:
         self.ema.update()
 
     def _set_lr(self, update: int) -> None:
-        updates = self.phase.epochs * self.updates_per_epoch
-        factor = lr_factor(self.recipe, update, updates, self.updates_per_epoch)
+        phase, per_epoch = self.phase, self.updates_per_epoch
+        before = phase.epochs_before if phase.span else 0
+        updates = (phase.span or phase.epochs) * per_epoch
+        factor = lr_factor(self.recipe, before * per_epoch + update, updates, per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
 

@@ -62,6 +62,8 @@ class Phase:
         keep_best: at the end, go back to the best epoch on the validation split (the start counts too with
             `from_start`): see `Answer.score`.
         patience: stop after this many epochs without a better one; 0: never.
+        epochs_before, span: of the learning rate's schedule, where it covers several phases: epochs of those before
+            this one, and of all of them; a span of 0 is this phase alone.
     """
 
     stage: str
@@ -76,6 +78,8 @@ class Phase:
     keep_best: bool = False
     from_start: bool = False
     patience: int = 0
+    epochs_before: int = 0
+    span: int = 0
 
     @property
     def title(self) -> str:
@@ -236,11 +240,17 @@ def cnn_phase(recipe: Recipe, boxes: BoxSource = LEARNED, *, round_index: int = 
         epochs=section.cnn_epochs_of(round_index),
         lr=section.cnn_lr,
         lr_key="alternate.cnn_lr",
+        epochs_before=section.cnn_epochs_in(round_index),
+        span=section.cnn_epochs_in(section.rounds) if recipe.train.span == "stage" else 0,
     )
 
 
-def apn_phase(recipe: Recipe, boxes: BoxSource = LEARNED) -> Phase:
-    """CNNs frozen: train every APN on the rank loss between its scale and the next, or on the targets of `boxes`."""
+def apn_phase(recipe: Recipe, boxes: BoxSource = LEARNED, *, round_index: int = 1) -> Phase:
+    """CNNs frozen: train every APN on the rank loss between its scale and the next, or on the targets of `boxes`.
+
+    Args:
+        recipe, boxes, round_index: as for `cnn_phase`; the first round (0) has no APN phase.
+    """
     section = recipe.alternate
     return Phase(
         stage="alternate",
@@ -251,6 +261,8 @@ def apn_phase(recipe: Recipe, boxes: BoxSource = LEARNED) -> Phase:
         epochs=section.apn_epochs,
         lr=section.apn_lr,
         lr_key="alternate.apn_lr",
+        epochs_before=section.apn_epochs * (round_index - 1),
+        span=section.apn_epochs * (section.rounds - 1) if recipe.train.span == "stage" else 0,
     )
 
 

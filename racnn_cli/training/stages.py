@@ -58,7 +58,7 @@ def alternate(trainer: Trainer) -> None:
     recipe, progress, boxes = trainer.recipe, trainer.progress, trainer.boxes
     while progress.phase != "fusion":
         if progress.phase == "apn":
-            _run_apn_phase(trainer, phases.apn_phase(recipe, boxes))
+            _run_apn_phase(trainer, phases.apn_phase(recipe, boxes, round_index=progress.round))
         if progress.phase == "cnn":
             _run_phase(trainer, phases.cnn_phase(recipe, boxes, round_index=progress.round), then="judge")
         if progress.phase == "judge":

@@ -34,6 +34,17 @@ def images(model: Backbone, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, model.input_size, model.input_size, generator=generator)
 
 
+def test_stochastic_depth_skips_residual_branches_in_training_only() -> None:
+    torch.manual_seed(0)
+    backbone = backbones.build("test_convnext", size=64, drop_path=0.9)
+    images = torch.randn(2, 3, 64, 64)
+    assert not torch.equal(backbone.train()(images), backbone(images))
+    assert torch.equal(backbone.eval()(images), backbone(images))
+    for name in ("vgg11", "small_cnn"):
+        with pytest.raises(BackboneError, match=f"{name} has no"):
+            backbones.build(name, size=64, drop_path=0.1)
+
+
 @pytest.mark.parametrize("name", AS_TIMM)
 def test_the_descriptor_is_the_input_of_timms_classifier(name: str, tmp_path: Path) -> None:
     size = 64

@@ -480,6 +480,23 @@ def test_training_images_are_as_sharp_as_those_of_evaluation(tmp_path, ratio, fi
     assert np.mean(energies) == pytest.approx(1, abs=0.2 if ratio == 1 else 0.1)
 
 
+def test_erasing_replaces_a_rectangle_in_its_share_of_the_images(items):
+    keys = {"scale": 1.0, "flip": "none", "rotate": 0.0, "color": 0.0}
+    images = ImageDataset(items, data(erase=0.5, **keys), 64, seed=0, augment=True)
+    plain = ImageDataset(items, data(**keys), 64, seed=0, augment=True)
+    shares = []
+    for epoch in range(60):
+        changed = (images[(epoch, 0)]["image"] != plain[(epoch, 0)]["image"]).any(dim=0)
+        if changed.any():
+            rows, columns = changed.any(dim=1).nonzero(), changed.any(dim=0).nonzero()
+            area = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+            assert changed.sum() > 0.95 * area  # a rectangle
+            shares.append(area.item() / 64**2)
+    assert 15 < len(shares) < 45
+    assert min(shares) > 0.015
+    assert max(shares) < 0.36
+
+
 def test_half_of_the_images_are_rotated():
     augmentation = Augmentation(data(rotate=10.0), 64)
     placements = [augmentation.place((100, 80), np.random.default_rng(number)) for number in range(400)]

@@ -90,6 +90,53 @@ def test_parameter_groups_of_the_optimizer(data) -> None:
     assert all(group["momentum"] == 0.7 for group in sgd.param_groups)
 
 
+def test_embeddings_have_no_weight_decay_and_lower_layers_a_smaller_learning_rate(data) -> None:
+    recipe = tiny(data, model__backbone="test_vit", train__layer_decay=0.5, train__weight_decay=0.05)
+    recipe = recipe.override({"model.scales": 1, "model.sizes": [160], "pretrain_cnn.lr": 1e-3})
+    model = build(recipe.model, 3)
+    phase = phases.pretrain_cnn(recipe)
+    freeze_all_but(model, phase.modules(model))
+    groups = make_optimizer(recipe, phase, model).param_groups
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    found = {name: settings[id(p)] for name, p in model.scale(0).named_parameters()}
+    assert found["backbone.net.pos_embed"][1] == 0
+    assert found["backbone.net.blocks.0.attn.qkv.weight"][1] == 0.05
+    assert found["backbone.net.blocks.0.attn.qkv.bias"][1] == 0
+    lowest, middle = (found[f"backbone.net.{name}.weight"][0] for name in ("patch_embed.proj", "blocks.0.attn.qkv"))
+    assert lowest < middle < 1e-3
+    assert middle == pytest.approx(2 * lowest)
+    assert found["classifier.weight"][0] == pytest.approx(1e-3 * recipe.pretrain_cnn.head_lr)
+
+
+def test_a_schedule_over_the_stage_continues_from_phase_to_phase(here, data) -> None:
+    keys = {"train__span": "stage", "train__warmup": 0.0, "alternate__cnn_lr": 1.0, "alternate__apn_lr": 1.0}
+    recipe = tiny(data, alternate__rounds=3, alternate__cnn_epochs=2, alternate__ramp=True, **keys)
+    parts = [phases.cnn_phase(recipe, round_index=number) for number in range(3)]
+    assert [(phase.epochs_before, phase.epochs, phase.span) for phase in parts] == [(0, 1, 5), (1, 2, 5), (3, 2, 5)]
+    apn = [phases.apn_phase(recipe, round_index=number) for number in (1, 2)]
+    assert [(phase.epochs_before, phase.epochs, phase.span) for phase in apn] == [(0, 1, 2), (1, 1, 2)]
+    trainer = Trainer.start(recipe.override({"alternate.cnn_lr": 1e-6, "alternate.apn_lr": 1e-6}), quiet=True)
+    stages.run_all(trainer)
+    rates = [event.lr for event in trainer.run.epochs() if event.phase == "CNN phase"]
+    per_epoch = math.ceil(24 / 6)
+    last = [(number + 1) * per_epoch - 1 for number in range(5)]
+    assert rates == pytest.approx([5e-7 * (1 + math.cos(math.pi * step / (5 * per_epoch))) for step in last])
+
+
+def test_the_first_cnn_phase_may_be_longer(data) -> None:
+    recipe = tiny(data, alternate__first_epochs=4, alternate__cnn_epochs=2, alternate__rounds=3, alternate__ramp=True)
+    assert [phases.cnn_phase(recipe, round_index=number).epochs for number in range(3)] == [4, 2, 2]
+    assert recipe.alternate.cnn_epochs_in(3) == 8
+
+
+@pytest.mark.parametrize(("weights", "ramp"), [("none", True), ("weights.safetensors", False)])
+def test_short_first_rounds_are_for_random_weights(data, weights, ramp) -> None:
+    recipe = tiny(data, model__weights=weights)
+    assert recipe.alternate.ramp == "auto"
+    assert resolve(recipe).alternate.ramp is ramp
+    assert resolve(recipe.override({"alternate.ramp": not ramp})).alternate.ramp is not ramp
+
+
 def test_frozen_batchnorm_keeps_its_statistics(data) -> None:
     model = make_model(tiny(data))
     phase = phases.pretrain_cnn(tiny(data))
