@@ -271,22 +271,24 @@ def report(run: shared.RunFolder = None) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, Argument(help="seeds, attention, ablation, fusion, gradient or export")],
+    name: Annotated[str, Argument(help="seeds, attention, ablation, fusion, folds, gradient or export")],
     json: Annotated[Path | None, Option(help="also write the figures to this file")] = None,
     seeds: Annotated[str | None, Option(help="benchmarks that take seeds: such as 0-4 or 0,3,7; default: 0-4")] = None,
     recipe: Annotated[
         str | None,
         Option(help="benchmarks that train; default: demo or clutter", autocompletion=shared.complete_recipe),
     ] = None,
-    quick: Annotated[bool, Option("--quick", help="seeds, attention, ablation, fusion: few images and epochs")] = False,
+    quick: Annotated[bool, Option("--quick", help="benchmarks that train: few images and epochs")] = False,
     data: Annotated[
         str | None,
         Option(
-            help="attention, ablation, fusion: use other data, for attention with ground-truth boxes; "
+            help="benchmarks that train, except seeds: use other data, for attention with ground-truth boxes; "
             "for clutter, the folder of the four Fashion-MNIST files"
         ),
     ] = None,
-    arm: Annotated[list[str] | None, Option(help="ablation: only this arm and the default; repeatable")] = None,
+    arm: Annotated[
+        list[str] | None, Option(help="ablation, folds: only this arm and its reference; repeatable")
+    ] = None,
     choose: Annotated[
         str | None, Option(help="attention: seeds on which each arm's learning rate is chosen first, such as 0-1")
     ] = None,

@@ -19,10 +19,10 @@ from rich.table import Table
 from racnn_cli.errors import RecipeError, did_you_mean
 from racnn_cli.run import write_json
 
-NAMES = ("seeds", "attention", "ablation", "fusion", "gradient", "export")
+NAMES = ("seeds", "attention", "ablation", "fusion", "folds", "gradient", "export")
 """Each is a module of this package with `run(Options) -> BenchResult`."""
 
-RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter", "fusion": "clutter"}
+RECIPES = {"seeds": "demo", "attention": "clutter", "ablation": "clutter", "fusion": "clutter", "folds": "own"}
 """Default recipe of the benches that train."""
 SEEDED = (*RECIPES, "gradient")
 MAX_SEEDS = 1000
@@ -87,8 +87,8 @@ def run_bench(
         "--seeds": (seeds is not None, SEEDED),
         "--recipe": (recipe is not None, RECIPES),
         "--quick": (quick, RECIPES),
-        "--data": (data is not None, ("attention", "ablation", "fusion")),
-        "--arm": (bool(arms), ("ablation",)),
+        "--data": (data is not None, ("attention", "ablation", "fusion", "folds")),
+        "--arm": (bool(arms), ("ablation", "folds")),
         "--choose": (choose is not None, ("attention",)),
     }
     extra = [flag for flag, (is_set, benches) in allowed.items() if is_set and name not in benches]
@@ -96,7 +96,7 @@ def run_bench(
         raise RecipeError(f"the bench {name} takes no {' and no '.join(extra)}", f"`racnn bench {name}`")
     if json_path is not None and json_path.suffix != ".json":
         raise RecipeError(f"--json {json_path} does not end in .json", "--json NAME.json")
-    numbers = parse_seeds(seeds or "0-4") if name in SEEDED else (0,)
+    numbers = parse_seeds(seeds or ("0" if name == "folds" else "0-4")) if name in SEEDED else (0,)
     recipe = recipe or RECIPES.get(name, "")
     choosing = parse_seeds(choose) if choose is not None else ()
     if both := sorted(set(choosing) & set(numbers)):

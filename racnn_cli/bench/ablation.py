@@ -87,6 +87,8 @@ def summarize(name: str, arms: Sequence[Arm], seeds: Sequence[SeedResult]) -> Be
     runs = [seed.to_json() for seed in seeds]
     values: dict[str, Any] = {"recipe": name, "images": first.images, "runs": runs, "arms": rows}
     notes = [summary.SPREAD_NOTE, *(f"{arm.name}: {arm.about}" for arm in arms)]
+    for arm in arms:
+        notes.append(summary.describe_kept(arm.name, [seed.arms[arm.name].choices for seed in seeds]))
     if CENTER in arms:
         values["recovered"] = recovered = RECOVERY.measure([seed.arms for seed in seeds])
         count = "{} of {}".format(*recovered["count"])

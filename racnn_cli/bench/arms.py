@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from racnn_cli import api
@@ -92,12 +93,23 @@ class SeedExperiment:
         seed: seed of the split and of training.
         needs_boxes: the test images must have ground-truth boxes.
         learned: the arm that the others start from, and that sets the budget of the plain ones.
+        folder: of the runs, instead of the usual one.
+        milestones: measure the learned arm on the test split after every stage and phase.
 
     Raises:
         RecipeError: the recipe does not exist or has one scale.
     """
 
-    def __init__(self, options: Options, seed: int, *, needs_boxes: bool = True, learned: Arm = LEARNED) -> None:
+    def __init__(
+        self,
+        options: Options,
+        seed: int,
+        *,
+        needs_boxes: bool = True,
+        learned: Arm = LEARNED,
+        folder: Path | None = None,
+        milestones: bool = True,
+    ) -> None:
         changes: dict[str, Any] = {"seed": seed, "quick": options.quick, "baseline": False, "onnx": False}
         recipe = recipes.load(options.recipe, (), changes).as_used()
         if recipe.model.scales < 2:
@@ -112,9 +124,10 @@ class SeedExperiment:
             self.data_path = f"clutter:{options.data or clutter.FOLDER}"
             if options.quick:
                 recipe = recipe.override({"data.sample.images": min(recipe.data.sample.images, QUICK_IMAGES)})
+        self.milestones = milestones
         self.seed, self.recipe, self.needs_boxes = seed, resolve(recipe), needs_boxes
         suffix = "-quick" if options.quick else ""
-        self.folder = RUNS / f"bench-attention-{recipe.name}{suffix}" / f"seed-{seed}"
+        self.folder = folder or RUNS / f"bench-attention-{recipe.name}{suffix}" / f"seed-{seed}"
         self.learned = Run(self.folder / learned.folder_name)
         self.pretrained = Run(self.folder / "pretrained")
 
@@ -203,7 +216,7 @@ class SeedExperiment:
             name = f"{stage}: {phase}, round {round_}" if phase else stage
             trainer.log(TestEvent(moment=name, test=_test(trainer).to_json()))
 
-        if is_learned:
+        if is_learned and self.milestones:
             trainer.after_phase = log_test
         for stage in stages.plan(recipe):
             if stage not in trainer.progress.done:
@@ -214,7 +227,7 @@ class SeedExperiment:
         result = _test(trainer)
         result.val = Metrics.from_validation(trainer.validate())
         result.seconds = sum(event.seconds for event in run.epochs())
-        if is_learned:
+        if is_learned and self.milestones:
             result.milestones = read_milestones(run)
             if result.boxes[-1].iou_mean is not None:
                 result.true_boxes = _test(trainer, box_source("true", recipe))

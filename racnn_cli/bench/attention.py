@@ -107,16 +107,17 @@ def summarize(experiment: SeedExperiment, seeds: Sequence[SeedResult], grid: Gri
         for arm in ORDER
     }
     costs = {name: spread_compute([seed.arms[name] for seed in seeds]) for name in (arm.name for arm in ARMS)}
-    compared = (LEARNED.name, PLAIN.name, EQUAL.name)
-    predictions = ", ".join(f"{name} {costs[name]['prediction']['mean'] / 1e6:.2f}" for name in compared)
-    trainings = ", ".join(f"{name} {costs[name]['training']['mean'] / 1e12:.1f}" for name in compared)
+    compared = {name: [seed.arms[name] for seed in seeds] for name in (LEARNED.name, PLAIN.name, EQUAL.name)}
     notes = [
         summary.SPREAD_NOTE,
         *(f"{arm.name}: {arm.about}" for arm in ARMS),
         f"{TRUE_AT_TEST}: the learned weights, tested with true boxes",
-        f"compute of a prediction in MFLOPs: {predictions} (at {first[EQUAL.name].size} px)",
-        f"compute of training in TFLOPs, forward and backward: {trainings}",
-        describe_choices(seeds),
+        f"{EQUAL.name}: {first[EQUAL.name].size} px",
+        *(
+            summary.describe_compute(name, [one.compute for one in results if one.compute])
+            for name, results in compared.items()
+        ),
+        *(summary.describe_kept(name, [one.choices for one in results]) for name, results in compared.items()),
     ]
     title = f"Recipe {recipe.name}: top-1 on {images} test images"
     table = new_table(title, text=["arm"], numbers=answers, notes=notes)
@@ -141,18 +142,6 @@ def spread_compute(results: Sequence[ArmResult]) -> dict[str, Any]:
     """Spreads of the compute of `prediction` and `training`."""
     costs = [result.compute for result in results if result.compute is not None]
     return {key: spread([getattr(cost, key) for cost in costs]) for key in ("prediction", "training")}
-
-
-def describe_choices(seeds: Sequence[SeedResult]) -> str:
-    """Compare the kept round or epoch with the last one, on the validation split, in the mean over the seeds."""
-    parts = []
-    for name, unit in ((LEARNED.name, "round"), (PLAIN.name, "epoch"), (EQUAL.name, "epoch")):
-        every = [choice for seed in seeds for choice in seed.arms[name].choices]
-        choices = [choice for choice in every if choice.unit == unit and not choice.phase]
-        kept = spread([choice.kept_val.top1 for choice in choices])["mean"]
-        last = spread([choice.last_val.top1 for choice in choices])["mean"]
-        parts.append(f"{name} {kept:.3f} (last {unit} {last:.3f})")
-    return f"validation top-1 of what was kept: {', '.join(parts)}"
 
 
 def _grid_table(grid: Grid) -> Table:

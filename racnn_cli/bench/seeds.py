@@ -11,7 +11,8 @@ from typing import Any
 from racnn_cli import api
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import BenchResult, Options
-from racnn_cli.bench.summary import format_paired, new_table, paired, report, spread
+from racnn_cli.bench.summary import describe_compute, describe_kept, format_paired, new_table, paired, report, spread
+from racnn_cli.events import Baseline, ChoiceEvent
 from racnn_cli.run import RUNS, Run
 
 
@@ -41,6 +42,8 @@ def run(options: Options) -> BenchResult:
                 "mean_class": {name: answer.mean_class for name, answer in result.answers()},
                 "seconds": _training_seconds(trained),
                 "baseline_seconds": _training_seconds(Run(trained.folder / "baseline")),
+                "choices": [choice.to_json() for choice in result.choices],
+                "baseline": result.baseline.to_json() if result.baseline else None,
             }
         )
     return summarize(recipe.name, entries)
@@ -51,12 +54,17 @@ def _training_seconds(run: Run) -> float:
     return sum(event.seconds for event in run.epochs())
 
 
+def _choices(values: Sequence[Any]) -> list[ChoiceEvent]:
+    return [ChoiceEvent.model_validate(value) for value in values]
+
+
 def summarize(name: str, entries: Sequence[dict[str, Any]]) -> BenchResult:
     """Summarize the results of recipe `name` as a table and values.
 
     Args:
         name: of the recipe.
-        entries: per seed `seed`, `split`, `images`, `top1` (answer to accuracy), `seconds` and `baseline_seconds`.
+        entries: per seed `seed`, `split`, `images`, `top1` (answer to accuracy), `seconds`, `baseline_seconds`, and as
+            in eval.json `choices` and `baseline`.
     """
     columns = {answer: [entry["top1"][answer] for entry in entries] for answer in entries[0]["top1"]}
     spreads = {answer: spread(column) for answer, column in columns.items()}
@@ -72,7 +80,14 @@ def summarize(name: str, entries: Sequence[dict[str, Any]]) -> BenchResult:
         f"images: of the {entries[0]['split']} split; ±: standard deviation over the seeds",
         "seconds: of training, + the baseline's",
     ]
+    notes.append(describe_kept("the run", [_choices(entry.get("choices", ())) for entry in entries]))
     if "baseline" in columns:
+        baselines = [Baseline.model_validate(entry["baseline"]) for entry in entries if entry.get("baseline")]
+        notes.append(describe_kept("the baseline", [baseline.choices for baseline in baselines]))
+        budgets = [baseline.budget for baseline in baselines if baseline.budget is not None]
+        if budgets:
+            notes.append(describe_compute("the run", [budget.run for budget in budgets]))
+            notes.append(describe_compute("the baseline", [budget.baseline for budget in budgets]))
         values["fused_minus_baseline"] = difference = paired(columns["fused"], columns["baseline"])
         notes.append(f"fused - baseline, paired: {format_paired(difference)}")
         notes.append("[95 % t interval]: too narrow to the extent that the test splits of the seeds share images")

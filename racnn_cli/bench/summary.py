@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from racnn_cli.bench.records import ArmResult
+from racnn_cli.events import ChoiceEvent, Compute
 
 ABOVE = 1e-6  # margin of "above 0": less than one image adds to any accuracy
 SPREAD_NOTE = "mean ± standard deviation over the seeds"
@@ -82,6 +83,29 @@ def format_paired(value: Mapping[str, Any], sign: str = "+") -> str:
         low, high = value["interval"]
         text += f" [{low:{sign}.3f}, {high:{sign}.3f}]"
     return text
+
+
+def describe_kept(name: str, runs: Sequence[Sequence[ChoiceEvent]]) -> str:
+    """Compare the round that was kept, or with one scale the epoch, with the last one: mean validation top-1.
+
+    Args:
+        name: of the network.
+        runs: the choices of each run, at least one.
+    """
+    every = [choice for choices in runs for choice in choices if not choice.phase]
+    unit = "round" if any(choice.unit == "round" for choice in every) else "epoch"
+    pairs = [(choice.kept_val.top1, choice.last_val.top1) for choice in every if choice.unit == unit]
+    if not pairs:
+        return f"{name}: not known which epoch was kept"
+    kept, last = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    return f"{name}: the {unit} that was kept has {kept:.3f} on validation images, the last one {last:.3f}"
+
+
+def describe_compute(name: str, costs: Sequence[Compute]) -> str:
+    """State the mean compute of a prediction and of training."""
+    prediction = statistics.fmean(cost.prediction for cost in costs) / 1e6
+    training = statistics.fmean(cost.training for cost in costs) / 1e12
+    return f"{name}: {prediction:,.1f} MFLOPs per prediction, {training:,.3g} TFLOPs of training"
 
 
 def final(arm: str, other: str) -> Pair:

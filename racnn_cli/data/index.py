@@ -160,6 +160,18 @@ def labelled(
     )
 
 
+def list_rows(data: recipe.Data, *, seed: int = 0) -> list[Row]:
+    """List the image files of a data set, as named by folders or a CSV file; they are not opened.
+
+    Raises:
+        DataError: what can be wrong with the listing.
+    """
+    root, listing = _list_rows(data, seed, None)
+    if listing.problems or listing.errors:
+        raise checks.error_report(root, listing.problems, [text for _, text in listing.errors])
+    return listing.rows
+
+
 def _list_rows(data: recipe.Data, seed: int, classes: Sequence[str] | None) -> tuple[Path, Listing]:
     """The folder or CSV file, and its listing; a run's classes are spelled as in the run."""
     root = locate(data, seed)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from racnn_cli import recipe as recipes
-from racnn_cli.bench import Options, ablation, arms, attention, boxes, run_bench
+from racnn_cli.bench import Options, ablation, arms, attention, boxes, folds, run_bench
 from racnn_cli.bench.arms import LEARNED, SeedExperiment
 from racnn_cli.bench.records import ArmResult, Metrics
 from racnn_cli.bench.summary import ABOVE, Claim
@@ -284,6 +286,67 @@ def test_the_fusions_are_compared_on_the_same_networks(copy) -> None:
         assert f"{row['top1']['mean']:.3f} ±{row['top1']['deviation']:.3f}" in line
 
 
+# ---- folds
+
+
+def test_folds_hold_every_training_image_once_and_no_test_image(here) -> None:
+    rows = [
+        f"{split}/{name}{number}.png,{name},{split}"
+        for split, count in (("train", 7), ("val", 2), ("test", 4))
+        for name in ("a", "b", "c")
+        for number in range(count)
+    ]
+    for row in rows:
+        file = here / row.split(",")[0]
+        file.parent.mkdir(exist_ok=True)
+        file.touch()  # only listed
+    (here / "labels.csv").write_text("path,label,split\n" + "\n".join(rows) + "\n")
+    files = folds.write_folds(recipes.load("own").override({"data.path": "labels.csv"}).data, here / "folds")
+    contents = [list(csv.DictReader(file.open())) for file in files]
+    tested = [row["path"] for content in contents for row in content if row["split"] == "test"]
+    assert sorted(tested) == sorted(str(here / row.split(",")[0]) for row in rows if not row.startswith("test"))
+    for content in contents:
+        assert len({row["path"] for row in content}) == 27
+        assert Counter((row["label"], row["split"]) for row in content if row["split"] == "test") == {
+            (name, "test"): 3 for name in "abc"
+        }
+        assert sum(row["split"] == "val" for row in content) == 1  # a tenth of 18
+    assert folds.write_folds(recipes.load("own").override({"data.path": "labels.csv"}).data, here / "folds") == files
+    (here / "labels.csv").write_text("path,label\ntrain/a0.png,a\ntrain/a1.png,a\ntrain/b0.png,b\n")
+    with pytest.raises(DataError, match="3 folds need 3 images of each class; too few of a, b"):
+        folds.write_folds(recipes.load("own").override({"data.path": "labels.csv"}).data, here / "few")
+
+
+def test_settings_are_compared_on_folds(here) -> None:
+    from blobs import write_blobs
+
+    write_blobs(here / "blobs", {"train": 12})
+    text = RECIPE.replace('"clutter"', '"blobs"').replace("source = 160", "source = 64")
+    (here / "blobs.toml").write_text(text)
+    words = ["bench", "folds", "--recipe", "blobs.toml", "--data", "blobs", "--json", "f.json"]
+    arms_ = ["--arm", "twice the epochs", "--arm", "plain, equal compute"]
+    result = CliRunner().invoke(app, [*words, *arms_], catch_exceptions=False)
+    results = read_results(here)
+    expected = ["plain", "twice the epochs", "all scales", "plain, equal compute"]
+    assert list(results["arms"]) == expected
+    folder = Path("runs/bench-folds-blobs/fold-1")
+    used = {name: Run(folder / name).recipe() for name in ("plain", "twice-the-epochs", "learned")}
+    assert [recipe.model.scales for recipe in used.values()] == [1, 1, 3]
+    assert (used["plain"].pretrain_cnn.epochs, used["twice-the-epochs"].pretrain_cnn.epochs) == (1, 2)
+    for name, row in results["arms"].items():
+        assert row["top1"]["n"] == 3
+        line = next(line for line in result.output.splitlines() if re.match(rf"│ {re.escape(name)} +│", line))
+        assert f"{row['top1']['mean']:.3f} ±{row['top1']['deviation']:.3f}" in line
+    difference = results["arms"]["all scales"]["difference"]["mean"]
+    means = [results["arms"][name]["top1"]["mean"] for name in ("all scales", "plain, equal compute")]
+    assert difference == pytest.approx(means[0] - means[1])
+    assert (
+        results["arms"]["plain, equal compute"]["training"]["mean"] >= results["arms"]["all scales"]["training"]["mean"]
+    )
+    with pytest.raises(RecipeError, match="no arm 'label smothing'; did you mean label smoothing"):
+        folds.select_arms(["label smothing"])
+
+
 # ---- boxes
 
 
@@ -404,10 +467,11 @@ def test_the_table_states_the_compute_and_the_epochs_that_were_kept(bench) -> No
     assert equal["prediction"]["mean"] >= learned["prediction"]["mean"]
     assert equal["training"]["mean"] >= learned["training"]["mean"]
     text = " ".join(output.split())
-    assert f"learned {learned['training']['mean'] / 1e12:.1f}" in text
+    training, prediction = learned["training"]["mean"] / 1e12, learned["prediction"]["mean"] / 1e6
+    assert f"learned: {prediction:,.1f} MFLOPs per prediction, {training:,.3g} TFLOPs of training" in text
     choices = [entry["arms"]["learned"]["choices"][1] for entry in results["runs"]]
     kept, last = (np.mean([choice[f"{which}_val"]["top1"] for choice in choices]) for which in ("kept", "last"))
-    assert f"learned {kept:.3f} (last round {last:.3f})" in text
+    assert f"learned: the round that was kept has {kept:.3f} on validation images, the last one {last:.3f}" in text
 
 
 def test_every_arm_has_its_own_learning_rate_from_the_choosing_seeds(copy, monkeypatch) -> None:

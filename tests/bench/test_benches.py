@@ -122,12 +122,28 @@ def test_a_paired_interval_is_that_of_the_t_test() -> None:
 
 
 def test_seeds_with_a_baseline_are_compared_in_pairs() -> None:
+    answer = {"top1": 0.8, "top5": 1.0, "nll": 0.5, "ece": 0.1}
+    kept, last = ({"top1": top1, "nll": 0.5} for top1 in (0.75, 0.5))
+    choice = {"event": "choice", "stage": "pretrain-cnn", "unit": "epoch", "kept": 2, "last": 3}
+    choice |= {"kept_val": kept, "last_val": last}
+    budget = {
+        "run": {"prediction": 10**9, "training": 10**13},
+        "baseline": {"prediction": 2 * 10**9, "training": 10**14},
+    }
     entries = [
         {"seed": seed, "images": 21, "split": "test", "seconds": 60.0, "baseline_seconds": 30.0}
         | {"top1": {"baseline": low, "scale 1": 0.8, "average": 0.85, "fused": high}}
+        | {"baseline": {**answer, "size": 64, "budget": budget, "choices": [choice]}}
+        | {"choices": [choice, {**choice, "stage": "alternate", "unit": "round", "last": 2, "last_val": kept}]}
         for seed, (low, high) in enumerate([(0.8, 0.9), (0.7, 0.9), (0.9, 0.9)])
     ]
-    values = seeds.summarize("demo", entries).values
+    result = seeds.summarize("demo", entries)
+    notes = str(result.tables[0].caption).splitlines()
+    assert "the run: the round that was kept has 0.750 on validation images, the last one 0.750" in notes
+    assert "the baseline: the epoch that was kept has 0.750 on validation images, the last one 0.500" in notes
+    assert "the run: 1,000.0 MFLOPs per prediction, 10 TFLOPs of training" in notes
+    assert "the baseline: 2,000.0 MFLOPs per prediction, 100 TFLOPs of training" in notes
+    values = result.values
     assert values["mean"]["fused"] == pytest.approx(0.9)
     assert values["deviation"]["baseline"] == pytest.approx(0.1)
     assert values["fused_minus_baseline"]["mean"] == pytest.approx(0.1)
