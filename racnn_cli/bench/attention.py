@@ -74,14 +74,14 @@ def choose_learning_rates(options: Options) -> tuple[list[Arm], Grid]:
         return list(ARMS), grid
     recipe = experiments[0].recipe
     for arm in ARMS:
-        variants, rows = [arm.with_lr(recipe, factor) for factor in FACTORS], dict[float, dict[str, Any]]()
-        for factor, variant in zip(FACTORS, variants, strict=True):
-            values = [final_val(experiment.run_arm(variant)) for experiment in experiments]
+        candidates, rows = [arm.with_lr(recipe, factor) for factor in FACTORS], dict[float, dict[str, Any]]()
+        for factor, candidate in zip(FACTORS, candidates, strict=True):
+            values = [final_val(experiment.run_arm(candidate)) for experiment in experiments]
             rows[arm.lr(recipe) * factor] = spread(values)
         means = [row["mean"] for row in rows.values()]
         best = means.index(max(means))
         report(f"{arm.name}: {arm.lr_key} = {list(rows)[best]:g} is chosen")
-        chosen.append(variants[best])
+        chosen.append(candidates[best])
         grid[arm.name] = rows
     return chosen, grid
 

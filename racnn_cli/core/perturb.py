@@ -88,9 +88,9 @@ def perturbed_loss(proposals: Tensor, boxes: Tensor, losses: Tensor, spread: flo
     offsets = torch.cat([(boxes[..., :2] - fixed[:, :2]) / (2 * half), boxes[..., 2:] / half - 1], dim=2)
     advantage = losses - losses.mean(dim=0)  # (count, B)
     product = (advantage[..., None] * offsets).mean(dim=0)  # (B, 3)
-    moments = offset_moments(fixed, spread)
-    scale = moments.diagonal(dim1=1, dim2=2).rsqrt()  # to a unit diagonal: single precision then suffices
-    gradient = scale * torch.linalg.solve(scale[:, :, None] * moments * scale[:, None], scale * product)
+    second_moments = offset_moments(fixed, spread)
+    scale = second_moments.diagonal(dim1=1, dim2=2).rsqrt()  # to a unit diagonal: single precision then suffices
+    gradient = scale * torch.linalg.solve(scale[:, :, None] * second_moments * scale[:, None], scale * product)
     coordinates = torch.cat([proposals[:, :2] / (2 * half), proposals[:, 2:] / half], dim=1)
     surrogate = (gradient * coordinates).sum(dim=1).mean()
     return losses.mean() + surrogate - surrogate.detach()
@@ -114,7 +114,7 @@ def offset_moments(proposals: Tensor, spread: float) -> Tensor:
     mean = low * below + high * above + density_low - density_high
     square = low.square() * below + high.square() * above + 1 - below - above + low * density_low - high * density_high
     means = torch.cat([spread * mean, change], dim=2)  # (NODES + 1, B, 3)
-    moments = torch.einsum("nbi,nbj->bij", weights * means, means)
+    second_moments = torch.einsum("nbi,nbj->bij", weights * means, means)
     squares = (weights * torch.cat([spread**2 * square, change.square()], dim=2)).sum(dim=0)  # (B, 3)
-    moments.diagonal(dim1=1, dim2=2).copy_(squares + FLOOR * spread**2)
-    return moments
+    second_moments.diagonal(dim1=1, dim2=2).copy_(squares + FLOOR * spread**2)
+    return second_moments

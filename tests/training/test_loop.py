@@ -466,7 +466,7 @@ def test_alternate_ends_with_a_cnn_phase_on_the_boxes_that_are_kept(here, data) 
 
 
 def test_every_image_of_an_epoch_weighs_the_same(here, data) -> None:
-    """Of 24 images in batches of 10, 10 and 4, small steps of SGD add up to the one over all images."""
+    """Small steps of SGD over batches of 10, 10 and 4 images add up to the step over all 24."""
     keys = {"model__backbone": "test_convnext", "train__optimizer": "sgd", "train__momentum": 0.0, "train__clip": 0.0}
     keys |= {"pretrain_cnn__epochs": 1, "model__scales": 1, "model__sizes": [64], "train__schedule": "constant"}
     keys |= {"train__warmup": 0.0, "train__weight_decay": 0.0}
