@@ -20,6 +20,7 @@ from racnn_cli.data.square import to_square
 from racnn_cli.recipe import Augment, Data
 
 ASPECT = 4 / 3  # largest ratio of the sides of a random crop
+LARGEST = 16_000  # side in pixels of what is rotated; OpenCV's limit is 32,767
 TRIES = 10  # to fit a random crop into the image
 
 
@@ -122,7 +123,7 @@ class Augmentation:
         """Cut the placement out of an image that is `reduction` times smaller than the file, without mirroring."""
         x0, y0, x1, y1 = (value / reduction for value in placement.rect)
         if placement.angle:
-            image = _rotate(image, (x0, y0, x1, y1), placement.angle, border=self.data.fit == "pad")
+            image = self._rotate(image, (x0, y0, x1, y1), placement.angle)
             x0, y0, x1, y1 = 0.0, 0.0, float(image.width), float(image.height)
         elif min(x0, y0, image.width - x1, image.height - y1) < -1e-6:
             image, (left, top) = _with_border(image, (x0, y0, x1, y1))
@@ -134,6 +135,41 @@ class Augmentation:
             reducing_gap=3.0,
         )
         return np.array(resized)
+
+    def _rotate(self, image: Image.Image, rect: Rect, angle: float) -> Image.Image:
+        """Cut a rotated box out of an image, at the image's own resolution, where interpolation costs no sharpness.
+
+        Args:
+            image: RGB.
+            rect: the box in pixels of the image before its rotation.
+            angle: by which the content turns, in radians.
+        """
+        x0, y0, x1, y1 = rect
+        # First halve, third, … what is far too large, as `resize` does with a reducing gap.
+        factors = [max(int(length / self.side / 3), math.ceil(length / LARGEST), 1) for length in (x1 - x0, y1 - y0)]
+        if max(factors) > 1:
+            image = image.reduce((factors[0], factors[1]))
+            x0, y0, x1, y1 = x0 / factors[0], y0 / factors[1], x1 / factors[0], y1 / factors[1]
+        # Keep what the box and the reflection at the image's border can reach.
+        center = np.array([x0 + x1, y0 + y1]) / 2
+        reach = math.hypot(x1 - x0, y1 - y0) + 8
+        left, top = (max(math.floor(value - reach), 0) for value in center)
+        right, bottom = (min(math.ceil(v + reach), n) for v, n in zip(center, image.size, strict=True))
+        image, center = image.crop((left, top, right, bottom)), center - (left, top)
+        size = np.array([x1 - x0, y1 - y0])
+        width, height = (max(round(length), 1) for length in size)
+        # From pixels of the result to those of the image. The first pixel's center is at 1/2 here, at 0 for OpenCV.
+        linear = np.diag(size) @ _rotation(angle).T @ np.diag([1 / width, 1 / height])
+        offset = center - linear @ np.array([width, height]) / 2 + linear @ [0.5, 0.5] - 0.5
+        pixels = cv2.warpAffine(
+            np.asarray(image),
+            np.column_stack([linear, offset]),
+            (width, height),
+            flags=cv2.INTER_LANCZOS4 | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_CONSTANT if self.data.fit == "pad" else cv2.BORDER_REFLECT_101,
+            borderValue=GREY,
+        )
+        return Image.fromarray(pixels)
 
 
 def _random_crop(
@@ -154,32 +190,6 @@ def _random_crop(
 
 def _rotation(angle: float) -> np.ndarray:
     return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-
-
-def _rotate(image: Image.Image, rect: Rect, angle: float, *, border: bool) -> Image.Image:
-    """Cut a rotated box out of an image, at the image's own resolution, where interpolation costs no sharpness.
-
-    Args:
-        image: RGB.
-        rect: the box in pixels of the image before its rotation.
-        angle: by which the content turns, in radians.
-        border: gray outside of the image; otherwise it is mirrored at its border.
-    """
-    x0, y0, x1, y1 = rect
-    size = np.array([x1 - x0, y1 - y0])
-    width, height = (max(round(length), 1) for length in size)
-    # From pixels of the result to pixels of the image. Both have their first center at 0 here, and at 1/2 elsewhere.
-    linear = np.diag(size) @ _rotation(angle).T @ np.diag([1 / width, 1 / height])
-    offset = np.array([x0 + x1, y0 + y1]) / 2 - linear @ np.array([width, height]) / 2 + linear @ [0.5, 0.5] - 0.5
-    pixels = cv2.warpAffine(
-        np.asarray(image),
-        np.column_stack([linear, offset]),
-        (width, height),
-        flags=cv2.INTER_LANCZOS4 | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_CONSTANT if border else cv2.BORDER_REFLECT_101,
-        borderValue=GREY,
-    )
-    return Image.fromarray(pixels)
 
 
 def _with_border(image: Image.Image, rect: Rect) -> tuple[Image.Image, tuple[int, int]]:

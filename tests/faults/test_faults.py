@@ -129,7 +129,7 @@ def test_save_minutes_do_not_depend_on_the_system_clock(here, data, monkeypatch)
     saves.clear()
     trainer = Trainer.start(tiny(data, train__save_minutes=1e-9), out=here / "often", quiet=True)
     stages.run_stage(trainer, "pretrain-cnn")
-    assert len(saves) == 9  # also after the three other steps of each epoch
+    assert len(saves) == 10  # also after the three other steps of each epoch
     trainer.close()
 
 
