@@ -88,6 +88,9 @@ class Data(Section):
         0.2, ge=0.0, lt=0.9, description="share of the images for testing, if the data have no test split"
     )
     limit: int = Field(0, ge=0, description="largest number of images per class and split; 0: no limit")
+    images: int = Field(
+        0, ge=0, description="largest number of images per split, with at least one of each class; 0: no limit"
+    )
     workers: int = Field(0, ge=0, le=256, description="processes that load images; 0: load in the training process")
     skip_bad: bool = Field(False, description="skip unreadable files instead of stopping")
     allow_duplicates: bool = Field(False, description="train although more than 1 % of the test images are in train")
@@ -322,14 +325,14 @@ class Recipe(Section):
             return self
         return self.override(
             {
-                "data.limit": min(self.data.limit or 12, 12),
+                "data.images": min(self.data.images or 48, 48),
                 "pretrain_cnn.epochs": min(self.pretrain_cnn.epochs, 2),
-                "pretrain_apn.epochs": min(self.pretrain_apn.epochs, 2),
+                "pretrain_apn.epochs": min(self.pretrain_apn.epochs, 1),
                 "alternate.rounds": min(self.alternate.rounds, 2),
                 "alternate.cnn_epochs": 1,
                 "alternate.first_epochs": 0,
                 "alternate.apn_epochs": min(self.alternate.apn_epochs, 1),
-                "fusion.epochs": min(self.fusion.epochs, 2),
+                "fusion.epochs": min(self.fusion.epochs, 1),
             }
         )
 

@@ -50,7 +50,7 @@ def test_a_shipped_recipe_is_complete(name) -> None:
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_shipped_recipe_has_a_quick_version(name) -> None:
     full, quick = recipes.load(name), recipes.load(name, ["quick=true"]).as_used()
-    assert quick.data.limit == 12
+    assert quick.data.images == 48
     assert quick.alternate.rounds == 2
     for section in ("pretrain_cnn", "pretrain_apn", "fusion"):
         assert getattr(quick, section).epochs <= min(2, getattr(full, section).epochs)
@@ -60,8 +60,8 @@ def test_a_shipped_recipe_has_a_quick_version(name) -> None:
 
 def test_quick_never_makes_a_recipe_longer(tmp_path) -> None:
     text = "quick = true\n" + MINIMAL + "[pretrain_cnn]\nepochs = 1\n[alternate]\napn_epochs = 0\n"
-    quick = recipes.load(toml(tmp_path, text), ["data.limit=5"]).as_used()
-    assert (quick.pretrain_cnn.epochs, quick.alternate.apn_epochs, quick.data.limit) == (1, 0, 5)
+    quick = recipes.load(toml(tmp_path, text), ["data.images=5"]).as_used()
+    assert (quick.pretrain_cnn.epochs, quick.alternate.apn_epochs, quick.data.images) == (1, 0, 5)
 
 
 # ---- round trip

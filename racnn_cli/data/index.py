@@ -58,7 +58,7 @@ def build_index(
     images = Counter(row.label for row in listing.rows)
     problems, name_notes = checks.class_name_problems(images)
     splits, singletons = _split(listing.rows, data, seed)
-    splits = {split: _limit(rows, data.limit, seed) for split, rows in splits.items()}
+    splits = {split: _limit(rows, data, seed) for split, rows in splits.items()}
     fingerprint = _fingerprint(splits)
     if data.skip_bad:  # what is skipped must not depend on which splits are verified
         verify = SPLITS
@@ -260,11 +260,14 @@ def _split(rows: list[Row], data: recipe.Data, seed: int) -> tuple[dict[str, lis
     return splits, [label for label, names in sorted(by_class.items()) if shares and len(names) == 1]
 
 
-def _limit(rows: list[Row], limit: int, seed: int) -> list[Row]:
-    """At most `limit` rows per class; 0 keeps all."""
-    if not limit:
-        return rows
+def _limit(rows: list[Row], data: recipe.Data, seed: int) -> list[Row]:
+    """At most `data.limit` rows per class, and as many as make `data.images` together; 0 keeps all."""
     by_class = _names_by_class(rows)
+    together = max(data.images // max(len(by_class), 1), 1) if data.images else 0
+    limits = [limit for limit in (data.limit, together) if limit]
+    if not limits:
+        return rows
+    limit = min(limits)
     chosen = {name for label, names in by_class.items() for name in choose(names, limit, label, seed=seed)}
     return [row for row in rows if row.name in chosen]
 

@@ -50,14 +50,20 @@ def training_flops(recipe: Recipe, classes: int, epochs: Epochs) -> int:
     Raises:
         BackboneError: the backbone does not take its size.
     """
+    run = frozenset(phase for phase, number in epochs.items() if number)
+    costs = _phase_costs(recipe, classes, run)
+    return sum(epochs[phase] * cost for phase, cost in costs.items())
+
+
+@lru_cache(maxsize=8)
+def _phase_costs(recipe: Recipe, classes: int, run: frozenset[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """FLOPs per image of the phases that were run."""
     model = _untrained(recipe, classes)
     every = [phases.pretrain_cnn(recipe)]
     if recipe.model.scales > 1:
         every += [phases.pretrain_apn(recipe), phases.cnn_phase(recipe), phases.apn_phase(recipe)]
         every += [phases.fusion(recipe)] if model.fusion is not None else []
-    return sum(
-        number * phase_flops(model, phase) for phase in every if (number := epochs.get((phase.stage, phase.name), 0))
-    )
+    return {(phase.stage, phase.name): phase_flops(model, phase) for phase in every if (phase.stage, phase.name) in run}
 
 
 def phase_flops(model: RACNN, phase: Phase) -> int:
@@ -79,6 +85,7 @@ def phase_flops(model: RACNN, phase: Phase) -> int:
     return counter.get_total_flops()
 
 
+@lru_cache(maxsize=16)
 def prediction_flops(recipe: Recipe, classes: int) -> int:
     """FLOPs of one prediction, with the boxes of untrained APNs.
 

@@ -18,7 +18,7 @@ APN_KEYS = ("alternate.apn_lr", "alternate.apn_gradient")
 PERTURB_KEYS = ("alternate.boxes", "alternate.spread")
 GRADIENT_KEYS = ("model.k", "model.gradient")
 QUICK_KEYS = (
-    "data.limit",
+    "data.images",
     "pretrain_cnn.epochs",
     "pretrain_apn.epochs",
     "alternate.rounds",
@@ -131,7 +131,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Context], bool], str], ...] = (
     (("data.sample.distance",), lambda context: context.builtin != "clutter", "only the data set clutter has it"),
     (("data.sample.size",), lambda context: context.builtin == "clutter", "clutter is drawn at the size of the source"),
     (
-        ("data.skip_bad", "data.fit", "data.limit", "data.augment.*"),
+        ("data.skip_bad", "data.fit", "data.limit", "data.images", "data.augment.*"),
         lambda context: context.builtin == "clutter",
         "every image is drawn anew, as a square",
     ),

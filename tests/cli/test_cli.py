@@ -148,7 +148,7 @@ def test_recipes_show_prints_a_usable_recipe(racnn, here) -> None:
     (here / "mine.toml").write_text(result.out)
     loaded = recipes.load("mine.toml")
     assert loaded.train.batch == 5
-    assert loaded.data.limit == 12
+    assert loaded.data.images == 48
     assert loaded.name == "tiny"
 
 

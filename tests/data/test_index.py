@@ -204,6 +204,14 @@ def test_runs_beside_the_images_are_not_classes(tmp_path):
     assert sum("contains a run of racnn" in note for note in listed.notes) == 2
 
 
+def test_a_limit_of_all_images_keeps_at_least_one_of_each_class(tmp_path):
+    root = folder(tmp_path, {"a": 5, "b": 5, "c": 5})
+    for images, expected in ((7, 2), (2, 1), (100, 3)):
+        limited = index(root, images=images, val=0.2, test=0.2)
+        assert counts(limited)["train"] == dict.fromkeys("abc", expected)
+    assert counts(index(root, images=7, limit=1, val=0.2, test=0.2))["train"] == dict.fromkeys("abc", 1)
+
+
 def test_limit_keeps_n_images_per_class_and_split(tmp_path):
     root = folder(tmp_path, {"a": 30, "b": 20})
     full, limited = index(root), index(root, limit=3)

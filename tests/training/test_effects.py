@@ -68,7 +68,7 @@ def reasons(given: dict[str, Any], *, device: str = "cuda", world: int = 2, **va
         ),
         ("data.augment.flip", "none", {"data__path": "clutter"}, {}, "drawn anew"),
         ("data.skip_bad", True, {"data__path": "clutter"}, {}, "drawn anew"),
-        ("fusion.epochs", 9, {"quick": True}, {}, "quick replaces it by 2"),
+        ("fusion.epochs", 9, {"quick": True}, {}, "quick replaces it by 1"),
         ("alternate.rounds", 9, {"quick": True}, {}, "quick replaces it by 2"),
     ],
 )
