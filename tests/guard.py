@@ -7,7 +7,7 @@
 It trains `tiny` (seeds 0 and 1, 0 and 2 worker processes, once with averaged weights and accumulation) and a short
 `clutter`, on the CPU with one thread. It records the SHA-256 of `weights.safetensors`, of `eval.json` without times,
 and of the outputs of an exported ONNX file for ten images. Hashes are comparable only on the same machine with the same
-installed versions; `tests/guard.json` holds those of commit f4a85a9.
+installed versions; `tests/guard.json` holds those of the last change that was meant to alter them.
 """
 
 from __future__ import annotations
