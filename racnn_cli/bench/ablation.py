@@ -12,10 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from racnn_cli.bench import BenchResult, Options, summary
-from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment
+from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment, check_names
 from racnn_cli.bench.records import SeedResult
 from racnn_cli.bench.summary import Claim, final, format_spread, paired, spread
-from racnn_cli.errors import RecipeError, did_you_mean
 
 # At the default of 5e-3 the gradient through the crop ruins the boxes; this is the best of 5e-3, 1e-3 and 1e-4.
 BACKPROP = {"alternate.apn_gradient": "backprop", "alternate.apn_lr": 1e-4}
@@ -57,11 +56,7 @@ def select_arms(names: Sequence[str]) -> list[Arm]:
     Raises:
         RecipeError: an unknown arm.
     """
-    known = [arm.name for arm in ARMS]
-    for name in names:
-        if name not in known:
-            message = f"the ablation has no arm {name!r}{did_you_mean(name, known)}"
-            raise RecipeError(message, f"one of: {', '.join(known)}")
+    check_names(names, ARMS)
     return [arm for arm in ARMS if not names or arm is DEFAULT or arm.name in names]
 
 

@@ -26,7 +26,7 @@ from racnn_cli.core.model import resolve
 from racnn_cli.data.datasets import clutter
 from racnn_cli.data.images import DataSource
 from racnn_cli.data.source import open_source
-from racnn_cli.errors import DataError, Interrupted, RecipeError, RunError
+from racnn_cli.errors import DataError, Interrupted, RecipeError, RunError, did_you_mean
 from racnn_cli.events import TestEvent
 from racnn_cli.recipe import Recipe
 from racnn_cli.run import RUNS, Run, write_json, write_text
@@ -80,6 +80,18 @@ class Arm:
             return self
         lr = self.lr(recipe) * factor
         return replace(self, changes={**self.changes, self.lr_key: lr}, folder=f"{self.folder_name}-lr-{lr:g}")
+
+
+def check_names(names: Iterable[str], arms: Iterable[Arm]) -> None:
+    """Check that every name is that of an arm.
+
+    Raises:
+        RecipeError: an unknown arm.
+    """
+    known = [arm.name for arm in arms]
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"there is no arm {name!r}{did_you_mean(name, known)}", f"one of: {', '.join(known)}")
 
 
 LEARNED = Arm("learned", "the recipe as it is", pretrained=False)

@@ -76,7 +76,7 @@ def choose_learning_rates(options: Options) -> tuple[list[Arm], Grid]:
     for arm in ARMS:
         candidates, rows = [arm.with_lr(recipe, factor) for factor in FACTORS], dict[float, dict[str, Any]]()
         for factor, candidate in zip(FACTORS, candidates, strict=True):
-            values = [final_val(experiment.run_arm(candidate)) for experiment in experiments]
+            values = [experiment.run_arm(candidate).val_final for experiment in experiments]
             rows[arm.lr(recipe) * factor] = spread(values)
         means = [row["mean"] for row in rows.values()]
         best = means.index(max(means))
@@ -84,12 +84,6 @@ def choose_learning_rates(options: Options) -> tuple[list[Arm], Grid]:
         chosen.append(candidates[best])
         grid[arm.name] = rows
     return chosen, grid
-
-
-def final_val(result: ArmResult) -> float:
-    """Validation top-1 of the final answer."""
-    assert result.val is not None
-    return result.val.final
 
 
 def summarize(experiment: SeedExperiment, seeds: Sequence[SeedResult], grid: Grid) -> BenchResult:

@@ -20,12 +20,12 @@ import numpy as np
 
 from racnn_cli import recipe as recipes
 from racnn_cli.bench import BenchResult, Options
-from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment
-from racnn_cli.bench.records import ArmResult
+from racnn_cli.bench.arms import LEARNED, Arm, SeedExperiment, check_names
+from racnn_cli.bench.records import SeedResult
 from racnn_cli.bench.summary import SPREAD_NOTE, describe_kept, format_paired, format_spread, new_table, paired, spread
 from racnn_cli.core.model import sizes_of
 from racnn_cli.data.index import list_rows
-from racnn_cli.errors import DataError, RecipeError, did_you_mean
+from racnn_cli.errors import DataError, RecipeError
 from racnn_cli.run import RUNS, write_text
 
 FOLDS = 3
@@ -69,10 +69,7 @@ def run(options: Options) -> BenchResult:
             folder = parent / f"fold-{number}" if options.seeds == (0,) else parent / f"fold-{number}-seed-{seed}"
             given = replace(options, data=str(file))
             experiment = SeedExperiment(given, seed, needs_boxes=False, folder=folder, milestones=False)
-            results = {arm.name: experiment.run_arm(_resolve(arm, experiment.recipe)) for arm in arms}
-            entries.append(
-                {"fold": number, "seed": seed, "arms": {name: one.to_json() for name, one in results.items()}}
-            )
+            entries.append(experiment.run_arms(_resolve(arm, experiment.recipe) for arm in arms))
     return summarize(recipe.name, arms, entries)
 
 
@@ -82,11 +79,8 @@ def select_arms(names: Sequence[str]) -> list[Arm]:
     Raises:
         RecipeError: an unknown arm.
     """
-    known = [arm.name for arm in ARMS]
-    for name in names:
-        if name not in known:
-            raise RecipeError(f"there is no arm {name!r}{did_you_mean(name, known)}", f"one of: {', '.join(known)}")
-    wanted = set(names or known)
+    check_names(names, ARMS)
+    wanted = set(names) or {arm.name for arm in ARMS}
     wanted |= {PLAIN.name} if wanted & {arm.name for arm in SETTINGS} else set()
     wanted |= {ALL.name} if EQUAL.name in wanted else set()  # it sets the budget
     return [arm for arm in ARMS if arm.name in wanted]
@@ -148,18 +142,10 @@ def write_folds(data: recipes.Data, folder: Path) -> list[Path]:
     return files
 
 
-def _describe_kept(arm: Arm, entries: Sequence[dict[str, Any]]) -> str:
-    results = [ArmResult.model_validate(entry["arms"][arm.name]) for entry in entries]
-    return describe_kept(arm.name, [result.choices for result in results])
-
-
-def summarize(name: str, arms: Sequence[Arm], entries: Sequence[dict[str, Any]]) -> BenchResult:
-    """Summarize the results of recipe `name` as a table and values."""
-
-    def top1(arm: str) -> list[float]:
-        answers = [entry["arms"][arm]["top1"] for entry in entries]
-        return [answer.get("fused", answer["scale 1"]) for answer in answers]
-
+def summarize(name: str, arms: Sequence[Arm], entries: Sequence[SeedResult]) -> BenchResult:
+    """Summarize the results of recipe `name`, one entry per fold and seed, as a table and values."""
+    results = {arm.name: [entry.arms[arm.name] for entry in entries] for arm in arms}
+    top1 = {name: [result.final for result in ones] for name, ones in results.items()}
     rows: dict[str, Any] = {}
     table = new_table(
         f"Recipe {name}: top-1 on the fold that was left out, {FOLDS} folds",
@@ -167,22 +153,22 @@ def summarize(name: str, arms: Sequence[Arm], entries: Sequence[dict[str, Any]])
         numbers=["top-1", "validation", "difference [95 % t interval]", "training, TFLOPs"],
         notes=[SPREAD_NOTE.replace("seeds", "folds"), "difference: to plain; of all scales, to plain, equal compute"]
         + [f"{arm.name}: {arm.about}" for arm in arms]
-        + [_describe_kept(arm, entries) for arm in arms],
+        + [describe_kept(name, [result.choices for result in ones]) for name, ones in results.items()],
     )
     for arm in arms:
         reference = EQUAL.name if arm is ALL else PLAIN.name
-        compared = arm.name != reference and reference in {one.name for one in arms} and arm is not EQUAL
-        values = top1(arm.name)
-        val = [entry["arms"][arm.name]["val"]["top1"] for entry in entries]
+        compared = arm.name != reference and reference in top1 and arm is not EQUAL
         rows[arm.name] = {
             "about": arm.about,
-            "top1": spread(values),
-            "val": spread([answer.get("fused", answer["scale 1"]) for answer in val]),
-            "training": spread([entry["arms"][arm.name]["compute"]["training"] for entry in entries]),
-            "difference": paired(values, top1(reference)) if compared else None,
+            "top1": spread(top1[arm.name]),
+            "val": spread([result.val_final for result in results[arm.name]]),
+            "training": spread([result.compute.training for result in results[arm.name] if result.compute]),
+            "difference": paired(top1[arm.name], top1[reference]) if compared else None,
         }
         row = rows[arm.name]
         difference = format_paired(row["difference"]) if compared else ""
         cells = [format_spread(row["top1"]), format_spread(row["val"]), difference]
         table.add_row(arm.name, *cells, f"{row['training']['mean'] / 1e12:.1f}")
-    return BenchResult([table], {"recipe": name, "folds": FOLDS, "runs": list(entries), "arms": rows})
+    return BenchResult(
+        [table], {"recipe": name, "folds": FOLDS, "runs": [entry.to_json() for entry in entries], "arms": rows}
+    )

@@ -52,10 +52,11 @@ def compare(trainer: Trainer) -> dict[str, Any]:
             stages.fit_mixture(trainer)
         model.temperatures.copy_(trainer.measure("val").temperatures())
         measured = trainer.measure("test")
-        result[kind] = {name: measured.fused.compute()[name] for name in FIGURES}
+        fused, average = measured.fused.compute(), measured.average.compute()
+        result[kind] = {name: fused[name] for name in FIGURES}
         result[kind]["mixture"] = [] if model.mixture is None else model.mixture.tolist()
         result["images"] = measured.images
-        result["average"] = {name: measured.average.compute()[name] for name in FIGURES}
+        result["average"] = {name: average[name] for name in FIGURES}
     trainer.model = trained
     return result
 

@@ -71,6 +71,12 @@ class ArmResult(Metrics):
     compute: Compute | None = None
     choices: list[ChoiceEvent] = Field(default=[])
 
+    @property
+    def val_final(self) -> float:
+        """Validation top-1 of the final answer."""
+        assert self.val is not None
+        return self.val.final
+
 
 class SeedResult(BenchRecord):
     """The arms of one seed, by name."""

@@ -23,6 +23,7 @@ QUICK_KEYS = (
     "pretrain_apn.epochs",
     "alternate.rounds",
     "alternate.cnn_epochs",
+    "alternate.first_epochs",
     "alternate.apn_epochs",
     "fusion.epochs",
 )
@@ -59,7 +60,7 @@ class Context:
 
 RULES: tuple[tuple[tuple[str, ...], Callable[[Context], bool], str], ...] = (
     (
-        ("alternate.*", "pretrain_apn.*", "fusion.*", *BOX_KEYS, *GRADIENT_KEYS),
+        ("alternate.*", "pretrain_apn.*", "fusion.*", "train.span", "model.fuse", *BOX_KEYS, *GRADIENT_KEYS),
         lambda context: context.recipe.model.scales == 1,
         "the network has one scale and no APN (model.scales = 1)",
     ),
